@@ -1,0 +1,156 @@
+package broker
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// Access says how to reach a broker outside this process.
+type Access struct {
+	URL     string // nats://HOST:PORT, several with commas
+	Token   string
+	Creds   string // credentials file
+	TLSCert string // client certificate and key, PEM
+	TLSKey  string
+	TLSCA   string // PEM file to trust instead of the system's
+}
+
+// Conn is a connection to a broker.
+type Conn struct {
+	NC *nats.Conn
+	JS jetstream.JetStream
+	// Reconnected gets a value, dropped when one is waiting, each time the connection is back after a break.
+	// It has one reader.
+	Reconnected <-chan struct{}
+	// SyncAlways says that the broker is embedded and fsyncs before it acknowledges.
+	SyncAlways bool
+}
+
+// Close ends the connection after what was sent is on its way.
+func (c *Conn) Close() {
+	_ = c.NC.FlushTimeout(2 * time.Second) // best effort: the peers live with what is lost here
+	c.NC.Close()
+}
+
+// ErrUnreachable is returned when no broker answers.
+var ErrUnreachable = errors.New("broker unreachable")
+
+// Connect connects to a broker as role (shown in its connection list). It waits for the first connection until
+// ctx is done; after that the connection mends itself for as long as it is open.
+func Connect(ctx context.Context, a Access, role string, log *slog.Logger) (*Conn, error) {
+	opts := []nats.Option{}
+	if a.Token != "" {
+		opts = append(opts, nats.Token(a.Token))
+	}
+	if a.Creds != "" {
+		opts = append(opts, nats.UserCredentials(a.Creds))
+	}
+	if a.TLSCert != "" || a.TLSKey != "" {
+		opts = append(opts, nats.ClientCert(a.TLSCert, a.TLSKey))
+	}
+	if a.TLSCA != "" {
+		opts = append(opts, nats.RootCAs(a.TLSCA))
+	}
+	return connect(ctx, a.URL, role, log, opts...)
+}
+
+// Connect connects to the server without a network.
+func (s *Server) Connect(ctx context.Context, role string) (*Conn, error) {
+	opts := []nats.Option{nats.InProcessServer(s.ns)}
+	if s.Token != "" {
+		opts = append(opts, nats.Token(s.Token))
+	}
+	if s.TLSCert != "" { // it is ourselves at the other end of the pipe
+		opts = append(opts, nats.Secure(&tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}))
+		if s.TLSCA != "" {
+			opts = append(opts, nats.ClientCert(s.TLSCert, s.TLSKey))
+		}
+	}
+	c, err := connect(ctx, "nats://in-process", role, s.Log, opts...)
+	if err == nil {
+		c.SyncAlways = s.SyncAlways
+	}
+	return c, err
+}
+
+func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...nats.Option) (*Conn, error) {
+	back := make(chan struct{}, 1)
+	opts = append(opts,
+		nats.Name("millrace "+role),
+		nats.CustomInboxPrefix("_INBOX_"+role),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(250*time.Millisecond),
+		nats.ReconnectJitter(250*time.Millisecond, 250*time.Millisecond),
+		nats.ReconnectBufSize(-1), // what cannot be sent now is an error now, and its sender tries again
+		nats.Timeout(5*time.Second),
+		nats.PingInterval(20*time.Second),
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			if err != nil {
+				log.Warn("broker connection lost, reconnecting", "error", err)
+			}
+		}),
+		nats.ReconnectHandler(func(*nats.Conn) {
+			log.Info("broker connection is back")
+			select {
+			case back <- struct{}{}:
+			default:
+			}
+		}),
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			log.Warn("broker connection", "error", err)
+		}),
+	)
+	var last error
+	said := false
+	for {
+		nc, err := nats.Connect(addr, opts...)
+		if err == nil {
+			js, err := jetstream.New(nc,
+				jetstream.WithPublishAsyncMaxPending(1<<14),
+				jetstream.WithPublishAsyncTimeout(30*time.Second),
+				jetstream.WithDefaultTimeout(10*time.Second))
+			if err != nil {
+				nc.Close()
+				return nil, fmt.Errorf("open JetStream: %w", err)
+			}
+			return &Conn{NC: nc, JS: js, Reconnected: back}, nil
+		}
+		if permanent(err) {
+			return nil, fmt.Errorf("connect to the broker at %s: %w", redact(addr), err)
+		}
+		last = err
+		if !said {
+			said = true
+			log.Info("waiting for the broker", "url", redact(addr), "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: no answer at %s: %w; is `millrace broker` or nats-server running there?", ErrUnreachable, redact(addr), last)
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
+
+// permanent says whether trying again cannot help.
+func permanent(err error) bool {
+	var ue *url.Error
+	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrSecureConnRequired) ||
+		errors.Is(err, nats.ErrSecureConnWanted) || errors.As(err, &ue)
+}
+
+// redact hides a password or token inside a URL.
+func redact(addr string) string {
+	u, err := url.Parse(addr)
+	if err != nil {
+		return addr
+	}
+	return u.Redacted()
+}

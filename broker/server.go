@@ -1,0 +1,181 @@
+// Package broker is a NATS server inside the process, or a connection to one outside. It declares what proto
+// names, holds leases, and says what is wrong with a broker (doctor).
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+
+	"millrace/proto"
+)
+
+// Server is an embedded nats-server with JetStream. Its fields may be set until Start.
+type Server struct {
+	Dir        string // data folder, made if it is not there; one process at a time
+	Addr       string // HOST:PORT to listen on; empty: reachable inside this process only
+	SyncAlways bool   // fsync before every acknowledgement, instead of once a second
+	Token      string // asked of every client, where not empty
+	TLSCert    string // PEM files; both or none
+	TLSKey     string
+	TLSCA      string // PEM file; where set, clients must show a certificate it signed
+	Monitor    string // HOST:PORT of nats-server's own HTTP monitoring; empty: none
+	Log        *slog.Logger
+
+	ns   *server.Server
+	lock *Lock
+}
+
+// startTimeout bounds the recovery of what lies on disk: nats-server reads about 1 GB/s of it after a kill -9.
+const startTimeout = 10 * time.Minute
+
+// Start takes the folder and starts the server. It returns when the server takes connections.
+func (s *Server) Start(ctx context.Context) error {
+	if s.Log == nil {
+		s.Log = slog.New(slog.DiscardHandler)
+	}
+	opts, err := s.options()
+	if err != nil {
+		return err
+	}
+	if s.lock, err = LockDir(s.Dir); err != nil {
+		return err
+	}
+	if err := s.start(ctx, opts); err != nil {
+		s.lock.Unlock()
+		return err
+	}
+	return nil
+}
+
+func (s *Server) start(ctx context.Context, opts *server.Options) error {
+	if s.Addr != "" { // nats-server ends the process when its port is taken; ask first
+		ln, err := net.Listen("tcp", s.Addr)
+		if err != nil {
+			return fmt.Errorf("listen on %s: %w; choose another --addr or stop what holds the port", s.Addr, err)
+		}
+		ln.Close()
+	}
+	ns, err := server.NewServer(opts)
+	if err != nil {
+		return fmt.Errorf("start the broker: %w", err)
+	}
+	s.ns = ns
+	ns.SetLoggerV2(serverLog{s.Log}, false, false, false)
+	started := make(chan struct{})
+	go func() { // Start returns at once, but for the recovery of streams
+		defer close(started)
+		ns.Start()
+	}()
+	select {
+	case <-started:
+	case <-ctx.Done():
+		ns.Shutdown()
+		<-started
+		ns.WaitForShutdown()
+		return context.Cause(ctx)
+	}
+	if !ns.ReadyForConnections(startTimeout) || !ns.JetStreamEnabled() {
+		ns.Shutdown()
+		ns.WaitForShutdown()
+		return fmt.Errorf("start the broker in %s: it did not become ready; its log says why (--verbose)", s.Dir)
+	}
+	return nil
+}
+
+func (s *Server) options() (*server.Options, error) {
+	if err := os.MkdirAll(s.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("make the broker's folder: %w; choose another --data", err)
+	}
+	o := &server.Options{
+		ServerName: "millrace",
+		DontListen: s.Addr == "",
+		NoSigs:     true, // the program owns signals
+		NoLog:      true,
+		JetStream:  true,
+		StoreDir:   filepath.Join(s.Dir, "jetstream"),
+		// Streams reserve their MaxBytes against this. The sizes come from the free disk (StreamBytes); a limit
+		// here would only refuse a reservation on a disk that filled since.
+		JetStreamMaxStore:     1 << 60,
+		JetStreamMaxMemory:    1 << 30,
+		SyncInterval:          time.Second, // the default of nats-server is two minutes
+		SyncAlways:            s.SyncAlways,
+		MaxPayload:            proto.MaxPayload,
+		MaxPending:            256 << 20,
+		WriteDeadline:         30 * time.Second,
+		StreamMaxBufferedSize: 256 << 20,
+		Authorization:         s.Token,
+	}
+	if err := hostPort(s.Addr, &o.Host, &o.Port); err != nil {
+		return nil, fmt.Errorf("--addr: %w", err)
+	}
+	if err := hostPort(s.Monitor, &o.HTTPHost, &o.HTTPPort); err != nil {
+		return nil, fmt.Errorf("monitoring address: %w", err)
+	}
+	if (s.TLSCert == "") != (s.TLSKey == "") {
+		return nil, errors.New("a TLS certificate needs its key, and the key its certificate")
+	}
+	if s.TLSCert != "" {
+		tc, err := server.GenTLSConfig(&server.TLSConfigOpts{CertFile: s.TLSCert, KeyFile: s.TLSKey, CaFile: s.TLSCA, Verify: s.TLSCA != ""})
+		if err != nil {
+			return nil, fmt.Errorf("read the TLS files: %w", err)
+		}
+		o.TLSConfig, o.TLS, o.TLSVerify = tc, true, s.TLSCA != ""
+	}
+	return o, nil
+}
+
+func hostPort(addr string, host *string, port *int) error {
+	if addr == "" {
+		return nil
+	}
+	h, p, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%q is not HOST:PORT", addr)
+	}
+	n, err := strconv.ParseUint(p, 10, 16)
+	if err != nil {
+		return fmt.Errorf("%q has no valid port", addr)
+	}
+	*host, *port = h, int(n)
+	if n == 0 {
+		*port = server.RANDOM_PORT
+	}
+	return nil
+}
+
+// URL is where clients find the server; empty when it listens nowhere.
+func (s *Server) URL() string {
+	if s.Addr == "" {
+		return ""
+	}
+	return s.ns.ClientURL()
+}
+
+// Stop ends the server in order: what it holds is on disk when Stop returns.
+func (s *Server) Stop() {
+	if s.ns == nil {
+		return
+	}
+	s.ns.Shutdown()
+	s.ns.WaitForShutdown()
+	s.lock.Unlock()
+}
+
+// serverLog hands nats-server's log to slog. Its notices are details to us.
+type serverLog struct{ log *slog.Logger }
+
+func (l serverLog) Noticef(f string, v ...any) { l.log.Debug("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Warnf(f string, v ...any)   { l.log.Warn("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Errorf(f string, v ...any)  { l.log.Error("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Fatalf(f string, v ...any)  { l.log.Error("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Debugf(f string, v ...any)  {}
+func (l serverLog) Tracef(f string, v ...any)  {}

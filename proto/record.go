@@ -1,0 +1,161 @@
+package proto
+
+// Request is one line on its way to an engine. It holds all that a worker needs to know of the line.
+type Request struct {
+	Job         string // job id
+	Index       int64  // position of the line among the lines of the job, from 0
+	CustomID    string
+	URL         string // path at the engine, such as /v1/chat/completions
+	Model       string // the model that the body names
+	Body        []byte // raw JSON as it stood in the input; only its model may have been replaced
+	MaxAttempts int64  // attempts that are charged before the line fails; 0: the worker's own
+	TimeoutMS   int64  // time for one attempt; 0: the worker's own
+	Attempts    []Attempt
+	Suspicions  int64 // engines that died while they held this line
+}
+
+func (r *Request) visit(c *codec) {
+	c.str(&r.Job)
+	c.int(&r.Index)
+	c.str(&r.CustomID)
+	c.str(&r.URL)
+	c.str(&r.Model)
+	c.bytes(&r.Body)
+	c.int(&r.MaxAttempts)
+	c.int(&r.TimeoutMS)
+	list(c, &r.Attempts)
+	c.int(&r.Suspicions)
+}
+
+// Encode renders the request for the wire.
+func (r *Request) Encode() ([]byte, error) { return encode(r) }
+
+// DecodeRequest reads a request from the wire.
+func DecodeRequest(b []byte) (*Request, error) {
+	r := new(Request)
+	if err := decode(b, r); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Attempt is one charged try of a line that did not end it.
+type Attempt struct {
+	Worker     string
+	Code       string // what went wrong, one of the Code constants
+	Status     int64  // HTTP status; 0: no answer
+	Message    string // cut to MaxMessage bytes
+	DurationUS int64
+}
+
+func (a *Attempt) visit(c *codec) {
+	c.str(&a.Worker)
+	c.str(&a.Code)
+	c.int(&a.Status)
+	c.str(&a.Message)
+	c.int(&a.DurationUS)
+}
+
+// MaxMessage is the longest message, in bytes, that an attempt or an error carries.
+const MaxMessage = 1000
+
+// Usage is what the engine itself counted for one answer, in tokens. Counted is false where it said nothing.
+type Usage struct {
+	Counted    bool
+	Prompt     int64 // prompt tokens, the cached ones included
+	Completion int64
+	Cached     int64 // prompt tokens that came from the engine's prefix cache, where it tells
+}
+
+func (u *Usage) visit(c *codec) {
+	c.bool(&u.Counted)
+	c.int(&u.Prompt)
+	c.int(&u.Completion)
+	c.int(&u.Cached)
+}
+
+// Result is how a line ended. A result for (Job, Index) may arrive any number of times.
+type Result struct {
+	Job      string
+	Index    int64
+	CustomID string // empty where the input's was unusable
+	Line     int64  // line of the input file, from 1; 0: not known
+	Model    string
+	URL      string
+
+	OK        bool
+	Status    int64  // HTTP status of the engine's answer; 0: the line was never answered
+	RequestID string // the engine's id of the answer
+	Body      []byte // the engine's answer as it came; nil where Status is 0
+	Code      string // where not OK: one of the Code constants
+	Message   string
+	Finish    string // finish_reason of the first choice
+
+	Usage      Usage
+	Worker     string // id of the worker process that made this result; empty: the owner of the input
+	StartUS    int64  // from the start of that worker to the start of this (last) attempt, on its monotonic clock
+	DurationUS int64  // of this (last) attempt at the engine, on the worker's monotonic clock
+	LoadUS     int64  // from the start of that worker until its engine was first ready
+	Attempts   []Attempt
+}
+
+func (r *Result) visit(c *codec) {
+	c.str(&r.Job)
+	c.int(&r.Index)
+	c.str(&r.CustomID)
+	c.int(&r.Line)
+	c.str(&r.Model)
+	c.str(&r.URL)
+	c.bool(&r.OK)
+	c.int(&r.Status)
+	c.str(&r.RequestID)
+	c.bytes(&r.Body)
+	c.str(&r.Code)
+	c.str(&r.Message)
+	c.str(&r.Finish)
+	c.nested(&r.Usage)
+	c.str(&r.Worker)
+	c.int(&r.StartUS)
+	c.int(&r.DurationUS)
+	c.int(&r.LoadUS)
+	list(c, &r.Attempts)
+}
+
+// Encode renders the result for the wire.
+func (r *Result) Encode() ([]byte, error) { return encode(r) }
+
+// DecodeResult reads a result from the wire.
+func DecodeResult(b []byte) (*Result, error) {
+	r := new(Result)
+	if err := decode(b, r); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// Codes of lines that failed. Those that OpenAI has too are spelled as there.
+const (
+	CodeCancelled        = "batch_cancelled"         // the job was cancelled before the line ran
+	CodeExpired          = "batch_expired"           // the job's time was over before the line ran
+	CodeRequestTimeout   = "request_timeout"         // the engine did not answer in time, on the last attempt
+	CodeEngineCrash      = "engine_crash"            // the line killed its engine, more than once, at last alone
+	CodeBadResponse      = "bad_engine_response"     // the engine answered 200 with what is not an answer
+	CodeEngineError      = "engine_error"            // the engine answered 5xx, on every attempt
+	CodeContextLength    = "context_length_exceeded" // the prompt does not fit the model's context
+	CodeInvalidRequest   = "invalid_request"         // the line or its body is not a valid request
+	CodeResponseTooLarge = "response_too_large"      // the answer does not fit one message
+	CodeTransport        = "transport_error"         // the connection broke in the middle of the answer
+)
+
+// Truncate cuts s to at most n bytes, at a character's edge.
+func Truncate(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	const dots = "…"
+	n = max(n-len(dots), 0)
+	for n > 0 && s[n]&0xC0 == 0x80 {
+		n--
+	}
+	return s[:n] + dots
+}

@@ -1,0 +1,298 @@
+package proto
+
+import "strings"
+
+// Job is what is known of a job before its first line runs. It does not change. Key: job.<id>.
+type Job struct {
+	ID          string
+	Name        string // the user's name for it, may be empty
+	Input       string // path of the input as its owner sees it; "-" was standard input
+	Host        string // machine of that path
+	SHA256      string // of the lines as they are enqueued from (decompressed), hex
+	Bytes       int64  // of the same
+	Lines       int64  // lines that count: each ends as one line of the output or the error file
+	Invalid     int64  // of these, invalid lines that were let through by --skip-invalid
+	Models      []ModelLines
+	Override    string // model that replaces the one of every line; empty: none
+	MaxAttempts int64
+	TimeoutMS   int64  // per attempt; 0: the worker's own
+	Object      string // name in the object store where a copy of the input lies, zstd; empty: the owner has it
+	Again       int64  // how many jobs of the same input and parameters came before this one
+	CreatedMS   int64  // Unix time in ms on the creator's clock; shown, never compared
+	MaxErrors   string // as the user gave it: "N" or "P%"; empty: no limit
+	LifetimeMS  int64  // --timeout: from the moment an owner starts it; 0: none
+	Program     string // version of the program that created it
+	SkipInvalid bool
+}
+
+// ModelLines counts the lines of a job that name a model.
+type ModelLines struct {
+	Model string
+	Lines int64
+}
+
+func (m *ModelLines) visit(c *codec) {
+	c.str(&m.Model)
+	c.int(&m.Lines)
+}
+
+func (j *Job) visit(c *codec) {
+	c.str(&j.ID)
+	c.str(&j.Name)
+	c.str(&j.Input)
+	c.str(&j.Host)
+	c.str(&j.SHA256)
+	c.int(&j.Bytes)
+	c.int(&j.Lines)
+	c.int(&j.Invalid)
+	list(c, &j.Models)
+	c.str(&j.Override)
+	c.int(&j.MaxAttempts)
+	c.int(&j.TimeoutMS)
+	c.str(&j.Object)
+	c.int(&j.Again)
+	c.int(&j.CreatedMS)
+	c.str(&j.MaxErrors)
+	c.int(&j.LifetimeMS)
+	c.str(&j.Program)
+	c.bool(&j.SkipInvalid)
+}
+
+// Control is what the user last asked of a job. Key: ctl.<id>.
+type Control struct {
+	Want   string // one of the Want constants
+	Reason string
+	By     string // user@host
+}
+
+// What a user may want of a job.
+const (
+	WantRun    = "run"
+	WantPause  = "pause"
+	WantCancel = "cancel"
+)
+
+func (v *Control) visit(c *codec) {
+	c.str(&v.Want)
+	c.str(&v.Reason)
+	c.str(&v.By)
+}
+
+// Owner names a process that holds a lease.
+type Owner struct {
+	ID    string // drawn at the start of the process; empty: the lease is free
+	Host  string // machine, boot and process name space: two owners with the same Host can see each other's PID
+	PID   int64
+	Start string // start time of the process as its system tells it: a PID may be used again
+}
+
+func (o *Owner) visit(c *codec) {
+	c.str(&o.ID)
+	c.str(&o.Host)
+	c.int(&o.PID)
+	c.str(&o.Start)
+}
+
+// Feed is the lease on a job's input and how far its owner came. Key: feed.<id>.
+type Feed struct {
+	Owner    Owner
+	State    string // one of the Feed constants
+	Note     string // why nothing moves, for people; empty: it moves
+	Enqueued int64  // lines sent to the queue at least once
+	Resent   int64  // lines sent again because they were missing
+	Ended    int64  // lines that the owner ended itself: invalid, cancelled, expired
+}
+
+// States of a feed.
+const (
+	FeedFeeding  = "feeding"  // lines are being enqueued
+	FeedWaiting  = "waiting"  // all are enqueued, results are coming
+	FeedPaused   = "paused"   // by the user
+	FeedHalted   = "halted"   // by --max-errors
+	FeedEnding   = "ending"   // cancelled or expired, the rest is being ended
+	FeedFinished = "finished" // every line has ended
+)
+
+func (f *Feed) visit(c *codec) {
+	c.nested(&f.Owner)
+	c.str(&f.State)
+	c.str(&f.Note)
+	c.int(&f.Enqueued)
+	c.int(&f.Resent)
+	c.int(&f.Ended)
+}
+
+// Progress is how far the aggregator has folded a job. Key: agg.<id>.
+type Progress struct {
+	State      string // one of the Fold constants
+	Lines      int64
+	OK         int64
+	Failed     int64
+	Attempts   int64 // charged attempts of the lines that ended, the last ones included
+	Duplicates int64 // results dropped because the line had ended before
+	Late       int64 // results that came after the files were final
+	Usage      Usage // of the results that count
+	Wasted     Usage // of those that were dropped
+	Models     []ModelProgress
+	Errors     []ErrorCount // most frequent first, at most 10
+	Stream     int64        // creation time of RES in Unix ns: which stream Seq belongs to
+	Seq        int64        // last sequence of RES that is folded and on disk
+	Host       string       // machine of the files
+	Output     string       // paths on that machine, once the files are whole
+	ErrorFile  string
+	Manifest   string
+	Verdict    string  // VALID, or INVALID and why
+	Note       string  // why the aggregator cannot go on, for people
+	RateLines  float64 // lines folded per second of late
+	RateTokens float64 // completion tokens per second of late
+}
+
+// ModelProgress is the part of a model in a job's progress.
+type ModelProgress struct {
+	Model  string
+	OK     int64
+	Failed int64
+	Usage  Usage
+}
+
+func (m *ModelProgress) visit(c *codec) {
+	c.str(&m.Model)
+	c.int(&m.OK)
+	c.int(&m.Failed)
+	c.nested(&m.Usage)
+}
+
+// ErrorCount is one kind of failure, how often it came and one example.
+type ErrorCount struct {
+	Code     string
+	Status   int64
+	Count    int64
+	CustomID string // of the first line that failed so
+	Message  string // of the same
+}
+
+func (e *ErrorCount) visit(c *codec) {
+	c.str(&e.Code)
+	c.int(&e.Status)
+	c.int(&e.Count)
+	c.str(&e.CustomID)
+	c.str(&e.Message)
+}
+
+// States of a fold.
+const (
+	FoldFolding = "folding" // results are coming
+	FoldWriting = "writing" // every line has ended, the files are being written
+	FoldDone    = "done"    // the files and the manifest are whole
+)
+
+func (p *Progress) visit(c *codec) {
+	c.str(&p.State)
+	c.int(&p.Lines)
+	c.int(&p.OK)
+	c.int(&p.Failed)
+	c.int(&p.Attempts)
+	c.int(&p.Duplicates)
+	c.int(&p.Late)
+	c.nested(&p.Usage)
+	c.nested(&p.Wasted)
+	list(c, &p.Models)
+	list(c, &p.Errors)
+	c.int(&p.Stream)
+	c.int(&p.Seq)
+	c.str(&p.Host)
+	c.str(&p.Output)
+	c.str(&p.ErrorFile)
+	c.str(&p.Manifest)
+	c.str(&p.Verdict)
+	c.str(&p.Note)
+	c.float(&p.RateLines)
+	c.float(&p.RateTokens)
+}
+
+// Worker is a worker's heartbeat. Key in WORKERS: its ID.
+type Worker struct {
+	ID        string
+	Host      string
+	PID       int64
+	Engine    string // URL without user information
+	Version   string // of the engine, as it says
+	Models    []string
+	State     string // one of the Engine constants
+	Reason    string // why it does not run, for people
+	Limit     int64  // requests it may have in flight
+	InFlight  int64
+	Held      int64 // pulled and not acknowledged, those in flight included
+	OK        int64 // results published since its start
+	Failed    int64
+	LoadUS    int64 // from its start until the engine was first ready
+	UptimeUS  int64
+	KVTokens  int64 // capacity of the engine's KV cache; 0: not known
+	MaxLen    int64 // context of the model in tokens; 0: not known
+	Program   string
+	Simulated bool // the engine says that its text is simulated
+}
+
+// States of an engine as its worker sees it.
+const (
+	EngineWaiting  = "waiting"  // does not answer, or is loading
+	EngineReady    = "ready"    //
+	EngineDenied   = "denied"   // wants a key, or another one
+	EngineNoModel  = "no-model" // serves no model at all
+	EngineDegraded = "degraded" // answers every line with the same permanent error
+	EngineHung     = "hung"     // takes requests and makes no progress
+	EngineDraining = "draining" // the worker is stopping
+)
+
+func (w *Worker) visit(c *codec) {
+	c.str(&w.ID)
+	c.str(&w.Host)
+	c.int(&w.PID)
+	c.str(&w.Engine)
+	c.str(&w.Version)
+	each(c, &w.Models, c.str)
+	c.str(&w.State)
+	c.str(&w.Reason)
+	c.int(&w.Limit)
+	c.int(&w.InFlight)
+	c.int(&w.Held)
+	c.int(&w.OK)
+	c.int(&w.Failed)
+	c.int(&w.LoadUS)
+	c.int(&w.UptimeUS)
+	c.int(&w.KVTokens)
+	c.int(&w.MaxLen)
+	c.str(&w.Program)
+	c.bool(&w.Simulated)
+}
+
+// Encode renders the record for the wire.
+func (j *Job) Encode() ([]byte, error)      { return encode(j) }
+func (v *Control) Encode() ([]byte, error)  { return encode(v) }
+func (o *Owner) Encode() ([]byte, error)    { return encode(o) }
+func (f *Feed) Encode() ([]byte, error)     { return encode(f) }
+func (p *Progress) Encode() ([]byte, error) { return encode(p) }
+func (w *Worker) Encode() ([]byte, error)   { return encode(w) }
+
+// Decode reads the record from the wire.
+func (j *Job) Decode(b []byte) error      { return decode(b, j) }
+func (v *Control) Decode(b []byte) error  { return decode(b, v) }
+func (o *Owner) Decode(b []byte) error    { return decode(b, o) }
+func (f *Feed) Decode(b []byte) error     { return decode(b, f) }
+func (p *Progress) Decode(b []byte) error { return decode(b, p) }
+func (w *Worker) Decode(b []byte) error   { return decode(b, w) }
+
+// Keys of the JOBS bucket. Each has one writer.
+func JobKey(id string) string      { return "job." + id }
+func ControlKey(id string) string  { return "ctl." + id }
+func FeedKey(id string) string     { return "feed." + id }
+func ProgressKey(id string) string { return "agg." + id }
+
+// LeaseKey holds the Owner that folds.
+const LeaseKey = "lease.agg"
+
+// SplitKey returns the kind of a key of JOBS ("job", "ctl", "feed", "agg") and the job's id.
+func SplitKey(key string) (kind, id string) {
+	kind, id, _ = strings.Cut(key, ".")
+	return kind, id
+}
