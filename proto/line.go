@@ -87,12 +87,12 @@ type parser struct {
 
 // explain turns an error of the JSON reader into a sentence without its package's name.
 func (p *parser) explain(err error) string {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return "malformed JSON: the line ends too early"
+	}
 	var se *jsontext.SyntacticError
 	if errors.As(err, &se) {
 		return fmt.Sprintf("malformed JSON at byte %d: %v", se.ByteOffset, se.Err)
-	}
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return "malformed JSON: the line ends too early"
 	}
 	return "malformed JSON: " + err.Error()
 }

@@ -22,7 +22,7 @@ import (
 // Source: https://platform.openai.com/docs/api-reference/batch/request-output.
 func AppendLine(dst []byte, r *Result) []byte {
 	dst = append(dst, `{"id":"`...)
-	dst = append(dst, requestID(r)...)
+	dst = append(dst, LineID(r.Job, r.Index)...)
 	dst = append(dst, `","custom_id":`...)
 	if r.CustomID == "" {
 		dst = append(dst, "null"...)
@@ -55,9 +55,10 @@ func AppendLine(dst []byte, r *Result) []byte {
 	return append(dst, '}', '\n')
 }
 
-// requestID is the same for every result of a line, so that a file written twice is the same file.
-func requestID(r *Result) string {
-	sum := sha256.Sum256([]byte(r.Job + "/" + strconv.FormatInt(r.Index, 10)))
+// LineID is the id of a line of an output or error file. It is the same for every result of the line, so that a file
+// written twice is the same file, and so that a reader of the files can tell which indexes they hold.
+func LineID(job string, index int64) string {
+	sum := sha256.Sum256([]byte(job + "/" + strconv.FormatInt(index, 10)))
 	return "batch_req_" + hex.EncodeToString(sum[:12])
 }
 

@@ -23,6 +23,7 @@ type Job struct {
 	LifetimeMS  int64  // --timeout: from the moment an owner starts it; 0: none
 	Program     string // version of the program that created it
 	SkipInvalid bool
+	Lane        string // one of the Lane constants; empty: normal
 }
 
 // ModelLines counts the lines of a job that name a model.
@@ -56,6 +57,7 @@ func (j *Job) visit(c *codec) {
 	c.int(&j.LifetimeMS)
 	c.str(&j.Program)
 	c.bool(&j.SkipInvalid)
+	c.str(&j.Lane)
 }
 
 // Control is what the user last asked of a job. Key: ctl.<id>.
@@ -96,11 +98,12 @@ func (o *Owner) visit(c *codec) {
 // Feed is the lease on a job's input and how far its owner came. Key: feed.<id>.
 type Feed struct {
 	Owner    Owner
-	State    string // one of the Feed constants
-	Note     string // why nothing moves, for people; empty: it moves
-	Enqueued int64  // lines sent to the queue at least once
-	Resent   int64  // lines sent again because they were missing
-	Ended    int64  // lines that the owner ended itself: invalid, cancelled, expired
+	State    string       // one of the Feed constants
+	Note     string       // why nothing moves, for people; empty: it moves
+	Enqueued int64        // lines sent to the queue at least once
+	Resent   int64        // lines sent again because they were missing
+	Ended    int64        // lines that the owner ended itself: invalid, cancelled, expired
+	Models   []ModelLines // of Enqueued, per model: where the next owner goes on
 }
 
 // States of a feed.
@@ -120,6 +123,7 @@ func (f *Feed) visit(c *codec) {
 	c.int(&f.Enqueued)
 	c.int(&f.Resent)
 	c.int(&f.Ended)
+	list(c, &f.Models)
 }
 
 // Progress is how far the aggregator has folded a job. Key: agg.<id>.

@@ -1,0 +1,213 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/proto"
+)
+
+// Finding is one thing that doctor looked at.
+type Finding struct {
+	Check string `json:"check"`
+	Level string `json:"level"` // ok, note (works, but know it), or bad (mend it)
+	Found string `json:"found"`
+	Mend  string `json:"mend,omitempty"`
+}
+
+// Levels of a finding.
+const (
+	LevelOK   = "ok"
+	LevelNote = "note"
+	LevelBad  = "bad"
+)
+
+// Doctor looks at a broker and says what is wrong with it and how to mend it. What it cannot see from a client (the
+// fsync policy of a broker that is not ours) it says too.
+func Doctor(ctx context.Context, c *Conn) []Finding {
+	d := doctor{ctx: ctx, c: c}
+	d.server()
+	if !d.jetStream() {
+		return d.out
+	}
+	d.streams()
+	d.buckets()
+	d.workers()
+	return d.out
+}
+
+type doctor struct {
+	ctx context.Context
+	c   *Conn
+	out []Finding
+}
+
+func (d *doctor) ok(check, format string, args ...any) {
+	d.out = append(d.out, Finding{check, LevelOK, fmt.Sprintf(format, args...), ""})
+}
+
+func (d *doctor) note(check, mend, format string, args ...any) {
+	d.out = append(d.out, Finding{check, LevelNote, fmt.Sprintf(format, args...), mend})
+}
+
+func (d *doctor) bad(check, mend, format string, args ...any) {
+	d.out = append(d.out, Finding{check, LevelBad, fmt.Sprintf(format, args...), mend})
+}
+
+func (d *doctor) server() {
+	nc := d.c.NC
+	rtt, err := nc.RTT()
+	if err != nil {
+		d.bad("connection", "look at the network between here and the broker", "connected, but no answer to a ping: %v", err)
+		return
+	}
+	d.ok("connection", "%s, nats-server %s, round trip %s", redact(nc.ConnectedUrl()), nc.ConnectedServerVersion(), rtt.Round(10*time.Microsecond))
+	if v := nc.ConnectedServerVersion(); older(v, 2, 14) {
+		d.note("version", "use nats-server 2.15 or newer, or `millrace broker`", "nats-server %s has no fast batches; enqueueing is slower", v)
+	}
+	if p := nc.MaxPayload(); p < proto.MaxPayload {
+		d.note("max_payload", "set max_payload: 8MB at the broker", "%d bytes: longer lines are invalid, longer answers become error lines", p)
+	} else {
+		d.ok("max_payload", "%d bytes", p)
+	}
+}
+
+// older says whether a version "2.14.3" is below major.minor.
+func older(v string, major, minor int) bool {
+	var a, b int
+	if _, err := fmt.Sscanf(v, "%d.%d", &a, &b); err != nil {
+		return false
+	}
+	return a < major || a == major && b < minor
+}
+
+func (d *doctor) jetStream() bool {
+	a, err := d.c.JS.AccountInfo(d.ctx)
+	if err != nil {
+		d.bad("jetstream", "start nats-server with -js (and give the account JetStream), or use `millrace broker`", "%v", err)
+		return false
+	}
+	limit := "no account limit"
+	if a.Limits.MaxStore > 0 {
+		limit = fmt.Sprintf("account limit %s", size(a.Limits.MaxStore))
+		if left := a.Limits.MaxStore - int64(a.Store); left < 1<<30 {
+			d.bad("disk", "raise the account's max file storage", "%s left of %s", size(left), limit)
+		}
+	}
+	d.ok("jetstream", "on, %d streams, %s stored, %s", a.Streams, size(int64(a.Store)), limit)
+	if a.Limits.MaxConsumers > 0 && a.Limits.MaxConsumers < 8 {
+		d.bad("consumers", "allow at least 3 consumers per model and 4 more", "account limit %d", a.Limits.MaxConsumers)
+	}
+	return true
+}
+
+func (d *doctor) streams() {
+	seen := false
+	l := d.c.JS.ListStreams(d.ctx)
+	for info := range l.Info() {
+		name := info.Config.Name
+		switch {
+		case name == proto.ResultStream:
+			seen = true
+			d.stream(info, proto.ResultStreamConfig(0))
+		case proto.IsRequestStream(name):
+			d.stream(info, proto.RequestStreamConfig(info.Config.Metadata[proto.MetaModel], 0))
+			d.consumers(name)
+		}
+	}
+	if err := l.Err(); err != nil {
+		d.bad("streams", "look at the broker's log", "cannot list streams: %v", err)
+	} else if !seen {
+		d.note("stream "+proto.ResultStream, "any role declares it when it starts", "not declared yet")
+	}
+}
+
+func (d *doctor) stream(info *jetstream.StreamInfo, want jetstream.StreamConfig) {
+	check := "stream " + info.Config.Name
+	if drift := Drift(info.Config, want); len(drift) > 0 {
+		d.bad(check, "restart a role of this version, it updates the stream; what cannot be changed (retention) needs the stream deleted while no job runs",
+			"differs from what this version declares in %s", strings.Join(drift, ", "))
+		return
+	}
+	used := float64(info.State.Bytes) / float64(max(info.Config.MaxBytes, 1))
+	switch {
+	case info.Config.MaxBytes > 0 && used > 0.8:
+		d.bad(check, fmt.Sprintf("raise it: nats stream edit %s --max-bytes=…", info.Config.Name), "%.0f %% of its %s are used", 100*used, size(info.Config.MaxBytes))
+	case info.Config.Replicas > 1:
+		d.ok(check, "%d messages, %s, %d replicas", info.State.Msgs, size(int64(info.State.Bytes)), info.Config.Replicas)
+	default:
+		d.ok(check, "%d messages, %s of %s, 1 replica", info.State.Msgs, size(int64(info.State.Bytes)), size(info.Config.MaxBytes))
+	}
+	if info.Config.Storage != jetstream.FileStorage {
+		d.bad(check, "delete it while no job runs; millrace declares it on disk", "is kept in memory only")
+	}
+}
+
+func (d *doctor) consumers(stream string) {
+	for _, lane := range proto.Lanes() {
+		c, err := d.c.JS.Consumer(d.ctx, stream, string(lane))
+		if errors.Is(err, jetstream.ErrConsumerNotFound) {
+			d.note("consumer "+stream+"/"+string(lane), "a worker or producer declares it when it starts", "not declared")
+			continue
+		}
+		if err != nil {
+			d.bad("consumer "+stream+"/"+string(lane), "look at the broker's log", "%v", err)
+			continue
+		}
+		cfg := c.CachedInfo().Config
+		if cfg.MaxDeliver != -1 {
+			d.bad("consumer "+stream+"/"+string(lane), "restart a worker, it updates the consumer", "max_deliver is %d: lines given back that often are parked for ever", cfg.MaxDeliver)
+		}
+	}
+}
+
+func (d *doctor) buckets() {
+	for _, b := range []string{proto.JobsBucket, proto.WorkersBucket} {
+		if _, err := d.c.JS.KeyValue(d.ctx, b); err != nil {
+			d.note("bucket "+b, "any role declares it when it starts", "%v", err)
+		}
+	}
+	if d.c.SyncAlways {
+		d.ok("fsync", "before every acknowledgement")
+		return
+	}
+	d.note("fsync", "`--sync always` (or sync_interval: always at your nats-server) makes the broker itself durable, at a price",
+		"not visible to a client; `millrace broker` flushes every second, nats-server by default every two minutes. Power loss then costs resending, never a line")
+}
+
+func (d *doctor) workers() {
+	ws, err := Workers(d.ctx, d.c.JS)
+	if err != nil {
+		d.bad("workers", "look at the broker's log", "%v", err)
+		return
+	}
+	if len(ws) == 0 {
+		d.note("workers", "start one beside each engine: millrace worker --engine URL", "none")
+	}
+	for _, w := range ws {
+		if w.State != proto.EngineReady {
+			d.note("worker "+w.ID, "look at its engine "+w.Engine, "%s: %s", w.State, w.Reason)
+			continue
+		}
+		d.ok("worker "+w.ID, "%s serves %s, %d in flight of %d", w.Engine, strings.Join(w.Models, ", "), w.InFlight, w.Limit)
+	}
+}
+
+// size renders bytes for people.
+func size(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, i := float64(n)/unit, 0
+	for f >= unit && i < 5 {
+		f /= unit
+		i++
+	}
+	return fmt.Sprintf("%.1f %ciB", f, "KMGTPE"[i])
+}

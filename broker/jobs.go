@@ -1,0 +1,332 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sort"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/proto"
+)
+
+// JobView is all that the broker knows of a job.
+type JobView struct {
+	Job      proto.Job
+	Control  proto.Control
+	Feed     proto.Feed
+	Progress proto.Progress
+}
+
+// States of a job, as people see it.
+const (
+	StateRunning   = "running"
+	StateOrphaned  = "orphaned" // nobody owns its input at the moment
+	StatePaused    = "paused"
+	StateHalted    = "halted"
+	StateCancelled = "cancelled"
+	StateWriting   = "writing"
+	StateFinished  = "finished"
+)
+
+// State sums a job up.
+func (v *JobView) State() string {
+	switch {
+	case v.Progress.State == proto.FoldDone:
+		return StateFinished
+	case v.Progress.State == proto.FoldWriting:
+		return StateWriting
+	case v.Control.Want == proto.WantCancel:
+		return StateCancelled
+	case v.Feed.State == proto.FeedHalted:
+		return StateHalted
+	case v.Control.Want == proto.WantPause:
+		return StatePaused
+	case v.Feed.Owner.ID == "":
+		return StateOrphaned
+	}
+	return StateRunning
+}
+
+// Ended counts the lines that have a result.
+func (v *JobView) Ended() int64 { return v.Progress.OK + v.Progress.Failed }
+
+// Note is why nothing moves, or empty.
+func (v *JobView) Note() string {
+	if v.Progress.Note != "" {
+		return v.Progress.Note
+	}
+	if v.State() == StateOrphaned {
+		return "nobody feeds it; run the command that created it again"
+	}
+	return v.Feed.Note
+}
+
+func (v *JobView) set(kind string, value []byte) error {
+	switch kind {
+	case "job":
+		return v.Job.Decode(value)
+	case "ctl":
+		return v.Control.Decode(value)
+	case "feed":
+		return v.Feed.Decode(value)
+	case "agg":
+		return v.Progress.Decode(value)
+	}
+	return nil
+}
+
+// entries reads a bucket as it is now.
+func entries(ctx context.Context, js jetstream.JetStream, bucket, keys string) ([]jetstream.KeyValueEntry, error) {
+	kv, err := js.KeyValue(ctx, bucket)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, explain("open bucket "+bucket, err)
+	}
+	w, err := kv.Watch(ctx, keys, jetstream.IgnoreDeletes())
+	if err != nil {
+		return nil, explain("read bucket "+bucket, err)
+	}
+	defer w.Stop()
+	var out []jetstream.KeyValueEntry
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, explain("read bucket "+bucket, context.Cause(ctx))
+		case e, ok := <-w.Updates():
+			if !ok {
+				return nil, fmt.Errorf("read bucket %s: the watch ended", bucket)
+			}
+			if e == nil { // all that was there has come
+				return out, nil
+			}
+			out = append(out, e)
+		}
+	}
+}
+
+// Jobs lists all jobs, the newest first.
+func Jobs(ctx context.Context, js jetstream.JetStream) ([]JobView, error) { return jobs(ctx, js, ">") }
+
+func jobs(ctx context.Context, js jetstream.JetStream, keys string) ([]JobView, error) {
+	es, err := entries(ctx, js, proto.JobsBucket, keys)
+	if err != nil {
+		return nil, err
+	}
+	by := map[string]*JobView{}
+	for _, e := range es {
+		kind, id := proto.SplitKey(e.Key())
+		if kind == "lease" {
+			continue
+		}
+		if by[id] == nil {
+			by[id] = &JobView{}
+		}
+		if err := by[id].set(kind, e.Value()); err != nil {
+			return nil, fmt.Errorf("read %s: %w", e.Key(), err)
+		}
+	}
+	var out []JobView
+	for id, v := range by {
+		if v.Job.ID == id { // a job without its spec is the remains of one that was removed
+			out = append(out, *v)
+		}
+	}
+	slices.SortFunc(out, func(a, b JobView) int {
+		if d := b.Job.CreatedMS - a.Job.CreatedMS; d != 0 {
+			return int(max(min(d, 1), -1))
+		}
+		return strings.Compare(a.Job.ID, b.Job.ID)
+	})
+	return out, nil
+}
+
+// ErrNoJob is returned when no job, or more than one, goes by a name.
+var ErrNoJob = errors.New("no such job")
+
+// Get reads one job by its id.
+func Get(ctx context.Context, js jetstream.JetStream, id string) (JobView, error) {
+	vs, err := jobs(ctx, js, "*."+id)
+	if err != nil {
+		return JobView{}, err
+	}
+	if len(vs) == 0 {
+		return JobView{}, fmt.Errorf("%w: %s", ErrNoJob, id)
+	}
+	return vs[0], nil
+}
+
+// Find reads the job whose id or name is what, or the only one whose id begins so.
+func Find(ctx context.Context, js jetstream.JetStream, what string) (JobView, error) {
+	all, err := Jobs(ctx, js)
+	if err != nil {
+		return JobView{}, err
+	}
+	var begin []JobView
+	var ids []string
+	for _, v := range all {
+		if v.Job.ID == what || v.Job.Name == what && what != "" {
+			return v, nil
+		}
+		if strings.HasPrefix(v.Job.ID, what) {
+			begin, ids = append(begin, v), append(ids, v.Job.ID)
+		}
+	}
+	switch len(begin) {
+	case 1:
+		return begin[0], nil
+	case 0:
+		return JobView{}, fmt.Errorf("%w: %q; `millrace jobs` lists them", ErrNoJob, what)
+	}
+	return JobView{}, fmt.Errorf("%w: %q could be any of %s", ErrNoJob, what, strings.Join(ids, ", "))
+}
+
+// Want tells the owner and the workers of a job what to do with it.
+func Want(ctx context.Context, js jetstream.JetStream, id string, c proto.Control) error {
+	kv, err := js.KeyValue(ctx, proto.JobsBucket)
+	if err != nil {
+		return explain("open bucket "+proto.JobsBucket, err)
+	}
+	b, err := c.Encode()
+	if err != nil {
+		return err
+	}
+	if _, err := kv.Put(ctx, proto.ControlKey(id), b); err != nil {
+		return explain("tell the job", err)
+	}
+	return nil
+}
+
+// Remove forgets a job: its keys, its requests, its results at the broker and its detached input. Its output files
+// stay.
+func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
+	kv, err := js.KeyValue(ctx, proto.JobsBucket)
+	if err != nil {
+		return explain("open bucket "+proto.JobsBucket, err)
+	}
+	id := v.Job.ID
+	for _, m := range v.Job.Models {
+		if err := Purge(ctx, js, proto.RequestStream(m.Model), proto.RequestFilter(m.Model, id)); err != nil {
+			return err
+		}
+	}
+	if err := Purge(ctx, js, proto.ResultStream, proto.ResultSubject(id)); err != nil {
+		return err
+	}
+	if v.Job.Object != "" {
+		os, err := js.ObjectStore(ctx, proto.InputsBucket)
+		if err == nil {
+			err = os.Delete(ctx, v.Job.Object)
+		}
+		if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
+			return explain("remove the input's copy", err)
+		}
+	}
+	for _, key := range []string{proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id), proto.JobKey(id)} {
+		if err := kv.Purge(ctx, key); err != nil {
+			return explain("remove "+key, err)
+		}
+	}
+	return nil
+}
+
+// Purge drops the messages of one subject. A stream that is not there has none.
+func Purge(ctx context.Context, js jetstream.JetStream, stream, subject string) error {
+	s, err := js.Stream(ctx, stream)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil
+	}
+	if err == nil {
+		err = s.Purge(ctx, jetstream.WithPurgeSubject(subject))
+	}
+	if err != nil {
+		return explain("purge "+subject, err)
+	}
+	return nil
+}
+
+// Workers lists the workers whose heartbeat counts, by id.
+func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
+	es, err := entries(ctx, js, proto.WorkersBucket, ">")
+	if err != nil {
+		return nil, err
+	}
+	var out []proto.Worker
+	for _, e := range es {
+		var w proto.Worker
+		if err := w.Decode(e.Value()); err != nil {
+			return nil, fmt.Errorf("read worker %s: %w", e.Key(), err)
+		}
+		out = append(out, w)
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].ID < out[j].ID })
+	return out, nil
+}
+
+// Queue is the state of the requests for a model.
+type Queue struct {
+	Model    string
+	Stream   string
+	Waiting  int64 // not handed out
+	HandedTo int64 // handed to workers, not acknowledged
+	Bytes    int64
+	MaxBytes int64
+}
+
+// Queues lists the queues of all models.
+func Queues(ctx context.Context, js jetstream.JetStream) ([]Queue, error) {
+	var out []Queue
+	l := js.ListStreams(ctx)
+	for info := range l.Info() {
+		if !proto.IsRequestStream(info.Config.Name) {
+			continue
+		}
+		q := Queue{Model: info.Config.Metadata[proto.MetaModel], Stream: info.Config.Name,
+			Bytes: int64(info.State.Bytes), MaxBytes: info.Config.MaxBytes}
+		q.Waiting, q.HandedTo = handedOut(ctx, js, info.Config.Name)
+		out = append(out, q)
+	}
+	if l.Err() != nil {
+		return nil, explain("list streams", l.Err())
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].Model < out[j].Model })
+	return out, nil
+}
+
+func handedOut(ctx context.Context, js jetstream.JetStream, stream string) (waiting, handed int64) {
+	for _, lane := range proto.Lanes() {
+		c, err := js.Consumer(ctx, stream, string(lane))
+		if err != nil { // not declared yet: nothing was handed out
+			continue
+		}
+		waiting += int64(c.CachedInfo().NumPending)
+		handed += int64(c.CachedInfo().NumAckPending)
+	}
+	return waiting, handed
+}
+
+// Follow calls see with a job's view, now and about every interval, until see returns false or ctx ends. It goes on
+// through a broker that does not answer.
+func Follow(ctx context.Context, js jetstream.JetStream, id string, interval time.Duration, see func(JobView) bool) error {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		gctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		v, err := Get(gctx, js, id)
+		cancel()
+		if err == nil && !see(v) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
+}

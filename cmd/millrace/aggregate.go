@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"millrace/aggregator"
+	"millrace/broker"
+	"millrace/producer"
+	"millrace/proto"
+)
+
+// aggregateFlags are those of the commands that fold.
+type aggregateFlags struct {
+	output  string
+	keepFor time.Duration
+	ackWait time.Duration
+}
+
+func (g *aggregateFlags) bind(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVarP(&g.output, "output", "o", "results", "folder for results: DIR/<job>/output.jsonl, errors.jsonl, manifest.json")
+	f.DurationVar(&g.keepFor, "keep-for", 0, "forget finished jobs after this long (default: keep until `millrace rm`); files stay")
+}
+
+func (a *app) aggregateCommand() *cobra.Command {
+	var g aggregateFlags
+	cmd := &cobra.Command{
+		Use:   "aggregate",
+		Short: "Fold results into output files, and feed detached jobs",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			take, _, done := a.phases(cmd.Context(), "")
+			defer done()
+			reg, stopMetrics, err := a.serveMetrics()
+			if err != nil {
+				return err
+			}
+			defer stopMetrics()
+			conn, err := a.connect(take, "aggregator", foreverWait)
+			if err != nil {
+				return orStopped(take, err)
+			}
+			defer conn.Close()
+			return a.aggregate(take, conn, &g, reg, false)
+		},
+	}
+	g.bind(cmd)
+	cmd.Flags().DurationVar(&g.ackWait, "ack-wait", 0, "for detached jobs: how long a request may go without a heartbeat (default 1m)")
+	a.metricsFlag(cmd)
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) serveCommand() *cobra.Command {
+	var b brokerFlags
+	var g aggregateFlags
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Broker and aggregator in one process",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			take, _, done := a.phases(cmd.Context(), "")
+			defer done()
+			srv, stop, err := a.startBroker(take, b)
+			if err != nil {
+				return err
+			}
+			defer stop()
+			reg, stopMetrics, err := a.serveMetrics()
+			if err != nil {
+				return err
+			}
+			defer stopMetrics()
+			a.sayConnect(srv)
+			conn, err := srv.Connect(take, "aggregator")
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			g.ackWait = b.ackWait
+			return a.aggregate(take, conn, &g, reg, true)
+		},
+	}
+	b.bind(cmd, a)
+	g.bind(cmd)
+	a.metricsFlag(cmd)
+	return cmd
+}
+
+// aggregate folds, and feeds the detached jobs, until ctx ends or one of the two fails.
+func (a *app) aggregate(ctx context.Context, conn *broker.Conn, g *aggregateFlags, reg prometheus.Registerer, shared bool) error {
+	if err := writable(g.output); err != nil {
+		return err
+	}
+	output, err := filepath.Abs(g.output)
+	if err != nil {
+		return fmt.Errorf("find the output folder: %w", err)
+	}
+	lock, err := broker.LockDir(filepath.Join(a.data, "aggregate"))
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	agg := &aggregator.Aggregator{
+		Conn: conn, Self: broker.Self(), Dir: filepath.Join(a.data, "aggregate"), SharedDisk: shared, Log: a.log,
+		Registry: reg, KeepFor: g.keepFor, Program: programVersion(),
+		Output: func(job *proto.Job) aggregator.Files {
+			dir := filepath.Join(output, job.ID)
+			return aggregator.Files{Output: filepath.Join(dir, "output.jsonl"), Errors: filepath.Join(dir, "errors.jsonl"), Manifest: filepath.Join(dir, "manifest.json")}
+		},
+	}
+	adopter := &producer.Adopter{Conn: conn, Self: broker.Self(), Dir: filepath.Join(a.data, "aggregate", "inputs"), Log: a.log, Registry: reg, AckWait: g.ackWait}
+	ready()
+	return orStopped(ctx, together(ctx, agg.Run, adopter.Run))
+}
+
+// together runs parts of a role until ctx ends; the first that fails ends the others.
+func together(ctx context.Context, parts ...func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	errs := make([]error, len(parts))
+	var wg sync.WaitGroup
+	for i, part := range parts {
+		wg.Go(func() {
+			if errs[i] = part(ctx); errs[i] != nil {
+				cancel(errs[i])
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// writable makes the folder and tries to write there, so that a mistake shows at the start and not at the end.
+func writable(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("make the output folder: %w; choose another --output", err)
+	}
+	f, err := os.CreateTemp(dir, ".millrace-*")
+	if err != nil {
+		return fmt.Errorf("write to the output folder: %w; choose another --output or mend its permissions", err)
+	}
+	f.Close()
+	return os.Remove(f.Name())
+}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+
+	"millrace/broker"
+)
+
+// brokerFlags are those of the commands that hold a broker.
+type brokerFlags struct {
+	addr, sync, monitor string
+	noToken             bool
+	ackWait             time.Duration
+}
+
+func (b *brokerFlags) bind(cmd *cobra.Command, a *app) {
+	f := cmd.Flags()
+	f.StringVar(&b.addr, "addr", "127.0.0.1:4222", "HOST:PORT to listen on")
+	f.StringVar(&b.sync, "sync", "1s", "when the disk is flushed: 1s (power loss costs resending) or always")
+	f.StringVar(&b.monitor, "monitor-addr", "", "HOST:PORT of nats-server's own monitoring (no authentication there)")
+	f.BoolVar(&b.noToken, "insecure-no-token", false, "ask nobody for a token although the broker listens beyond loopback")
+	f.DurationVar(&b.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default 1m)")
+	f.StringVar(&a.nats.tokenFile, "token-file", "", "file with the token to ask for (default: made in --data where needed)")
+	f.StringVar(&a.nats.token, "token", "", "token to ask for; better in MILLRACE_TOKEN")
+	f.StringVar(&a.nats.cert, "tls-cert", "", "TLS certificate, PEM")
+	f.StringVar(&a.nats.key, "tls-key", "", "its key, PEM")
+	f.StringVar(&a.nats.ca, "tls-ca", "", "ask clients for a certificate signed by these, PEM")
+}
+
+func (a *app) brokerCommand() *cobra.Command {
+	var b brokerFlags
+	cmd := &cobra.Command{
+		Use:   "broker",
+		Short: "Hold the queues: NATS with JetStream, streams declared",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			take, _, done := a.phases(cmd.Context(), "")
+			defer done()
+			srv, stop, err := a.startBroker(take, b)
+			if err != nil {
+				return err
+			}
+			defer stop()
+			_, stopMetrics, err := a.serveMetrics()
+			if err != nil {
+				return err
+			}
+			defer stopMetrics()
+			a.sayConnect(srv)
+			ready()
+			<-take.Done()
+			return stopped(take)
+		},
+	}
+	b.bind(cmd, a)
+	a.metricsFlag(cmd)
+	return cmd
+}
+
+// ready tells systemd, where it started us, that we are.
+func ready() {
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // nobody listens outside of systemd
+}
+
+// stopped is how a role ends that was asked to: no failure.
+func stopped(ctx context.Context) error {
+	var s signalled
+	if errors.As(context.Cause(ctx), &s) {
+		return nil
+	}
+	return context.Cause(ctx)
+}
+
+// startBroker starts the embedded broker and declares what all jobs share.
+func (a *app) startBroker(ctx context.Context, b brokerFlags) (*broker.Server, func(), error) {
+	if b.sync != "1s" && b.sync != "always" {
+		return nil, nil, usagef("--sync is %q, must be 1s or always", b.sync)
+	}
+	token, err := a.brokerToken(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	srv := &broker.Server{
+		Dir: filepath.Join(a.data, "broker"), Addr: b.addr, SyncAlways: b.sync == "always", Token: token,
+		TLSCert: a.nats.cert, TLSKey: a.nats.key, TLSCA: a.nats.ca, Monitor: b.monitor, Log: a.log,
+	}
+	if err := srv.Start(ctx); err != nil {
+		return nil, nil, err
+	}
+	if err := a.declare(ctx, srv, b.ackWait); err != nil {
+		srv.Stop()
+		return nil, nil, err
+	}
+	return srv, srv.Stop, nil
+}
+
+func (a *app) declare(ctx context.Context, srv *broker.Server, ackWait time.Duration) error {
+	conn, err := srv.Connect(ctx, "declare")
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	free, err := broker.FreeBytes(srv.Dir)
+	if err != nil {
+		return err
+	}
+	return broker.Declarer{JS: conn.JS, Disk: free, AckWait: ackWait}.Base(ctx)
+}
+
+// brokerToken returns the token to ask clients for: the one that was given, or for a broker that listens beyond
+// loopback one that is made at the first start.
+func (a *app) brokerToken(b brokerFlags) (string, error) {
+	acc, _, err := a.nats.access()
+	if err != nil || acc.Token != "" {
+		return acc.Token, err
+	}
+	if b.noToken || loopback(b.addr) {
+		return "", nil
+	}
+	return ensureToken(filepath.Join(a.data, "broker", "token"))
+}
+
+func ensureToken(name string) (string, error) {
+	if b, err := os.ReadFile(name); err == nil && len(strings.TrimSpace(string(b))) > 0 {
+		return strings.TrimSpace(string(b)), nil
+	}
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return "", fmt.Errorf("make the broker's folder: %w; choose another --data", err)
+	}
+	token := newToken()
+	if err := os.WriteFile(name, []byte(token+"\n"), 0o600); err != nil {
+		return "", fmt.Errorf("keep the token: %w", err)
+	}
+	return token, nil
+}
+
+func newToken() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails: https://pkg.go.dev/crypto/rand#Read
+	return hex.EncodeToString(b[:])
+}
+
+func loopback(addr string) bool {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return false
+	}
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// sayConnect prints how the other roles reach this broker.
+func (a *app) sayConnect(srv *broker.Server) {
+	fmt.Fprintln(a.std.err, "broker ready; the other roles connect with:")
+	u, err := url.Parse(srv.URL())
+	if err != nil {
+		return
+	}
+	if ip := net.ParseIP(u.Hostname()); ip != nil && ip.IsUnspecified() {
+		if name, err := os.Hostname(); err == nil {
+			u.Host = net.JoinHostPort(name, u.Port())
+		}
+	}
+	if srv.Token != "" {
+		fmt.Fprintf(a.std.err, "  export NATS_URL=%s MILLRACE_TOKEN=%s\n", u, srv.Token)
+		return
+	}
+	fmt.Fprintf(a.std.err, "  export NATS_URL=%s\n", u)
+}

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/user"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spf13/cobra"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+func (a *app) printJSON(v any) error {
+	if err := json.MarshalWrite(a.std.out, v, jsontext.WithIndent("  "), json.Deterministic(true)); err != nil {
+		return fmt.Errorf("print JSON: %w", err)
+	}
+	fmt.Fprintln(a.std.out)
+	return nil
+}
+
+// wantCommand makes cancel, pause and resume.
+func (a *app) wantCommand(verb string) *cobra.Command {
+	want := map[string]string{"cancel": proto.WantCancel, "pause": proto.WantPause, "resume": proto.WantRun}[verb]
+	short := map[string]string{
+		"cancel": "Cancel a job: what was done stays, the rest ends as batch_cancelled",
+		"pause":  "Pause a job: nothing new of it is started",
+		"resume": "Let a paused job go on",
+	}[verb]
+	var reason string
+	cmd := &cobra.Command{
+		Use:               verb + " JOB",
+		Short:             short,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.completeJobs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
+			defer cancel()
+			conn, v, err := a.find(ctx, args[0])
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			switch {
+			case v.State() == broker.StateFinished:
+				return coded{fmt.Errorf("job %s is finished; there is nothing to %s", v.Job.ID, verb), exitUsage}
+			case v.Control.Want == proto.WantCancel && want != proto.WantCancel:
+				return coded{fmt.Errorf("job %s was cancelled; run its command with --again for a fresh one", v.Job.ID), exitUsage}
+			}
+			if err := broker.Want(ctx, conn.JS, v.Job.ID, proto.Control{Want: want, Reason: reason, By: me()}); err != nil {
+				return err
+			}
+			fmt.Fprintf(a.std.err, "%s: told job %s (%d of %d lines have ended)\n", verb, v.Job.ID, v.Ended(), v.Job.Lines)
+			if v.State() == broker.StateOrphaned {
+				fmt.Fprintln(a.std.err, "nobody feeds this job at the moment; it takes effect when its command is run again")
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&reason, "reason", "", "kept with the job, for people")
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) find(ctx context.Context, job string) (*broker.Conn, broker.JobView, error) {
+	conn, err := a.control(ctx, job)
+	if err != nil {
+		return nil, broker.JobView{}, err
+	}
+	v, err := broker.Find(ctx, conn.JS, job)
+	if err != nil {
+		conn.Close()
+		return nil, v, err
+	}
+	return conn, v, nil
+}
+
+// me is who is asking, for people.
+func me() string {
+	host, _ := os.Hostname()
+	if u, err := user.Current(); err == nil {
+		return u.Username + "@" + host
+	}
+	return host
+}
+
+func (a *app) rmCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "rm JOB...",
+		Short: "Forget finished or cancelled jobs; their output files stay",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
+			defer cancel()
+			for _, arg := range args {
+				if err := a.remove(ctx, arg, force); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "also a job that is not finished: what it has done so far is lost")
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) remove(ctx context.Context, job string, force bool) error {
+	conn, v, err := a.find(ctx, job)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if v.State() != broker.StateFinished && !force {
+		return coded{fmt.Errorf("job %s is %s; cancel it first, or say --force", v.Job.ID, v.State()), exitUsage}
+	}
+	if err := broker.Remove(ctx, conn.JS, v); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.std.err, "removed", v.Job.ID)
+	return nil
+}
+
+func (a *app) doctorCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Say what is wrong with a broker and how to mend it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), 20*time.Second)
+			defer cancel()
+			findings, err := a.examine(ctx)
+			if err != nil {
+				return err
+			}
+			return a.printFindings(findings)
+		},
+	}
+	a.jsonFlag(cmd)
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) examine(ctx context.Context) ([]broker.Finding, error) {
+	findings := diskFindings(a.data)
+	conn, err := a.control(ctx, "")
+	if err != nil {
+		return append(findings, broker.Finding{Check: "connection", Level: broker.LevelBad, Found: err.Error(),
+			Mend: "start `millrace broker` (or nats-server -js), or name the right one with --nats, and its token with --token-file"}), nil
+	}
+	defer conn.Close()
+	return append(findings, broker.Doctor(ctx, conn)...), nil
+}
+
+// diskFindings looks at the disk of --data here.
+func diskFindings(dir string) []broker.Finding {
+	f := broker.Finding{Check: "disk of " + dir, Level: broker.LevelOK}
+	free, err := broker.FreeBytes(dir)
+	switch {
+	case err != nil:
+		f.Level, f.Found, f.Mend = broker.LevelBad, err.Error(), "choose another --data"
+	case free < 1<<30:
+		f.Level, f.Found, f.Mend = broker.LevelBad, fmt.Sprintf("%d MB free", free>>20), "free some space, or choose another --data"
+	default:
+		f.Found = fmt.Sprintf("%.1f GB free", float64(free)/1e9)
+	}
+	return []broker.Finding{f}
+}
+
+func (a *app) printFindings(fs []broker.Finding) error {
+	bad := 0
+	for _, f := range fs {
+		if f.Level == broker.LevelBad {
+			bad++
+		}
+	}
+	if a.json {
+		if err := a.printJSON(fs); err != nil {
+			return err
+		}
+	} else {
+		for _, f := range fs {
+			fmt.Fprintf(a.std.out, "%-4s  %s: %s\n", f.Level, f.Check, f.Found)
+			if f.Mend != "" {
+				fmt.Fprintf(a.std.out, "      → %s\n", f.Mend)
+			}
+		}
+	}
+	if bad > 0 {
+		return quiet(exitFailure)
+	}
+	return nil
+}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"millrace/broker"
+	"millrace/producer"
+)
+
+// Exit codes, also in README.
+const (
+	exitOK          = 0
+	exitFailure     = 1
+	exitUsage       = 2
+	exitSomeFailed  = 3 // finished, some lines failed
+	exitThreshold   = 4 // --fail-under missed
+	exitUnreachable = 7 // broker or engine
+	exitEnded       = 8 // timed out or cancelled
+	exitInvalid     = 9 // input
+)
+
+// coded is an error that knows its exit code.
+type coded struct {
+	error
+	code int
+}
+
+func (c coded) Unwrap() error { return c.error }
+
+func usagef(format string, args ...any) error { return coded{fmt.Errorf(format, args...), exitUsage} }
+
+// quiet is an exit code without a message: what there was to say has been said.
+type quiet int
+
+func (q quiet) Error() string { return fmt.Sprintf("exit %d", int(q)) }
+
+// signalled is the cause of a context that a signal ended.
+type signalled struct{ sig os.Signal }
+
+func (s signalled) Error() string { return "stopped by " + s.sig.String() }
+
+// report says what went wrong, once, and returns the exit code.
+func (a *app) report(err error) int {
+	var q quiet
+	if err == nil {
+		return exitOK
+	}
+	if errors.As(err, &q) {
+		return int(q)
+	}
+	fmt.Fprintln(a.std.err, "millrace:", err)
+	return exitCode(err)
+}
+
+func exitCode(err error) int {
+	var c coded
+	var s signalled
+	var bad *producer.InvalidInput
+	switch {
+	case errors.As(err, &c):
+		return c.code
+	case errors.As(err, &bad):
+		return exitInvalid
+	case errors.As(err, &s):
+		if n, ok := s.sig.(syscall.Signal); ok {
+			return 128 + int(n)
+		}
+		return 130
+	case errors.Is(err, broker.ErrUnreachable), errors.Is(err, errEngineUnreachable):
+		return exitUnreachable
+	case errors.Is(err, producer.ErrCancelled), errors.Is(err, producer.ErrExpired), errors.Is(err, context.DeadlineExceeded):
+		return exitEnded
+	}
+	return exitFailure
+}
+
+var errEngineUnreachable = errors.New("engine unreachable")

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"millrace/broker"
+	"millrace/producer"
+)
+
+// jobFlags say what to make of an input file.
+type jobFlags struct {
+	name, model, maxErrors, failUnder string
+	limit                             int64
+	maxAttempts                       int64
+	requestTimeout, timeout           time.Duration
+	ackWait                           time.Duration
+	window                            int64
+	skipInvalid, again                bool
+}
+
+func (j *jobFlags) bindInput(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&j.model, "model", "", "replace the model of every line by this one")
+	f.Int64Var(&j.limit, "limit", 0, "take only the first N lines")
+	f.BoolVar(&j.skipInvalid, "skip-invalid", false, "invalid lines become error lines instead of refusing the file")
+	f.StringVar(&j.name, "name", "", "name of the job; another name makes another job of the same file")
+	f.Int64Var(&j.maxAttempts, "max-attempts", 4, "tries of a line before it fails")
+	f.DurationVar(&j.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line")
+}
+
+func (j *jobFlags) bindJob(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&j.maxErrors, "max-errors", "", "stop feeding when N lines (or P%, of at least 100) have failed")
+	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired")
+	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) are ok")
+	f.BoolVar(&j.again, "again", false, "a fresh run of a job that is finished")
+	f.DurationVar(&j.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat before another worker gets it (default 1m)")
+	f.Int64Var(&j.window, "window", 0, "lines of the job in the queue at once (default: 20,000, or 3 times what all workers hold)")
+	if err := f.MarkHidden("window"); err != nil {
+		panic(err) // the flag is defined in the line above
+	}
+}
+
+// check refuses what cannot be meant.
+func (j *jobFlags) check() error {
+	if j.maxErrors != "" {
+		if _, _, err := number(j.maxErrors); err != nil {
+			return usagef("--max-errors: %w", err)
+		}
+	}
+	if j.failUnder != "" {
+		if _, _, err := number(j.failUnder); err != nil {
+			return usagef("--fail-under: %w", err)
+		}
+	}
+	switch {
+	case j.limit < 0:
+		return usagef("--limit is %d, must not be negative", j.limit)
+	case j.maxAttempts < 1 || j.maxAttempts > 100:
+		return usagef("--max-attempts is %d, must be 1 to 100", j.maxAttempts)
+	case j.requestTimeout <= 0:
+		return usagef("--request-timeout is %s, must be positive", j.requestTimeout)
+	case j.ackWait != 0 && j.ackWait < 500*time.Millisecond:
+		return usagef("--ack-wait is %s, must be at least 500ms", j.ackWait)
+	}
+	return nil
+}
+
+// number reads "N" or "P%".
+func number(s string) (n float64, percent bool, err error) {
+	t, percent := strings.CutSuffix(strings.TrimSpace(s), "%")
+	n, err = strconv.ParseFloat(strings.TrimSpace(t), 64)
+	if err != nil || n < 0 || percent && n > 100 {
+		return 0, false, fmt.Errorf("%q is neither a number nor a percentage", s)
+	}
+	return n, percent, nil
+}
+
+// scan reads the input once. What it lays down lies in a folder of its own under --data, which the function it
+// returns removes.
+func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int64) (*producer.Dataset, func(), error) {
+	parent := filepath.Join(a.data, "scan")
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return nil, nil, fmt.Errorf("make a folder for state: %w; choose another --data", err)
+	}
+	sweepScans(parent)
+	dir, err := os.MkdirTemp(parent, "*")
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a folder for state: %w; choose another --data", err)
+	}
+	lock, err := broker.LockDir(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	clean := func() {
+		lock.Unlock()
+		if err := os.RemoveAll(dir); err != nil {
+			a.log.Warn("remove the scan's folder", "error", err)
+		}
+	}
+	ds, err := producer.Scan(ctx, producer.Input{
+		Path: file, Stdin: a.std.in, Name: j.name, Override: j.model, Limit: j.limit, SkipInvalid: j.skipInvalid,
+		MaxPayload: maxPayload, Dir: dir, MaxAttempts: j.maxAttempts, TimeoutMS: j.requestTimeout.Milliseconds(),
+		Program: programVersion(),
+	}, a.scanProgress())
+	if err != nil {
+		clean()
+		return nil, nil, err
+	}
+	return ds, func() {
+		if err := ds.Close(); err != nil {
+			a.log.Warn("close the input", "error", err)
+		}
+		clean()
+	}, nil
+}
+
+// sweepScans removes what killed processes left.
+func sweepScans(parent string) {
+	dirs, _ := filepath.Glob(filepath.Join(parent, "*")) // the pattern is well formed
+	for _, d := range dirs {
+		if l, err := broker.LockDir(d); err == nil {
+			_ = os.RemoveAll(d) // the next command tries again
+			l.Unlock()
+		}
+	}
+}
+
+// scanProgress says now and then how far a long scan is.
+func (a *app) scanProgress() func(bytes, lines int64) {
+	last := time.Now()
+	return func(bytes, lines int64) {
+		if time.Since(last) > 5*time.Second {
+			last = time.Now()
+			fmt.Fprintf(a.std.err, "reading the input: %d lines, %d MB\n", lines, bytes>>20)
+		}
+	}
+}

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"millrace/aggregator"
+	"millrace/proto"
+	"millrace/sim"
+)
+
+// writeInput writes n valid chat lines, each with a prompt of its own. edit may change a line.
+func writeInput(t *testing.T, n int, edit func(i int, line string) string) string {
+	t.Helper()
+	var b bytes.Buffer
+	for i := range n {
+		line := fmt.Sprintf(`{"custom_id":"id-%d","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"question %d of the mill race"}],"max_tokens":%d}}`, i, i, 4+i%5)
+		if edit != nil {
+			line = edit(i, line)
+		}
+		b.WriteString(line + "\n")
+	}
+	name := filepath.Join(t.TempDir(), "input.jsonl")
+	if err := os.WriteFile(name, b.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// want is what the oracle knows of an input.
+type want struct {
+	hash  map[string]string // custom_id → hash of its prompt
+	lines int
+}
+
+func readInput(t *testing.T, name string) want {
+	t.Helper()
+	w := want{hash: map[string]string{}}
+	eachLine(t, name, func(b []byte) {
+		l, err := proto.ParseLine(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := sim.PromptHash(l.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.hash[l.CustomID] = h
+		w.lines++
+	})
+	return w
+}
+
+func eachLine(t *testing.T, name string, visit func([]byte)) {
+	t.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	sc := bufio.NewScanner(f)
+	sc.Buffer(nil, 32<<20)
+	for sc.Scan() {
+		visit(sc.Bytes())
+	}
+	if err := sc.Err(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// counts is what the oracle found in the files.
+type counts struct{ ok, failed int }
+
+// oracle closes every end-to-end test: every line of the input ended as exactly one line of the output or of the
+// error file, each answer carries the hash of its own prompt, and the manifest says what is there.
+func oracle(t *testing.T, input, output, errors, manifest string) counts {
+	t.Helper()
+	w := readInput(t, input)
+	seen := map[string]bool{}
+	var c counts
+	var tokens proto.Usage
+	once := func(l *proto.OutputLine, file string) string {
+		if l.CustomID == nil {
+			t.Errorf("%s: a line without custom_id", file)
+			return ""
+		}
+		id := *l.CustomID
+		if _, ok := w.hash[id]; !ok {
+			t.Errorf("%s: %s is not in the input", file, id)
+		}
+		if seen[id] {
+			t.Errorf("%s: %s is there twice", file, id)
+		}
+		seen[id] = true
+		return id
+	}
+	eachLine(t, output, func(b []byte) {
+		l := parseOutput(t, b)
+		id := once(l, "output")
+		c.ok++
+		if l.Response == nil || l.Error != nil || l.Response.StatusCode != 200 {
+			t.Errorf("%s: not an ok line: %s", id, b)
+			return
+		}
+		if !strings.Contains(string(l.Response.Body), `"sim:`+w.hash[id]+` `) {
+			t.Errorf("%s: not the answer to its own prompt: %s", id, b)
+		}
+		u := proto.ReadUsage(l.Response.Body)
+		tokens.Prompt += u.Prompt
+		tokens.Completion += u.Completion
+	})
+	eachLine(t, errors, func(b []byte) {
+		l := parseOutput(t, b)
+		once(l, "errors")
+		c.failed++
+	})
+	if len(seen) != w.lines {
+		t.Errorf("%d lines ended, the input has %d", len(seen), w.lines)
+	}
+	m, reasons, err := aggregator.Verify(manifest)
+	if err != nil || len(reasons) > 0 {
+		t.Fatalf("manifest: %v %v", reasons, err)
+	}
+	checkManifest(t, m, c, tokens)
+	return c
+}
+
+func parseOutput(t *testing.T, b []byte) *proto.OutputLine {
+	t.Helper()
+	l, err := proto.ParseOutput(b)
+	if err != nil {
+		t.Fatalf("%v: %s", err, b)
+	}
+	return l
+}
+
+// oracleDir is the oracle for a folder of `millrace aggregate`.
+func oracleDir(t *testing.T, input, dir string) counts {
+	t.Helper()
+	return oracle(t, input, filepath.Join(dir, "output.jsonl"), filepath.Join(dir, "errors.jsonl"), filepath.Join(dir, "manifest.json"))
+}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"millrace/broker"
+	"millrace/producer"
+	"millrace/proto"
+)
+
+func (a *app) validateCommand() *cobra.Command {
+	var j jobFlags
+	cmd := &cobra.Command{
+		Use:   "validate FILE",
+		Short: "Check every line of an input file, enqueue nothing",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			take, _, done := a.phases(cmd.Context(), "")
+			defer done()
+			if err := j.check(); err != nil {
+				return err
+			}
+			ds, clean, err := a.scan(take, &j, args[0], 0)
+			if err != nil {
+				return a.invalid(err)
+			}
+			defer clean()
+			job := ds.Job()
+			if a.json {
+				return a.printJSON(map[string]any{"job": job.ID, "lines": job.Lines, "invalid": job.Invalid, "bytes": job.Bytes, "sha256": job.SHA256, "models": rowOfJob(&broker.JobView{Job: job}).Models})
+			}
+			fmt.Fprintf(a.std.out, "%d lines are valid, %d are not; job %s, sha256 %s\n", job.Lines-job.Invalid, job.Invalid, job.ID, job.SHA256)
+			for _, m := range job.Models {
+				fmt.Fprintf(a.std.out, "  %s: %d lines\n", m.Model, m.Lines)
+			}
+			return nil
+		},
+	}
+	j.bindInput(cmd)
+	a.jsonFlag(cmd)
+	return cmd
+}
+
+// invalid prints what is wrong with the lines of an input, one per line of the error stream.
+func (a *app) invalid(err error) error {
+	var bad *producer.InvalidInput
+	if !errors.As(err, &bad) {
+		return err
+	}
+	for _, e := range bad.Errors {
+		fmt.Fprintf(a.std.err, "line %d: %s\n", e.Line, e.Message)
+	}
+	if n := bad.Total - int64(len(bad.Errors)); n > 0 {
+		fmt.Fprintf(a.std.err, "… and %d more\n", n)
+	}
+	return err
+}
+
+func (a *app) produceCommand() *cobra.Command {
+	var j jobFlags
+	var detach bool
+	cmd := &cobra.Command{
+		Use:   "produce FILE",
+		Short: "Enqueue a file for the fleet and stay with it until every line has ended",
+		Long: `Validate FILE (OpenAI batch JSONL, also .gz and .zst, - for standard input), enqueue its lines and stay with the
+job: refill, send again what got lost, report. The same command again continues the same job. With --detach the
+input is copied to the broker and the fleet's aggregator stays with the job instead.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := j.check(); err != nil {
+				return err
+			}
+			take, _, done := a.phases(cmd.Context(), "the same command continues")
+			defer done()
+			return a.produce(take, &j, args[0], detach)
+		},
+	}
+	j.bindInput(cmd)
+	j.bindJob(cmd)
+	cmd.Flags().BoolVar(&detach, "detach", false, "leave the input with the broker and return")
+	a.jsonFlag(cmd)
+	a.metricsFlag(cmd)
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool) error {
+	reg, stopMetrics, err := a.serveMetrics()
+	if err != nil {
+		return err
+	}
+	defer stopMetrics()
+	conn, err := a.connect(ctx, "producer", 15*time.Second)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ds, clean, err := a.scan(ctx, j, file, conn.NC.MaxPayload())
+	if err != nil {
+		return a.invalid(err)
+	}
+	defer clean()
+	if err := (broker.Declarer{JS: conn.JS}).Base(ctx); err != nil {
+		return err
+	}
+	job, err := a.create(ctx, conn, ds, j)
+	if err != nil {
+		return err
+	}
+	if v, err := broker.Get(ctx, conn.JS, job.ID); err == nil && v.State() == broker.StateFinished {
+		fmt.Fprintf(a.std.err, "job %s is finished; --again makes a fresh run\n", job.ID)
+		return a.finish(&v, j)
+	}
+	if detach {
+		if err := producer.Detach(ctx, conn, ds, job); err != nil {
+			return err
+		}
+		fmt.Fprintf(a.std.err, "job %s (%d lines) lies with the broker; follow it with: millrace status %s --watch\n", job.ID, job.Lines, job.ID)
+		fmt.Fprintln(a.std.out, job.ID)
+		return nil
+	}
+	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
+	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg,
+		Window: j.window, AckWait: j.ackWait}
+	return a.own(ctx, conn, o, j)
+}
+
+// create registers the job, and names an older one of the same input whose content was another.
+func (a *app) create(ctx context.Context, conn *broker.Conn, ds *producer.Dataset, j *jobFlags) (proto.Job, error) {
+	spec := ds.Job()
+	spec.MaxErrors, spec.LifetimeMS = j.maxErrors, j.timeout.Milliseconds()
+	job, old, err := producer.Create(ctx, conn, spec, j.again)
+	if err != nil {
+		return job, err
+	}
+	if old != nil {
+		fmt.Fprintf(a.std.err, "note: %s has changed since job %s; this is a new job\n", filepath.Base(job.Input), old.ID)
+	}
+	return job, nil
+}
+
+// own runs the owner of the job's input, or watches the one that there is, and reports the end.
+func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner, j *jobFlags) error {
+	wctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	seen := make(chan broker.JobView, 1)
+	go func() {
+		v, _ := a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+		seen <- v // an interrupted watch has seen what it has seen
+	}()
+	err := o.Run(ctx)
+	switch {
+	case errors.Is(err, broker.ErrLeaseHeld):
+		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it\n", o.Job.ID, err)
+	case err != nil && !errors.Is(err, producer.ErrCancelled) && !errors.Is(err, producer.ErrExpired):
+		cancel()
+		<-seen
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return err
+	}
+	v := <-seen
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if ferr := a.finish(&v, j); err == nil || errors.Is(err, broker.ErrLeaseHeld) {
+		return ferr
+	}
+	return err
+}
+
+// finish prints the end of a job and says which exit code it deserves.
+func (a *app) finish(v *broker.JobView, j *jobFlags) error {
+	if err := a.summary(v); err != nil {
+		return err
+	}
+	return verdict(v, j)
+}
+
+func verdict(v *broker.JobView, j *jobFlags) error {
+	p := &v.Progress
+	if p.Verdict != "" && p.Verdict != "VALID" {
+		return quiet(exitFailure)
+	}
+	if j.failUnder != "" {
+		n, percent, _ := number(j.failUnder) // checked before the start
+		is := float64(p.OK)
+		if percent {
+			is = 100 * float64(p.OK) / float64(max(v.Job.Lines, 1))
+		}
+		if is < n {
+			return coded{fmt.Errorf("%d of %d lines are ok, less than --fail-under %s", p.OK, v.Job.Lines, j.failUnder), exitThreshold}
+		}
+	}
+	if p.Failed > 0 {
+		return quiet(exitSomeFailed)
+	}
+	return nil
+}
+
+// exists says whether a file is there.
+func exists(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
+}

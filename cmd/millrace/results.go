@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/spf13/cobra"
+
+	"millrace/aggregator"
+	"millrace/broker"
+	"millrace/proto"
+)
+
+func (a *app) resultsCommand() *cobra.Command {
+	var follow, failed, all bool
+	cmd := &cobra.Command{
+		Use:   "results JOB",
+		Short: "Print results as lines of an output file, also while the job runs",
+		Long: `Print the results of a job, one JSON line each, in the order in which they came (input order once it is
+finished). While the job runs, a line that failed may still come again as ok; with --errors or --all it is printed
+both times.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.completeJobs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			take, _, done := a.phases(cmd.Context(), "")
+			defer done()
+			conn, v, err := a.find(take, args[0])
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			which := proto.WhichOK
+			switch {
+			case failed && all:
+				return usagef("--errors and --all exclude each other")
+			case failed:
+				which = proto.WhichErrors
+			case all:
+				which = proto.WhichAll
+			}
+			return a.results(take, conn, v.Job.ID, which, follow)
+		},
+	}
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the job is finished")
+	cmd.Flags().BoolVar(&failed, "errors", false, "the lines that failed instead of those that are ok")
+	cmd.Flags().BoolVar(&all, "all", false, "both")
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) results(ctx context.Context, conn *broker.Conn, id, which string, follow bool) error {
+	q := proto.ResultsQuestion{Job: id, MaxBytes: 1 << 20, Which: which}
+	for {
+		var ans proto.ResultsAnswer
+		err := ask(ctx, conn, proto.SubjectResults, &q, &ans)
+		switch {
+		case err != nil && ctx.Err() != nil:
+			return stopped(ctx)
+		case err != nil && !follow:
+			return err
+		case err == nil && ans.Error != "":
+			return errors.New(ans.Error)
+		case err == nil && !ans.Known:
+			return fmt.Errorf("the aggregator does not know job %s", id)
+		case err == nil:
+			if _, err := a.std.out.Write(ans.Data); err != nil {
+				return fmt.Errorf("print results: %w", err)
+			}
+			if ans.Done || len(ans.Data) == 0 && !follow {
+				return nil
+			}
+			more := len(ans.Data) > 0
+			q.Cursor = ans.Next
+			if more {
+				continue
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return stopped(ctx)
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
+
+type encoder interface{ Encode() ([]byte, error) }
+type decoder interface{ Decode([]byte) error }
+
+// ask puts a question to the aggregator.
+func ask(ctx context.Context, conn *broker.Conn, subject string, q encoder, ans decoder) error {
+	b, err := q.Encode()
+	if err != nil {
+		return err
+	}
+	actx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	msg, err := conn.NC.RequestWithContext(actx, subject, b)
+	if errors.Is(err, nats.ErrNoResponders) {
+		return fmt.Errorf("no aggregator answers; start `millrace aggregate` or `millrace serve`: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("ask the aggregator: %w", err)
+	}
+	return ans.Decode(msg.Data)
+}
+
+func (a *app) verifyCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "verify MANIFEST|DIR|JOB",
+		Short: "Recompute a finished job's manifest from its files",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			reasons, err := a.verify(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				if err := a.printJSON(map[string]any{"valid": len(reasons) == 0, "reasons": append([]string{}, reasons...)}); err != nil {
+					return err
+				}
+			} else if len(reasons) == 0 {
+				fmt.Fprintln(a.std.out, "VALID")
+			} else {
+				fmt.Fprintln(a.std.out, "INVALID")
+				for _, r := range reasons {
+					fmt.Fprintln(a.std.out, " ", r)
+				}
+			}
+			if len(reasons) > 0 {
+				return quiet(exitFailure)
+			}
+			return nil
+		},
+	}
+	a.jsonFlag(cmd)
+	a.natsFlags(cmd)
+	return cmd
+}
+
+// verify looks at files here, or asks the aggregator of a job.
+func (a *app) verify(ctx context.Context, what string) ([]string, error) {
+	name, err := manifestAt(what)
+	if err == nil {
+		_, reasons, err := aggregator.Verify(name)
+		return reasons, err
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	conn, v, err := a.find(ctx, what)
+	if errors.Is(err, broker.ErrUnreachable) {
+		return nil, fmt.Errorf("%s is no file here, and no broker to ask for a job of that name: %w", what, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	var ans proto.VerifyAnswer
+	if err := ask(ctx, conn, proto.SubjectVerify, &proto.VerifyQuestion{Job: v.Job.ID}, &ans); err != nil {
+		return nil, err
+	}
+	switch {
+	case ans.Error != "":
+		return nil, errors.New(ans.Error)
+	case !ans.Valid && len(ans.Reasons) == 0:
+		return []string{"the aggregator gave no reason"}, nil
+	}
+	return ans.Reasons, nil
+}
+
+// manifestAt is the manifest at path: the file itself, or the only one in the folder.
+func manifestAt(path string) (string, error) {
+	st, err := os.Stat(path)
+	if err != nil || !st.IsDir() {
+		return path, err
+	}
+	names, err := filepath.Glob(filepath.Join(path, "*manifest.json"))
+	if err != nil {
+		return "", fmt.Errorf("look for a manifest: %w", err)
+	}
+	if len(names) != 1 {
+		return "", fmt.Errorf("%s holds %d manifests; name one", path, len(names))
+	}
+	return names[0], nil
+}

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/lmittmann/tint"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// version is set by the linker (make build, make release).
+var version = ""
+
+func programVersion() string {
+	if version != "" {
+		return version
+	}
+	if bi, ok := debug.ReadBuildInfo(); ok && bi.Main.Version != "" && bi.Main.Version != "(devel)" {
+		return bi.Main.Version
+	}
+	return "devel"
+}
+
+// app is what all commands share: the flags that every command has, and the standard streams.
+type app struct {
+	std     stdio
+	log     *slog.Logger
+	verbose bool
+	json    bool
+	data    string
+	metrics string
+	nats    natsFlags
+}
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "millrace",
+		Short: "Run JSONL files of LLM requests over a fleet of GPUs, every line exactly once",
+		Long: `millrace runs a JSONL file of LLM requests (OpenAI batch format) over any number of vLLM or other
+OpenAI-compatible servers. Every line ends as exactly one line of the output or of the error file.
+
+  millrace run requests.jsonl --engine http://localhost:8000        everything in one process
+  millrace serve, millrace worker, millrace produce                 the same, spread over machines`,
+		Version:           programVersion(),
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return a.prepare(cmd) },
+	}
+	root.SetOut(a.std.out)
+	root.SetErr(a.std.err)
+	root.SetIn(a.std.in)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usagef("%w; see `%s --help`", err, cmd.CommandPath())
+	})
+	pf := root.PersistentFlags()
+	pf.BoolVarP(&a.verbose, "verbose", "v", false, "log details")
+	pf.StringVar(&a.data, "data", "", "folder for state (default: $XDG_STATE_HOME/millrace)")
+	root.AddGroup(&cobra.Group{ID: "work", Title: "Run jobs:"}, &cobra.Group{ID: "roles", Title: "Roles of a fleet:"},
+		&cobra.Group{ID: "control", Title: "Look and control:"})
+	add := func(group string, cmds ...*cobra.Command) {
+		for _, c := range cmds {
+			c.GroupID = group
+			root.AddCommand(c)
+		}
+	}
+	add("work", a.runCommand(), a.produceCommand(), a.validateCommand())
+	add("roles", a.brokerCommand(), a.aggregateCommand(), a.serveCommand(), a.workerCommand(), a.simCommand())
+	add("control", a.statusCommand(), a.jobsCommand(), a.wantCommand("cancel"), a.wantCommand("pause"), a.wantCommand("resume"),
+		a.resultsCommand(), a.verifyCommand(), a.rmCommand(), a.doctorCommand())
+	return root
+}
+
+// prepare fills flags from the environment and opens the log.
+func (a *app) prepare(cmd *cobra.Command) error {
+	if err := fromEnv(cmd.Flags(), os.LookupEnv); err != nil {
+		return err
+	}
+	if a.data == "" {
+		a.data = defaultData()
+	}
+	level := slog.LevelInfo
+	if a.verbose {
+		level = slog.LevelDebug
+	}
+	a.log = slog.New(tint.NewHandler(a.std.err, &tint.Options{Level: level, TimeFormat: time.TimeOnly, NoColor: !terminal(a.std.err)}))
+	return nil
+}
+
+// fromEnv sets each flag that was not given from MILLRACE_<FLAG>, dashes as underscores.
+func fromEnv(fs *pflag.FlagSet, env func(string) (string, bool)) error {
+	var err error
+	fs.VisitAll(func(f *pflag.Flag) {
+		name := "MILLRACE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		v, ok := env(name)
+		if !ok || v == "" || f.Changed || err != nil {
+			return
+		}
+		values := []string{v}
+		if f.Value.Type() == "stringArray" { // several, with commas
+			values = strings.Split(v, ",")
+		}
+		for _, v := range values {
+			if e := fs.Set(f.Name, strings.TrimSpace(v)); e != nil {
+				err = usagef("environment variable %s: %w", name, e)
+			}
+		}
+	})
+	return err
+}
+
+func defaultData() string {
+	if d := os.Getenv("XDG_STATE_HOME"); d != "" {
+		return filepath.Join(d, "millrace")
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return filepath.Join(os.TempDir(), fmt.Sprintf("millrace-%d", os.Getuid()))
+	}
+	return filepath.Join(home, ".local", "state", "millrace")
+}
+
+// terminal says whether w is one.
+func terminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	st, err := f.Stat()
+	return err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb"
+}
+
+func (a *app) jsonFlag(cmd *cobra.Command) { cmd.Flags().BoolVar(&a.json, "json", false, "print JSON") }

@@ -1,0 +1,325 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"millrace/aggregator"
+	"millrace/broker"
+	"millrace/producer"
+	"millrace/proto"
+	"millrace/sim"
+	"millrace/worker"
+)
+
+// runFlags are those of `millrace run`.
+type runFlags struct {
+	jobFlags
+	engineFlags
+	output string
+	sync   string
+}
+
+func (a *app) runCommand() *cobra.Command {
+	var r runFlags
+	cmd := &cobra.Command{
+		Use:   "run FILE --engine URL",
+		Short: "Run a file on one or more engines, everything in this process",
+		Long: `Run FILE (OpenAI batch JSONL, also .gz and .zst, - for standard input) on one or more engines: broker, workers,
+aggregator and producer in this one process. The same command again continues what an interruption left.
+
+  millrace run requests.jsonl --engine http://localhost:8000 --engine http://gpu2:8000 -o results.jsonl
+  millrace run requests.jsonl --engine sim                 try it without a GPU, on a simulated engine`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := r.check(); err != nil {
+				return err
+			}
+			if len(r.urls) == 0 {
+				return usagef("no engine; give --engine URL, such as http://localhost:8000, or --engine sim to try without one")
+			}
+			take, stop, done := a.phases(cmd.Context(), "the same command continues")
+			defer done()
+			return a.runFile(take, stop, &r, args[0])
+		},
+	}
+	r.bindInput(cmd)
+	r.bindJob(cmd)
+	r.bind(cmd)
+	f := cmd.Flags()
+	f.StringVarP(&r.output, "output", "o", "", "output file (default: the input's name with .results); errors and manifest beside it")
+	f.StringVar(&r.sync, "sync", "1s", "when the queue's disk is flushed: 1s or always")
+	a.jsonFlag(cmd)
+	a.metricsFlag(cmd)
+	return cmd
+}
+
+// files are where the results of a run go: results.jsonl, results.errors.jsonl, results.manifest.json.
+func (r *runFlags) files(input string) (aggregator.Files, error) {
+	out := r.output
+	if out == "" {
+		name := input
+		if input == "-" {
+			name = "stdin.jsonl"
+		}
+		out = trimKnown(name) + ".results.jsonl"
+	}
+	out, err := filepath.Abs(out)
+	if err != nil {
+		return aggregator.Files{}, fmt.Errorf("find the output folder: %w", err)
+	}
+	base := strings.TrimSuffix(out, ".jsonl")
+	return aggregator.Files{Output: out, Errors: base + ".errors.jsonl", Manifest: base + ".manifest.json"}, nil
+}
+
+func trimKnown(name string) string {
+	for _, ext := range []string{".gz", ".zst", ".jsonl", ".json"} {
+		name = strings.TrimSuffix(name, ext)
+	}
+	return name
+}
+
+func (a *app) runFile(take, stop context.Context, r *runFlags, file string) error {
+	files, err := r.files(file)
+	if err != nil {
+		return err
+	}
+	if err := writable(filepath.Dir(files.Output)); err != nil {
+		return err
+	}
+	ds, clean, err := a.scan(take, &r.jobFlags, file, proto.MaxPayload)
+	if err != nil {
+		return a.invalid(err)
+	}
+	defer clean()
+	job := ds.Job()
+	job.MaxErrors, job.LifetimeMS = r.maxErrors, r.timeout.Milliseconds()
+	p, err := a.place(&job, r.again)
+	if err != nil {
+		return err
+	}
+	if p.finished != "" {
+		return a.showFinished(&job, p.finished, &r.jobFlags)
+	}
+	a.nameOlder(&job)
+	lock, err := broker.LockDir(p.dir)
+	if errors.Is(err, broker.ErrInUse) {
+		return a.watchRun(take, &job, p.dir, &r.jobFlags)
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Unlock()
+	if err := a.preflight(&job, p.dir, files); err != nil {
+		return err
+	}
+	if err := p.remember(&job, files); err != nil {
+		return err
+	}
+	v, err := a.runJob(take, stop, r, ds, job, p, files)
+	if err != nil && !errors.Is(err, producer.ErrCancelled) && !errors.Is(err, producer.ErrExpired) {
+		return err
+	}
+	p.finish(a, files)
+	if ferr := a.finish(&v, &r.jobFlags); err == nil {
+		return ferr
+	}
+	return err
+}
+
+// preflight refuses a job that the disks cannot hold.
+func (a *app) preflight(job *proto.Job, dir string, files aggregator.Files) error {
+	return producer.Preflight(job, map[string]string{"--data": dir, "--output": filepath.Dir(files.Output)})
+}
+
+// runJob starts every role in order, runs the job, and stops them in reverse.
+func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Dataset, job proto.Job, p *place, files aggregator.Files) (v broker.JobView, err error) {
+	reg, stopMetrics, err := a.serveMetrics()
+	if err != nil {
+		return v, err
+	}
+	defer stopMetrics()
+	if err := a.engines(take, r, &job); err != nil {
+		return v, err
+	}
+	srv := &broker.Server{Dir: filepath.Join(p.dir, "broker"), Addr: "127.0.0.1:0", Token: newToken(), SyncAlways: r.sync == "always", Log: a.log}
+	if err := srv.Start(take); err != nil {
+		return v, err
+	}
+	defer srv.Stop()
+	if err := (endpoint{URL: srv.URL(), Token: srv.Token, PID: os.Getpid()}).write(p.dir); err != nil {
+		return v, err
+	}
+	conn, err := srv.Connect(take, "run")
+	if err != nil {
+		return v, err
+	}
+	defer conn.Close()
+	if err := a.declareRun(take, conn, srv, &job, r.ackWait); err != nil {
+		return v, err
+	}
+	stopAgg, err := a.startAggregator(srv, job, p, files, reg)
+	if err != nil {
+		return v, err
+	}
+	defer func() { err = errors.Join(err, stopAgg()) }()
+	wconn, err := srv.Connect(take, "worker")
+	if err != nil {
+		return v, err
+	}
+	defer wconn.Close()
+	ws, err := a.workers(wconn, &r.engineFlags, reg, r.ackWait, filepath.Join(p.dir, "worker"))
+	if err != nil {
+		return v, err
+	}
+	c := startCrew(take, stop, ws)
+	defer func() { err = errors.Join(err, c.stop()) }()
+	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
+	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
+	return a.ownRun(take, conn, o)
+}
+
+// declareRun declares the queues. Nobody but our own dead predecessor can hold requests of this broker: they are
+// made available at once.
+func (a *app) declareRun(ctx context.Context, conn *broker.Conn, srv *broker.Server, job *proto.Job, ackWait time.Duration) error {
+	free, err := broker.FreeBytes(srv.Dir)
+	if err != nil {
+		return err
+	}
+	d := broker.Declarer{JS: conn.JS, Disk: free, AckWait: ackWait}
+	if err := d.Base(ctx); err != nil {
+		return err
+	}
+	for _, m := range job.Models {
+		if err := d.Model(ctx, m.Model); err != nil {
+			return err
+		}
+		if err := d.Redelivered(ctx, m.Model); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *app) startAggregator(srv *broker.Server, job proto.Job, p *place, files aggregator.Files, reg prometheus.Registerer) (stop func() error, err error) {
+	ctx, cancel := context.WithCancel(context.Background()) // it outlives the workers, to fold what they still publish
+	conn, err := srv.Connect(ctx, "aggregator")
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	agg := &aggregator.Aggregator{Conn: conn, Self: broker.Self(), Dir: filepath.Join(p.dir, "aggregate"), SharedDisk: true, Log: a.log,
+		Registry: reg, Program: programVersion(), Output: func(*proto.Job) aggregator.Files { return files }}
+	over := make(chan error, 1)
+	go func() { over <- agg.Run(ctx) }()
+	return func() error {
+		cancel()
+		defer conn.Close()
+		if err := <-over; err != nil && !errors.Is(err, context.Canceled) {
+			return err
+		}
+		return nil
+	}, nil
+}
+
+// ownRun feeds the job and shows its progress until it is finished.
+func (a *app) ownRun(ctx context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
+	wctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	seen := make(chan broker.JobView, 1)
+	go func() {
+		v, _ := a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+		seen <- v // an interrupted watch has seen what it has seen
+	}()
+	err := o.Run(ctx)
+	if err != nil && !errors.Is(err, producer.ErrCancelled) && !errors.Is(err, producer.ErrExpired) {
+		cancel()
+	}
+	v := <-seen
+	if ctx.Err() != nil {
+		return v, context.Cause(ctx)
+	}
+	return v, err
+}
+
+// engines starts simulated engines where they are asked for, and refuses models that no engine serves.
+func (a *app) engines(ctx context.Context, r *runFlags, job *proto.Job) error {
+	if slices.Contains(r.urls, "sim") {
+		urls, err := a.simulate(ctx, job)
+		if err != nil {
+			return err
+		}
+		r.urls = append(slices.DeleteFunc(r.urls, func(u string) bool { return u == "sim" }), urls...)
+		fmt.Fprintln(a.std.err, "note: --engine sim answers with simulated text; no model runs")
+	}
+	key, err := r.apiKey()
+	if err != nil {
+		return err
+	}
+	served := map[string]bool{}
+	for _, u := range r.urls {
+		eng, err := worker.NewHTTP(u, key)
+		if err != nil {
+			return coded{err, exitUsage}
+		}
+		pctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		st, err := eng.Probe(pctx)
+		cancel()
+		if err != nil || st.State != proto.EngineReady { // it may serve anything once it is up; its worker waits and says so
+			return nil
+		}
+		for _, m := range st.Models {
+			served[m] = true
+		}
+	}
+	return unservedModels(job, served)
+}
+
+func unservedModels(job *proto.Job, served map[string]bool) error {
+	var have, miss []string
+	for m := range served {
+		have = append(have, m)
+	}
+	for _, m := range job.Models {
+		if !served[m.Model] {
+			miss = append(miss, m.Model)
+		}
+	}
+	if len(miss) == 0 {
+		return nil
+	}
+	slices.Sort(have)
+	return coded{fmt.Errorf("no engine serves %s; served are %s. Start an engine for it, or use --model to replace the model of every line",
+		strings.Join(miss, ", "), strings.Join(have, ", ")), exitInvalid}
+}
+
+// simulate starts one simulated engine for each model of the job. They end with ctx.
+func (a *app) simulate(ctx context.Context, job *proto.Job) ([]string, error) {
+	var urls []string
+	for _, m := range job.Models {
+		eng, err := sim.New(sim.Config{Models: []string{m.Model}})
+		if err != nil {
+			return nil, fmt.Errorf("start the simulated engine: %w", err)
+		}
+		up := make(chan net.Addr, 1)
+		failed := make(chan error, 1)
+		go func() { failed <- eng.ListenAndServe(ctx, "127.0.0.1:0", func(at net.Addr) { up <- at }) }()
+		select {
+		case at := <-up:
+			urls = append(urls, "http://"+at.String())
+		case err := <-failed:
+			return nil, fmt.Errorf("start the simulated engine: %w", err)
+		}
+	}
+	return urls, nil
+}

@@ -1,0 +1,302 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// overview is what `status --json` prints.
+type overview struct {
+	Jobs    []jobRow    `json:"jobs"`
+	Workers []workerRow `json:"workers"`
+	Queues  []queueRow  `json:"queues"`
+}
+
+type jobRow struct {
+	ID         string           `json:"id"`
+	Name       string           `json:"name,omitempty"`
+	State      string           `json:"state"`
+	Note       string           `json:"note,omitempty"`
+	Lines      int64            `json:"lines"`
+	OK         int64            `json:"ok"`
+	Failed     int64            `json:"failed"`
+	Enqueued   int64            `json:"enqueued"`
+	Resent     int64            `json:"resent"`
+	Duplicates int64            `json:"duplicates"`
+	Prompt     int64            `json:"prompt_tokens"`
+	Completion int64            `json:"completion_tokens"`
+	RateLines  float64          `json:"lines_per_second"`
+	RateTokens float64          `json:"output_tokens_per_second"`
+	Input      string           `json:"input"`
+	SHA256     string           `json:"sha256"`
+	Models     map[string]int64 `json:"models"`
+	Host       string           `json:"results_host,omitempty"`
+	Output     string           `json:"output,omitempty"`
+	Errors     string           `json:"errors,omitempty"`
+	Manifest   string           `json:"manifest,omitempty"`
+	Verdict    string           `json:"verdict,omitempty"`
+	TopErrors  []topError       `json:"top_errors,omitempty"`
+}
+
+type topError struct {
+	Code     string `json:"code"`
+	Status   int64  `json:"status,omitempty"`
+	Count    int64  `json:"count"`
+	CustomID string `json:"custom_id"`
+	Message  string `json:"message"`
+}
+
+type workerRow struct {
+	ID       string   `json:"id"`
+	Host     string   `json:"host"`
+	Engine   string   `json:"engine"`
+	Version  string   `json:"engine_version"`
+	Models   []string `json:"models"`
+	State    string   `json:"state"`
+	Reason   string   `json:"reason,omitempty"`
+	Limit    int64    `json:"limit"`
+	InFlight int64    `json:"in_flight"`
+	Held     int64    `json:"held"`
+	OK       int64    `json:"ok"`
+	Failed   int64    `json:"failed"`
+}
+
+type queueRow struct {
+	Model    string `json:"model"`
+	Waiting  int64  `json:"waiting"`
+	HandedTo int64  `json:"handed_out"`
+	Bytes    int64  `json:"bytes"`
+	MaxBytes int64  `json:"max_bytes"`
+}
+
+func rowOfJob(v *broker.JobView) jobRow {
+	p := &v.Progress
+	r := jobRow{
+		ID: v.Job.ID, Name: v.Job.Name, State: v.State(), Note: v.Note(), Lines: v.Job.Lines, OK: p.OK, Failed: p.Failed,
+		Enqueued: v.Feed.Enqueued, Resent: v.Feed.Resent, Duplicates: p.Duplicates, Prompt: p.Usage.Prompt,
+		Completion: p.Usage.Completion, RateLines: p.RateLines, RateTokens: p.RateTokens, Input: v.Job.Input,
+		SHA256: v.Job.SHA256, Models: map[string]int64{}, Host: p.Host, Output: p.Output, Errors: p.ErrorFile,
+		Manifest: p.Manifest, Verdict: p.Verdict,
+	}
+	for _, m := range v.Job.Models {
+		r.Models[m.Model] = m.Lines
+	}
+	for _, e := range p.Errors {
+		r.TopErrors = append(r.TopErrors, topError{e.Code, e.Status, e.Count, e.CustomID, e.Message})
+	}
+	return r
+}
+
+func (a *app) statusCommand() *cobra.Command {
+	var watch bool
+	cmd := &cobra.Command{
+		Use:               "status [JOB]",
+		Short:             "Show jobs, workers and queues",
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: a.completeJobs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			take, _, done := a.phases(cmd.Context(), "")
+			defer done()
+			job := strings.Join(args, "")
+			conn, err := a.control(take, job)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			for {
+				if err := a.status(take, conn, job, watch); err != nil {
+					return err
+				}
+				if !watch {
+					return nil
+				}
+				select {
+				case <-take.Done():
+					return stopped(take)
+				case <-time.After(2 * time.Second):
+				}
+			}
+		},
+	}
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show it again every 2 s")
+	a.jsonFlag(cmd)
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) status(ctx context.Context, conn *broker.Conn, job string, clear bool) error {
+	cctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	o, err := look(cctx, conn, job)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(o)
+	}
+	if clear && terminal(a.std.out) {
+		fmt.Fprint(a.std.out, "\x1b[H\x1b[2J")
+	}
+	return o.print(a.std.out, job != "")
+}
+
+func look(ctx context.Context, conn *broker.Conn, job string) (*overview, error) {
+	o := &overview{Jobs: []jobRow{}, Workers: []workerRow{}, Queues: []queueRow{}}
+	jobs, err := broker.Jobs(ctx, conn.JS)
+	if err == nil && job != "" {
+		var v broker.JobView
+		v, err = broker.Find(ctx, conn.JS, job)
+		jobs = []broker.JobView{v}
+	}
+	if err != nil {
+		return nil, err
+	}
+	ws, err := broker.Workers(ctx, conn.JS)
+	if err != nil {
+		return nil, err
+	}
+	qs, err := broker.Queues(ctx, conn.JS)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range ws {
+		o.Workers = append(o.Workers, workerRow{w.ID, w.Host, w.Engine, w.Version, w.Models, w.State, w.Reason, w.Limit, w.InFlight, w.Held, w.OK, w.Failed})
+	}
+	for _, q := range qs {
+		o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
+	}
+	for i := range jobs {
+		r := rowOfJob(&jobs[i])
+		if r.Note == "" && r.State == broker.StateRunning {
+			r.Note = unserved(&jobs[i], ws)
+		}
+		o.Jobs = append(o.Jobs, r)
+	}
+	return o, nil
+}
+
+// unserved says which model of a job no worker serves; empty: each has one.
+func unserved(v *broker.JobView, ws []proto.Worker) string {
+	for _, m := range v.Job.Models {
+		served := false
+		for _, w := range ws {
+			for _, have := range w.Models {
+				served = served || have == m.Model
+			}
+		}
+		if !served {
+			return fmt.Sprintf("no worker serves model %s", m.Model)
+		}
+	}
+	return ""
+}
+
+func (o *overview) print(w io.Writer, detail bool) error {
+	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(tw, "JOB\tSTATE\tDONE\tOK\tFAILED\tLINES/S\tTOK/S\tNOTE")
+	for _, j := range o.Jobs {
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d\t%.1f\t%.0f\t%s\n", j.ID, j.State, part(j.OK+j.Failed, j.Lines), j.OK, j.Failed, j.RateLines, j.RateTokens, j.Note)
+	}
+	fmt.Fprintln(tw, "\nWORKER\tSTATE\tIN FLIGHT\tOK\tFAILED\tENGINE\tMODELS\t")
+	for _, r := range o.Workers {
+		fmt.Fprintf(tw, "%s\t%s\t%d/%d\t%d\t%d\t%s\t%s\t%s\n", r.ID, r.State, r.InFlight, r.Limit, r.OK, r.Failed, r.Engine, strings.Join(r.Models, ","), r.Reason)
+	}
+	fmt.Fprintln(tw, "\nQUEUE\tWAITING\tHANDED OUT\tBYTES\tOF")
+	for _, q := range o.Queues {
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\n", q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes)
+	}
+	if detail && len(o.Jobs) == 1 {
+		o.Jobs[0].detail(tw)
+	}
+	return tw.Flush()
+}
+
+func (j *jobRow) detail(w io.Writer) {
+	fmt.Fprintf(w, "\ninput\t%s\nsha256\t%s\nenqueued\t%d\nsent again\t%d\ndropped duplicates\t%d\ntokens\t%d prompt, %d completion\n",
+		j.Input, j.SHA256, j.Enqueued, j.Resent, j.Duplicates, j.Prompt, j.Completion)
+	for m, n := range j.Models {
+		fmt.Fprintf(w, "model\t%s: %d lines\n", m, n)
+	}
+	for _, e := range j.TopErrors {
+		fmt.Fprintf(w, "error\t%d × %s %d, e.g. %s: %s\n", e.Count, e.Code, e.Status, e.CustomID, e.Message)
+	}
+	if j.Manifest != "" {
+		fmt.Fprintf(w, "verdict\t%s\nfiles on\t%s\noutput\t%s\nerrors\t%s\nmanifest\t%s\n", j.Verdict, j.Host, j.Output, j.Errors, j.Manifest)
+	}
+}
+
+func part(n, of int64) string {
+	if of == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%d/%d %.0f%%", n, of, 100*float64(n)/float64(of))
+}
+
+func (a *app) jobsCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "jobs",
+		Short: "List jobs",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
+			defer cancel()
+			conn, err := a.control(ctx, "")
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			jobs, err := broker.Jobs(ctx, conn.JS)
+			if err != nil {
+				return err
+			}
+			rows := []jobRow{}
+			for i := range jobs {
+				rows = append(rows, rowOfJob(&jobs[i]))
+			}
+			if a.json {
+				return a.printJSON(rows)
+			}
+			tw := tabwriter.NewWriter(a.std.out, 0, 4, 2, ' ', 0)
+			fmt.Fprintln(tw, "JOB\tNAME\tSTATE\tDONE\tFAILED\tINPUT\tOUTPUT")
+			for _, j := range rows {
+				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", j.ID, j.Name, j.State, part(j.OK+j.Failed, j.Lines), j.Failed, j.Input, j.Output)
+			}
+			return tw.Flush()
+		},
+	}
+	a.jsonFlag(cmd)
+	a.natsFlags(cmd)
+	return cmd
+}
+
+// completeJobs completes live job ids in the shell.
+func (a *app) completeJobs(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 || a.prepare(cmd) != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
+	defer cancel()
+	conn, err := a.control(ctx, "")
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	defer conn.Close()
+	jobs, err := broker.Jobs(ctx, conn.JS)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var ids []string
+	for i := range jobs {
+		ids = append(ids, fmt.Sprintf("%s\t%s, %d of %d lines", jobs[i].Job.ID, jobs[i].State(), jobs[i].Ended(), jobs[i].Job.Lines))
+	}
+	return ids, cobra.ShellCompDirectiveNoFileComp
+}

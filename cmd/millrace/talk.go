@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// talk shows a job's progress on the error stream: a bar on a terminal, one plain line every 10 s elsewhere. Why
+// nothing moves is said when it changes.
+type talk struct {
+	a     *app
+	job   proto.Job
+	bars  *mpb.Progress
+	bar   *mpb.Bar
+	view  broker.JobView
+	note  string
+	said  time.Time
+	start time.Time
+	from  int64 // lines that had ended when we began to look
+	seen  bool
+}
+
+const sayEvery = 10 * time.Second
+
+func (a *app) newTalk(job proto.Job) *talk {
+	t := &talk{a: a, job: job, start: time.Now(), said: time.Now()}
+	if terminal(a.std.err) {
+		t.bars = mpb.New(mpb.WithOutput(a.std.err), mpb.WithWidth(40), mpb.WithAutoRefresh())
+		t.bar = t.bars.AddBar(job.Lines,
+			mpb.PrependDecorators(decor.Name(job.ID+" ")),
+			mpb.AppendDecorators(decor.CountersNoUnit("%d/%d "), decor.Percentage(), decor.Any(func(decor.Statistics) string { return t.rate() })))
+	}
+	return t
+}
+
+// see takes the newest view of the job.
+func (t *talk) see(v broker.JobView) {
+	t.view = v
+	if !t.seen {
+		t.seen, t.from = true, v.Ended()
+	}
+	if n := v.Note(); n != t.note {
+		t.note = n
+		if n != "" {
+			t.line(n)
+		}
+	}
+	if t.bar != nil {
+		t.bar.SetCurrent(min(v.Ended(), t.job.Lines))
+		return
+	}
+	if time.Since(t.said) >= sayEvery {
+		t.said = time.Now()
+		fmt.Fprintf(t.a.std.err, "%s: %d of %d lines, %d failed%s\n", t.job.ID, v.Ended(), t.job.Lines, v.Progress.Failed, t.rate())
+	}
+}
+
+func (t *talk) line(s string) {
+	if t.bars != nil {
+		fmt.Fprintf(t.bars, "%s: %s\n", t.job.ID, s)
+		return
+	}
+	fmt.Fprintf(t.a.std.err, "%s: %s\n", t.job.ID, s)
+}
+
+// rate is the mean rate since we began to look, and the time to the end at that rate.
+func (t *talk) rate() string {
+	done := t.view.Ended() - t.from
+	secs := time.Since(t.start).Seconds()
+	if done <= 0 || secs < 1 {
+		return ""
+	}
+	per := float64(done) / secs
+	left := time.Duration(float64(t.job.Lines-t.view.Ended()) / per * float64(time.Second))
+	return fmt.Sprintf(", %.1f lines/s, %.0f output tok/s, %s left", per, t.view.Progress.RateTokens, left.Round(time.Second))
+}
+
+func (t *talk) close() {
+	if t.bars == nil {
+		return
+	}
+	if !t.bar.Completed() {
+		t.bar.Abort(false)
+	}
+	t.bars.Wait()
+}
+
+// watch shows the job until until says so, or ctx ends.
+func (a *app) watch(ctx context.Context, conn *broker.Conn, job proto.Job, until func(*broker.JobView) bool) (broker.JobView, error) {
+	t := a.newTalk(job)
+	defer t.close()
+	err := broker.Follow(ctx, conn.JS, job.ID, 250*time.Millisecond, func(v broker.JobView) bool {
+		t.see(v)
+		return !until(&v)
+	})
+	return t.view, err
+}

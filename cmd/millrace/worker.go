@@ -1,0 +1,185 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"millrace/broker"
+	"millrace/proto"
+	"millrace/worker"
+)
+
+// engineFlags say which engines to keep full, and how.
+type engineFlags struct {
+	urls           []string
+	key, keyFile   string
+	concurrency    string
+	requestTimeout time.Duration
+	maxAttempts    int64
+}
+
+func (e *engineFlags) bind(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringArrayVar(&e.urls, "engine", nil, "URL of an engine (any OpenAI-compatible server); repeat it for several")
+	f.StringVar(&e.key, "engine-api-key", "", "key that the engines ask for; better in MILLRACE_ENGINE_API_KEY or a file")
+	f.StringVar(&e.keyFile, "engine-api-key-file", "", "file with that key")
+	f.StringVar(&e.concurrency, "concurrency", "auto", "requests in flight at an engine: a number, or auto")
+}
+
+// apiKey is the key for the engines; empty: none.
+func (e *engineFlags) apiKey() (string, error) {
+	if e.keyFile == "" {
+		return e.key, nil
+	}
+	b, err := os.ReadFile(e.keyFile)
+	if err != nil {
+		return "", coded{fmt.Errorf("read engine key: %w", err), exitUsage}
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+func (e *engineFlags) inFlight() (int, error) {
+	if e.concurrency == "auto" || e.concurrency == "" {
+		return 0, nil
+	}
+	n, err := strconv.Atoi(e.concurrency)
+	if err != nil || n < 1 {
+		return 0, usagef("--concurrency is %q, must be a positive number or auto", e.concurrency)
+	}
+	return n, nil
+}
+
+// crew is the workers of one process, one for each engine.
+type crew struct {
+	workers []*worker.Worker
+	drain   context.CancelCauseFunc
+	over    chan error
+}
+
+// workers builds one worker for each engine. Their state lies under dir.
+func (a *app) workers(conn *broker.Conn, e *engineFlags, reg prometheus.Registerer, ackWait time.Duration, dir string) ([]*worker.Worker, error) {
+	key, err := e.apiKey()
+	if err != nil {
+		return nil, err
+	}
+	n, err := e.inFlight()
+	if err != nil {
+		return nil, err
+	}
+	var out []*worker.Worker
+	for _, u := range e.urls {
+		eng, err := worker.NewHTTP(u, key)
+		if err != nil {
+			return nil, coded{err, exitUsage}
+		}
+		out = append(out, &worker.Worker{
+			Conn: conn, Self: broker.Self(), Engine: eng, Concurrency: n, RequestTimeout: e.requestTimeout,
+			MaxAttempts: int(e.maxAttempts), AckWait: ackWait, Dir: filepath.Join(dir, proto.ModelToken(hostPortOf(u))),
+			Log: a.log, Registry: reg, Program: programVersion(),
+		})
+	}
+	return out, nil
+}
+
+func hostPortOf(engine string) string {
+	if u, err := url.Parse(engine); err == nil && u.Host != "" {
+		return u.Host
+	}
+	return engine
+}
+
+// startCrew runs the workers. They end when take ends (in order) or stop ends (at once), or all together when one
+// of them fails.
+func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
+	c := &crew{workers: ws, over: make(chan error, 1)}
+	take, c.drain = context.WithCancelCause(take)
+	errs := make([]error, len(ws))
+	var wg sync.WaitGroup
+	for i, w := range ws {
+		wg.Go(func() {
+			if errs[i] = w.Run(take, stop); errs[i] != nil {
+				c.drain(errs[i])
+			}
+		})
+	}
+	go func() {
+		wg.Wait()
+		c.over <- errors.Join(errs...)
+	}()
+	return c
+}
+
+// stop lets the workers finish what is in flight and waits for them.
+func (c *crew) stop() error {
+	c.drain(nil)
+	return <-c.over
+}
+
+func (a *app) workerCommand() *cobra.Command {
+	var e engineFlags
+	var ackWait time.Duration
+	cmd := &cobra.Command{
+		Use:   "worker --engine URL",
+		Short: "Keep an engine full: pull requests, call it, publish results",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if len(e.urls) == 0 {
+				return usagef("no engine; give --engine URL, such as http://localhost:8000")
+			}
+			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
+			defer done()
+			return a.work(take, stop, &e, ackWait)
+		},
+	}
+	e.bind(cmd)
+	f := cmd.Flags()
+	f.DurationVar(&e.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line whose job does not say")
+	f.Int64Var(&e.maxAttempts, "max-attempts", 4, "tries of a line whose job does not say")
+	f.DurationVar(&ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default: as declared, 1m)")
+	a.metricsFlag(cmd)
+	a.natsFlags(cmd)
+	return cmd
+}
+
+func (a *app) work(take, stop context.Context, e *engineFlags, ackWait time.Duration) error {
+	reg, stopMetrics, err := a.serveMetrics()
+	if err != nil {
+		return err
+	}
+	defer stopMetrics()
+	conn, err := a.connect(take, "worker", foreverWait)
+	if err != nil {
+		return orStopped(take, err)
+	}
+	defer conn.Close()
+	ws, err := a.workers(conn, e, reg, ackWait, filepath.Join(a.data, "worker"))
+	if err != nil {
+		return err
+	}
+	ready()
+	c := startCrew(take, stop, ws)
+	err = <-c.over
+	if stop.Err() != nil {
+		return context.Cause(stop)
+	}
+	return orStopped(take, err)
+}
+
+// orStopped is nil where a role was asked to stop, whatever it was doing.
+func orStopped(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return stopped(ctx)
+	}
+	return err
+}

@@ -1,0 +1,155 @@
+package sim
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// blockSize is the number of tokens in one KV block.
+const blockSize = 16
+
+// Shutdown says what becomes of the requests in flight when the context of
+// Serve ends. Real vLLM without --shutdown-timeout does one of the first three,
+// by chance.
+type Shutdown string
+
+const (
+	// ShutdownError answers them with HTTP 500 "EngineCore encountered an issue".
+	ShutdownError Shutdown = "error"
+	// ShutdownAbort answers them with HTTP 200, finish_reason "abort" and the
+	// text so far.
+	ShutdownAbort Shutdown = "abort"
+	// ShutdownHang answers nothing: the port is closed, and Serve returns when
+	// the last client has given up.
+	ShutdownHang Shutdown = "hang"
+	// ShutdownDrain finishes them, for at most Config.DrainTimeout. Meanwhile
+	// /health says 200, and new requests get HTTP 500 "cannot schedule new
+	// futures after shutdown".
+	ShutdownDrain Shutdown = "drain"
+)
+
+// Range is a range of whole numbers, both ends included.
+type Range struct{ Min, Max int }
+
+// Config describes an engine. Only Models must be set; the zero value of every
+// other field means the default given there, negative values are refused. With StepTime, DecodeTime and
+// PrefillTime all zero the engine is as fast as the processor allows.
+type Config struct {
+	// Models are the served names. Any of them is accepted in a request, and the
+	// first one is the name in answers and metrics.
+	Models []string
+	// MaxModelLen is the context: prompt and output together, in tokens. Default 4096.
+	MaxModelLen int
+	// KVTokens is the capacity of the KV cache in tokens, rounded down to blocks
+	// of 16. At least MaxModelLen. Default 131072 or MaxModelLen, the larger one.
+	KVTokens int
+	// MaxNumSeqs is the most sequences that run at once. Default 256.
+	MaxNumSeqs int
+	// MaxBatchedTokens is the most tokens of one step, the chunk of the chunked
+	// prefill. Default 2048.
+	MaxBatchedTokens int
+
+	// One step takes StepTime + DecodeTime × sequences that decode
+	// + PrefillTime × prompt tokens that are computed, in real time.
+	StepTime, DecodeTime, PrefillTime time.Duration
+	// LoadTime is how long ListenAndServe refuses connections before it is ready.
+	LoadTime time.Duration
+
+	// APIKey, when set, is asked for under /v1 and /sim.
+	APIKey string
+	// MaxQueued is --max-num-queued-reqs: the most sequences that run and wait
+	// together; one more gets HTTP 503. Zero means no limit.
+	MaxQueued int
+	// NoPrefixCaching switches the prefix cache off, and cached_tokens with it.
+	NoPrefixCaching bool
+	// BytesPerToken is how much text one token stands for. Default 4.
+	BytesPerToken int
+	// OutputTokens is how long an answer is when the body lets it end by itself:
+	// uniform over the range, a function of Seed, prompt and choice. Bodies with
+	// ignore_eos run to max_tokens; min_tokens and max_tokens cut the range.
+	// Default 32 to 256.
+	OutputTokens Range
+	// EmbeddingDim above zero makes a pooling server: /v1/embeddings answers
+	// vectors of so many numbers and the routes that generate are 404.
+	EmbeddingDim int
+	// Null makes a server for benchmarks of what lies around it: every request
+	// gets the same short answer at once, unread, without a scheduler, limits or
+	// faults. Its text carries the hash of "", not of the prompt.
+	Null bool
+
+	// Seed makes fault decisions and output lengths repeat.
+	Seed uint64
+	// Version is what /version reports. Default "0.32.0-sim".
+	Version string
+	// Shutdown is what happens to requests in flight when Serve is told to end.
+	// Default ShutdownError.
+	Shutdown Shutdown
+	// DrainTimeout limits ShutdownDrain. What is unfinished then is never
+	// answered, as under ShutdownHang. Zero means no limit.
+	DrainTimeout time.Duration
+	// KeepAlive is when an idle connection is closed. Default 5 s, uvicorn's.
+	KeepAlive time.Duration
+	// DeathTime is how long a dead engine says 503 before its port closes.
+	// Default 200 ms.
+	DeathTime time.Duration
+	// Faults are the faults at the start; see Engine.SetFaults.
+	Faults Faults
+}
+
+// withDefaults returns c with every unset field filled, or says what is wrong.
+func (c Config) withDefaults() (Config, error) {
+	def(&c.MaxModelLen, 4096)
+	def(&c.KVTokens, max(131072, c.MaxModelLen+blockSize-1))
+	def(&c.MaxNumSeqs, 256)
+	def(&c.MaxBatchedTokens, 2048)
+	def(&c.BytesPerToken, 4)
+	def(&c.OutputTokens, Range{32, 256})
+	def(&c.Version, "0.32.0-sim")
+	def(&c.Shutdown, ShutdownError)
+	def(&c.KeepAlive, 5*time.Second)
+	def(&c.DeathTime, 200*time.Millisecond)
+	return c, c.check()
+}
+
+func def[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+func (c Config) check() error {
+	if len(c.Models) == 0 || c.Models[0] == "" {
+		return errors.New("simulate engine: no model name")
+	}
+	for name, v := range map[string]int{
+		"MaxModelLen": c.MaxModelLen, "MaxNumSeqs": c.MaxNumSeqs, "MaxBatchedTokens": c.MaxBatchedTokens,
+		"BytesPerToken": c.BytesPerToken, "OutputTokens.Min": c.OutputTokens.Min,
+	} {
+		if v < 1 {
+			return fmt.Errorf("simulate engine: %s is %d, below 1", name, v)
+		}
+	}
+	for name, v := range map[string]int64{
+		"StepTime": int64(c.StepTime), "DecodeTime": int64(c.DecodeTime), "PrefillTime": int64(c.PrefillTime),
+		"LoadTime": int64(c.LoadTime), "MaxQueued": int64(c.MaxQueued), "EmbeddingDim": int64(c.EmbeddingDim),
+		"DrainTimeout": int64(c.DrainTimeout), "KeepAlive": int64(c.KeepAlive), "DeathTime": int64(c.DeathTime),
+	} {
+		if v < 0 {
+			return fmt.Errorf("simulate engine: %s is negative", name)
+		}
+	}
+	switch {
+	case c.OutputTokens.Max < c.OutputTokens.Min:
+		return fmt.Errorf("simulate engine: OutputTokens %d to %d is no range", c.OutputTokens.Min, c.OutputTokens.Max)
+	case c.KVTokens/blockSize*blockSize < c.MaxModelLen:
+		return fmt.Errorf("simulate engine: a KV cache of %d tokens holds no request of MaxModelLen %d", c.KVTokens, c.MaxModelLen)
+	}
+	switch c.Shutdown {
+	case ShutdownError, ShutdownAbort, ShutdownHang, ShutdownDrain:
+	default:
+		return fmt.Errorf("simulate engine: unknown shutdown %q", c.Shutdown)
+	}
+	return c.Faults.check()
+}
