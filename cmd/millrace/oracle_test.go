@@ -144,3 +144,17 @@ func oracleDir(t *testing.T, input, dir string) counts {
 	t.Helper()
 	return oracle(t, input, filepath.Join(dir, "output.jsonl"), filepath.Join(dir, "errors.jsonl"), filepath.Join(dir, "manifest.json"))
 }
+
+// checkManifest compares the manifest with what was counted from the files here.
+func checkManifest(t *testing.T, m *aggregator.Manifest, c counts, tokens proto.Usage) {
+	t.Helper()
+	if !m.Valid || m.Verdict != aggregator.Valid {
+		t.Errorf("the manifest says %s: %v", m.Verdict, m.Reasons)
+	}
+	if m.Counts.OK != int64(c.ok) || m.Counts.Failed != int64(c.failed) {
+		t.Errorf("the manifest counts %d ok and %d failed, the files hold %d and %d", m.Counts.OK, m.Counts.Failed, c.ok, c.failed)
+	}
+	if s := m.Statistics; s.InputTokens != tokens.Prompt || s.OutputTokens != tokens.Completion {
+		t.Errorf("the manifest counts %d and %d tokens, the files hold %d and %d", s.InputTokens, s.OutputTokens, tokens.Prompt, tokens.Completion)
+	}
+}

@@ -307,7 +307,7 @@ func unservedModels(job *proto.Job, served map[string]bool) error {
 func (a *app) simulate(ctx context.Context, job *proto.Job) ([]string, error) {
 	var urls []string
 	for _, m := range job.Models {
-		eng, err := sim.New(sim.Config{Models: []string{m.Model}})
+		eng, err := sim.New(sim.Config{Models: []string{m.Model}, StepTime: 5 * time.Millisecond, DecodeTime: 20 * time.Microsecond, PrefillTime: 10 * time.Microsecond})
 		if err != nil {
 			return nil, fmt.Errorf("start the simulated engine: %w", err)
 		}

@@ -1,0 +1,97 @@
+package aggregator
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// partFile is a file that is being written beside the one it will replace. Its name does not change, so that what a crash
+// leaves behind is written over by the next attempt.
+type partFile struct {
+	path  string
+	f     *os.File
+	w     *bufio.Writer
+	sum   hash.Hash
+	lines int64
+	bytes int64
+}
+
+func newPart(path string) (*partFile, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(partName(path), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	return &partFile{path: path, f: f, w: bufio.NewWriterSize(f, 1<<20), sum: sha256.New()}, nil
+}
+
+func partName(path string) string {
+	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".part")
+}
+
+// write adds one line, or all of a file.
+func (p *partFile) write(b []byte) error {
+	p.lines++
+	p.bytes += int64(len(b))
+	p.sum.Write(b)
+	_, err := p.w.Write(b)
+	return err
+}
+
+// settle puts what was written on disk.
+func (p *partFile) settle() error {
+	if err := p.w.Flush(); err != nil {
+		return err
+	}
+	if err := p.f.Sync(); err != nil {
+		return err
+	}
+	err := p.f.Close()
+	p.f = nil
+	return err
+}
+
+// rename puts the file in its place. The folder is to be synced after it.
+func (p *partFile) rename() error {
+	if err := os.Rename(partName(p.path), p.path); err != nil {
+		return err
+	}
+	p.path = ""
+	return nil
+}
+
+// discard removes the file, unless it was renamed.
+func (p *partFile) discard() {
+	if p.f != nil {
+		p.f.Close() // nothing in it is wanted
+	}
+	if p.path != "" {
+		_ = os.Remove(partName(p.path)) // the next attempt writes it over
+	}
+}
+
+func (p *partFile) facts(manifest, path string) FileFacts {
+	return FileFacts{Name: relative(manifest, path), Lines: p.lines, Bytes: p.bytes, SHA256: hex.EncodeToString(p.sum.Sum(nil))}
+}
+
+// remove deletes a file that need not be there.
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove file: %w", err)
+	}
+	return nil
+}
+
+// Paths finds the files of a manifest at path.
+func (m *Manifest) Paths(path string) Files {
+	return Files{Output: beside(path, m.Files.Output.Name), Errors: beside(path, m.Files.Errors.Name), Manifest: path}
+}

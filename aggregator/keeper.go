@@ -1,0 +1,327 @@
+package aggregator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// saved is what a checkpoint on its way to disk holds.
+type saved struct {
+	checkpoint
+	jobs  map[*job]int64 // length of the spool
+	sync  []*os.File
+	dirs  []string // whose names changed
+	about map[*job]about
+}
+
+// snapshot hands all spools to their files and returns what the checkpoint must hold; nil when nothing changed since
+// the last one.
+func (s *state) snapshot(workers func(id string) *proto.Worker) (*saved, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := &saved{jobs: map[*job]int64{}, about: map[*job]about{}}
+	v.position, v.High = s.pos, s.high
+	changed := s.moved
+	for _, j := range s.jobs {
+		if j.meet(workers) {
+			v.about[j] = j.about()
+		}
+		changed = changed || j.unsaved || v.about[j].Engines != nil
+		if err := v.take(j); err != nil {
+			return nil, err
+		}
+	}
+	if !changed {
+		return nil, nil
+	}
+	if err := s.aside.flush(); err != nil {
+		return nil, err
+	}
+	for _, m := range s.marks {
+		v.Jobs = append(v.Jobs, m)
+	}
+	sortBy(v.Jobs, func(m jobMark) string { return m.ID })
+	s.moved = false
+	return v, nil
+}
+
+// take adds a job to the checkpoint.
+func (v *saved) take(j *job) error {
+	j.unsaved = false
+	if j.finished != nil {
+		if j.drops.Late > 0 {
+			v.Jobs = append(v.Jobs, jobMark{ID: j.spec.ID, Drops: j.drops})
+		}
+		return nil
+	}
+	if err := j.spool.flush(); err != nil {
+		return err
+	}
+	v.Jobs = append(v.Jobs, jobMark{ID: j.spec.ID, Length: j.spool.flushed, First: j.first, Drops: j.drops})
+	v.jobs[j] = j.spool.flushed
+	if j.spool.flushed != j.durable {
+		v.sync = append(v.sync, j.spool.file)
+		if j.durable == 0 {
+			v.dirs = append(v.dirs, j.dir)
+		}
+	}
+	return nil
+}
+
+// meet asks what the workers of a job's results say of themselves, and returns whether something is new.
+func (j *job) meet(workers func(id string) *proto.Worker) bool {
+	if j.finished != nil {
+		return false
+	}
+	news := false
+	for id, w := range j.engines {
+		if w == nil {
+			if w = workers(id); w != nil {
+				j.engines[id], news = w, true
+			}
+		}
+	}
+	return news
+}
+
+// save makes a checkpoint if there is something to save. After an error that is not errReload it is to be called again.
+func (s *state) save(workers func(id string) *proto.Worker) error {
+	began := time.Now()
+	v, err := s.snapshot(workers)
+	if err == nil && v != nil {
+		err = s.write(v)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		s.moved = true
+		return err
+	}
+	if v == nil {
+		return nil
+	}
+	for j, n := range v.jobs {
+		j.durable = n
+	}
+	s.kept = v.position
+	if s.moved {
+		s.m.since.Store(began.UnixNano())
+	} else {
+		s.m.since.Store(0)
+	}
+	return nil
+}
+
+func (s *state) write(v *saved) error {
+	for _, f := range v.sync {
+		// After a failed fsync the system may have forgotten what it could not write, and the next one succeed. Only
+		// what lies on disk is to be believed then.
+		if err := f.Sync(); err != nil && !errors.Is(err, os.ErrClosed) {
+			return fmt.Errorf("%w: sync spool: %w", errReload, err)
+		}
+	}
+	for _, d := range v.dirs {
+		if err := syncDir(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	for j, a := range v.about {
+		if err := j.saveAbout(a); err != nil && j.ctx.Err() == nil {
+			return err
+		}
+	}
+	broker.CrashPoint("agg.spool-written")
+	return writeCheckpoint(s.checkpointFile(), &v.checkpoint)
+}
+
+// purgeable is the position up to which (the message itself excluded) results need not be kept at the broker. The
+// last message that is folded stays: by its timestamp the next start knows the stream again. With all it is that of the
+// checkpoint, otherwise the first result of an unfinished job, so that an aggregator with an empty disk could begin
+// anew.
+func (s *state) purgeable(all bool) position {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.kept
+	if p.Stream != s.pos.Stream {
+		return position{}
+	}
+	for _, j := range s.jobs {
+		if !all && j.finished == nil && j.first > 0 {
+			p.Seq = min(p.Seq, j.first)
+		}
+	}
+	return p
+}
+
+// news is a progress to be put.
+type news struct {
+	j     *job
+	id    string
+	value *proto.Progress
+}
+
+// How often a job's progress is put: while it changes, and while its last rate is not true any more.
+const (
+	showEvery = time.Second
+	showIdle  = 5 * time.Second
+)
+
+// due lists the jobs whose progress is to be put now.
+func (s *state) due(now time.Time) []news {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []news
+	for id, j := range s.jobs {
+		age := now.Sub(j.shown)
+		if !(j.urgent || j.unshown && age >= showEvery || j.moving && age >= showIdle) {
+			continue
+		}
+		p := j.progress(s.kept, s.host, s.why())
+		j.urgent, j.unshown, j.shown, j.moving = false, false, now, p.RateLines > 0
+		out = append(out, news{j, id, p})
+	}
+	return out
+}
+
+// showAgain makes the progress of all jobs due: the broker may have forgotten it.
+func (s *state) showAgain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, j := range s.jobs {
+		j.unshown, j.urgent = true, true
+	}
+	s.kick()
+}
+
+func (s *state) unshow(n news) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n.j.unshown, n.j.urgent = true, true
+}
+
+// aged lists the jobs that finished more than keep ago, and lets go of the spools that nobody reads any more.
+func (s *state) aged(now time.Time, keep, linger time.Duration) []*job {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*job
+	for _, j := range s.jobs {
+		if j.finished == nil {
+			continue
+		}
+		if j.at != nil && now.Sub(j.followed) > linger {
+			s.release(j)
+		}
+		if keep > 0 && now.Sub(j.doneAt) > keep {
+			out = append(out, j)
+		}
+	}
+	return out
+}
+
+// keeper does what is done every second: the checkpoint, what is told of it, and what need not be kept for it.
+type keeper struct {
+	t      *tenure
+	purged position
+	said   said
+}
+
+// run works until ctx ends, or the state on disk must be read again (errReload).
+func (k *keeper) run(ctx context.Context) error {
+	tick := time.NewTicker(k.t.a.checkpointEvery())
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		case <-k.t.wake:
+		}
+		if err := k.once(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+func (k *keeper) once(ctx context.Context) error {
+	if err := k.save(); err != nil {
+		return err
+	}
+	if !k.t.holding.Load() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
+	defer cancel()
+	k.show(ctx)
+	k.purge(ctx)
+	k.expire(ctx)
+	return nil
+}
+
+// save returns errReload only; other errors are told, and it is tried again.
+func (k *keeper) save() error {
+	s := k.t.s
+	err := s.save(k.t.workers.get)
+	if errors.Is(err, errReload) {
+		return err
+	}
+	if err != nil {
+		if s.setNote(noteSave, hint(filepath.Join(s.dir, "checkpoint"), err).Error()) {
+			k.t.log.Error("the checkpoint cannot be written; trying again", "error", err)
+		}
+		return nil
+	}
+	s.setNote(noteSave, "")
+	signal(k.t.finish)
+	return nil
+}
+
+func (k *keeper) show(ctx context.Context) {
+	for _, n := range k.t.s.due(time.Now()) {
+		b, err := n.value.Encode()
+		if err == nil && n.j.ctx.Err() == nil {
+			_, err = k.t.kv.Put(ctx, proto.ProgressKey(n.id), b)
+		}
+		if err != nil {
+			k.t.s.unshow(n)
+		}
+		k.said.warn(k.t.log, "progress cannot be told; trying again", err)
+	}
+}
+
+// purge drops results that are in the checkpoint. A holder of the lease that slept through the end of its time must
+// not: so the lease is renewed right before, and the stream is looked at again.
+func (k *keeper) purge(ctx context.Context) {
+	to := k.t.s.purgeable(k.t.a.SharedDisk || k.t.full.Load())
+	if to.Stream == 0 || to.Seq <= 1 || to.Stream == k.purged.Stream && to.Seq <= k.purged.Seq {
+		return
+	}
+	err := k.t.lease.Renew(ctx)
+	if err == nil {
+		broker.CrashPoint("agg.before-purge")
+		err = purge(ctx, k.t.a.Conn.JS, to)
+		broker.CrashPoint("agg.after-purge")
+	}
+	if err == nil {
+		k.purged = to
+	}
+	k.said.warn(k.t.log, "folded results cannot be purged; trying again", err)
+}
+
+// expire forgets jobs that are finished for long.
+func (k *keeper) expire(ctx context.Context) {
+	for _, j := range k.t.s.aged(time.Now(), k.t.a.KeepFor, k.t.a.linger()) {
+		err := broker.Remove(ctx, k.t.a.Conn.JS, broker.JobView{Job: *j.spec})
+		k.said.warn(k.t.log, "a finished job cannot be forgotten; trying again", err)
+		if err == nil {
+			k.t.s.forget(j.spec.ID, j.born)
+		}
+	}
+}

@@ -1,0 +1,185 @@
+package aggregator
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"millrace/proto"
+)
+
+// Verdicts of a manifest. They speak of conservation alone: every line of the input is in the output or in the error
+// file, once.
+const (
+	Valid   = "VALID"
+	Invalid = "INVALID"
+)
+
+// Manifest is what is known of a finished job and its files. It is made from the results and the files alone, so that
+// writing it again makes the same bytes.
+type Manifest struct {
+	Schema   int          `json:"schema"` // 1
+	Millrace string       `json:"millrace"`
+	Verdict  string       `json:"verdict"`
+	Valid    bool         `json:"valid"`
+	Reasons  []string     `json:"reasons,omitempty"` // why not
+	Notes    []string     `json:"notes,omitempty"`   // what is odd and does not touch the verdict
+	Job      ManifestJob  `json:"job"`
+	Input    Input        `json:"input"`
+	Counts   Counts       `json:"counts"`
+	Files    ManifestPair `json:"files"`
+	// Times are the broker's.
+	FirstResult *time.Time  `json:"first_result"`
+	LastResult  *time.Time  `json:"last_result"`
+	Statistics  *Statistics `json:"statistics"`
+	Engines     []Engine    `json:"engines"`
+}
+
+// ManifestJob names the job.
+type ManifestJob struct {
+	ID       string `json:"id"`
+	Name     string `json:"name,omitempty"`
+	Override string `json:"model_override,omitempty"`
+	Again    int64  `json:"again,omitempty"`
+}
+
+// Input is the input as its owner described it.
+type Input struct {
+	Path    string `json:"path"`
+	Host    string `json:"host,omitempty"`
+	SHA256  string `json:"sha256"` // of its lines, decompressed
+	Bytes   int64  `json:"bytes"`
+	Lines   int64  `json:"lines"`
+	Invalid int64  `json:"invalid"` // lines that were let through as errors
+}
+
+// Counts are numbers of lines.
+type Counts struct {
+	OK      int64        `json:"ok"`
+	Failed  int64        `json:"failed"`
+	ByModel []ModelCount `json:"by_model"`
+}
+
+// ModelCount are the lines of a model.
+type ModelCount struct {
+	Model  string `json:"model"`
+	OK     int64  `json:"ok"`
+	Failed int64  `json:"failed"`
+}
+
+// ManifestPair are the two files.
+type ManifestPair struct {
+	Output FileFacts `json:"output"`
+	Errors FileFacts `json:"errors"`
+}
+
+// FileFacts describe a file. Tokens are the sums of the usage in its lines' bodies.
+type FileFacts struct {
+	Name             string `json:"name"` // relative to the manifest's folder, where that is possible
+	Lines            int64  `json:"lines"`
+	Bytes            int64  `json:"bytes"`
+	SHA256           string `json:"sha256"`
+	NullIDs          int64  `json:"null_custom_ids"` // lines whose input had no usable custom_id
+	PromptTokens     int64  `json:"prompt_tokens"`
+	CompletionTokens int64  `json:"completion_tokens"`
+	WithoutUsage     int64  `json:"without_usage"` // lines whose body holds no usage
+}
+
+// Engine is what a worker of the job said of itself while it was there to be asked.
+type Engine struct {
+	Worker    string   `json:"worker"`
+	Host      string   `json:"host,omitempty"`
+	Version   string   `json:"engine_version,omitempty"`
+	Models    []string `json:"models,omitempty"`
+	KVTokens  int64    `json:"kv_tokens,omitempty"`
+	MaxLen    int64    `json:"max_model_len,omitempty"`
+	Program   string   `json:"millrace,omitempty"`
+	Simulated bool     `json:"simulated"`
+}
+
+// newManifest describes a job, but for its files and the verdict.
+func newManifest(program string, spec *proto.Job, s *Statistics) *Manifest {
+	m := &Manifest{
+		Schema: 1, Millrace: program, Statistics: s, Engines: []Engine{},
+		Job:    ManifestJob{ID: spec.ID, Name: spec.Name, Override: spec.Override, Again: spec.Again},
+		Input:  Input{Path: spec.Input, Host: spec.Host, SHA256: spec.SHA256, Bytes: spec.Bytes, Lines: spec.Lines, Invalid: spec.Invalid},
+		Counts: Counts{OK: s.Completed, Failed: s.Failed, ByModel: []ModelCount{}},
+	}
+	for _, v := range s.ByModel {
+		m.Counts.ByModel = append(m.Counts.ByModel, ModelCount{v.Model, v.Completed, v.Failed})
+	}
+	return m
+}
+
+func (m *Manifest) engines(ws []*proto.Worker) {
+	for _, w := range ws {
+		m.Engines = append(m.Engines, Engine{
+			Worker: w.ID, Host: w.Host, Version: w.Version, Models: w.Models, KVTokens: w.KVTokens, MaxLen: w.MaxLen,
+			Program: w.Program, Simulated: w.Simulated,
+		})
+	}
+}
+
+// judge sets the verdict.
+func (m *Manifest) judge(reasons []string) {
+	m.Reasons, m.Valid, m.Verdict = reasons, len(reasons) == 0, Invalid
+	if m.Valid {
+		m.Verdict = Valid
+	}
+}
+
+func (m *Manifest) encode() ([]byte, error) {
+	b, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("encode manifest: %w", err)
+	}
+	return append(b, '\n'), nil
+}
+
+// ReadManifest reads a manifest.
+func ReadManifest(path string) (*Manifest, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read manifest: %w", err)
+	}
+	m := new(Manifest)
+	if err := json.Unmarshal(b, m); err != nil {
+		return nil, fmt.Errorf("read manifest %s: %w", path, err)
+	}
+	if m.Schema != 1 || m.Statistics == nil {
+		return nil, fmt.Errorf("read manifest %s: it is none of this version", path)
+	}
+	return m, nil
+}
+
+// relative names file as seen from the folder of the manifest.
+func relative(manifest, file string) string {
+	if r, err := filepath.Rel(filepath.Dir(manifest), file); err == nil {
+		return filepath.ToSlash(r)
+	}
+	return file
+}
+
+// beside undoes relative.
+func beside(manifest, name string) string {
+	name = filepath.FromSlash(name)
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(filepath.Dir(manifest), name)
+}
+
+func sortBy[T any](s []T, key func(T) string) {
+	slices.SortFunc(s, func(a, b T) int {
+		switch ka, kb := key(a), key(b); {
+		case ka < kb:
+			return -1
+		case ka > kb:
+			return 1
+		}
+		return 0
+	})
+}

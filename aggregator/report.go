@@ -1,0 +1,296 @@
+package aggregator
+
+import (
+	"cmp"
+	"maps"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+
+	"millrace/proto"
+)
+
+// Report makes the statistics of a job from the results that count. Add each of them once, in any order that is always
+// the same; then Close. Its zero value is ready.
+type Report struct {
+	parts       map[partKey]*part
+	models      map[string]*hdrhistogram.Histogram
+	failures    map[errorKind]*Failure
+	workers     map[string]int64 // attempts
+	begin       int64            // µs on the broker's clock: of the first result, less the time of its request
+	first, last time.Time        // timestamps of the first and the last result
+	dropped     Dropped
+}
+
+// part is what one worker did for one model.
+type part struct {
+	totals
+	work     timeline // on the worker's clock
+	times    *hdrhistogram.Histogram
+	loadUS   int64
+	startsAt int64 // µs: where on the broker's clock the worker's clock is 0, at the latest
+}
+
+type partKey struct{ model, worker string }
+
+// totals are what can be summed.
+type totals struct {
+	completed, failed, attempts, uncounted int64
+	usage                                  proto.Usage
+}
+
+// Times of requests, in µs. A percentile is within 1 % (per worker) or 0.1 % (per model).
+const (
+	shortest = 1
+	longest  = int64(24 * time.Hour / time.Microsecond)
+	// maxTimed bounds the parts that have their own timeline and histogram, some 100 KB each.
+	maxTimed = 4096
+)
+
+// Add takes in a result and the broker's timestamp of its message.
+func (r *Report) Add(res *proto.Result, at time.Time) {
+	if r.parts == nil {
+		r.parts, r.models = map[partKey]*part{}, map[string]*hdrhistogram.Histogram{}
+		r.failures, r.workers = map[errorKind]*Failure{}, map[string]int64{}
+		r.begin, r.first, r.last = math.MaxInt64, at, at
+	}
+	us := at.UnixMicro()
+	r.begin = min(r.begin, us-min(max(res.DurationUS, 0), longest))
+	if at.Before(r.first) {
+		r.first = at
+	}
+	if at.After(r.last) {
+		r.last = at
+	}
+	p := r.part(partKey{res.Model, res.Worker})
+	p.add(res)
+	r.workers[res.Worker] += attempts(res) - int64(len(res.Attempts))
+	for _, a := range res.Attempts {
+		r.workers[a.Worker]++
+	}
+	if !res.OK {
+		r.fail(res)
+	}
+	if res.Worker != "" && p.times != nil {
+		r.time(p, res, us)
+	}
+}
+
+func (r *Report) part(k partKey) *part {
+	p := r.parts[k]
+	if p == nil {
+		p = &part{startsAt: math.MaxInt64}
+		if len(r.parts) < maxTimed {
+			p.times = hdrhistogram.New(shortest, longest, 2)
+		}
+		r.parts[k] = p
+	}
+	return p
+}
+
+// time notes when the worker was busy with a result. The smallest difference between the broker's timestamp and the
+// end of the request on the worker's clock tells how the two clocks stand to each other: what it is too large by is
+// the quickest way of any result to the broker.
+func (r *Report) time(p *part, res *proto.Result, us int64) {
+	d := min(max(res.DurationUS, shortest), longest)
+	start := min(max(res.StartUS, farPast), farFuture)
+	p.loadUS = max(p.loadUS, res.LoadUS)
+	p.startsAt = min(p.startsAt, us-(start+d))
+	w := load{busy: float64(d), requests: 1}
+	if res.Usage.Counted {
+		w.prompt, w.completion = float64(res.Usage.Prompt), float64(res.Usage.Completion)
+	}
+	p.work.spread(start, d, w)
+	if !res.OK {
+		return
+	}
+	m := r.models[res.Model]
+	if m == nil {
+		m = hdrhistogram.New(shortest, longest, 3)
+		r.models[res.Model] = m
+	}
+	_ = p.times.RecordValue(d) // d is within the histogram's range
+	_ = m.RecordValue(d)
+}
+
+func (r *Report) fail(res *proto.Result) {
+	k := errorKind{res.Code, res.Status}
+	f := r.failures[k]
+	if f == nil {
+		if len(r.failures) >= maxKinds {
+			k = errorKind{code: otherKind}
+		}
+		if f = r.failures[k]; f == nil {
+			f = &Failure{Code: k.code, Status: k.status, CustomID: res.CustomID, Message: res.Message}
+			r.failures[k] = f
+		}
+	}
+	f.Count++
+}
+
+// Drop takes in the numbers of what did not count.
+func (r *Report) Drop(d Dropped) { r.dropped = d }
+
+func (t *totals) add(r *proto.Result) {
+	if r.OK {
+		t.completed++
+		if !r.Usage.Counted {
+			t.uncounted++
+		}
+	} else {
+		t.failed++
+	}
+	t.attempts += attempts(r)
+	addUsage(&t.usage, r.Usage, 1)
+}
+
+func (t *totals) sum(o totals) {
+	t.completed += o.completed
+	t.failed += o.failed
+	t.attempts += o.attempts
+	t.uncounted += o.uncounted
+	addUsage(&t.usage, o.usage, 1)
+}
+
+// Close returns the statistics of what was added.
+func (r *Report) Close() *Statistics {
+	s := &Statistics{ByModel: []ModelStatistics{}, ByWorker: []WorkerStatistics{}, Failures: []Failure{}, Dropped: r.dropped}
+	var all group
+	byModel := map[string]*group{}
+	for _, k := range slices.SortedFunc(maps.Keys(r.parts), comparePart) {
+		p := r.parts[k]
+		g := byModel[k.model]
+		if g == nil {
+			g = &group{times: r.models[k.model]}
+			byModel[k.model] = g
+		}
+		g.add(p)
+		all.add(p)
+		if k.worker != "" {
+			s.ByWorker = append(s.ByWorker, r.worker(k, p))
+		}
+	}
+	for _, m := range slices.Sorted(maps.Keys(byModel)) {
+		s.ByModel = append(s.ByModel, ModelStatistics{Model: m, Workers: byModel[m].workers, Figures: byModel[m].figures()})
+	}
+	for _, f := range r.failures {
+		s.Failures = append(s.Failures, *f)
+	}
+	slices.SortFunc(s.Failures, func(a, b Failure) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Code, b.Code), cmp.Compare(a.Status, b.Status))
+	})
+	all.times = r.allTimes()
+	s.Figures = all.figures()
+	if r.parts != nil {
+		s.rates(float64(r.last.UnixMicro()-r.begin) / 1e6)
+	}
+	return s
+}
+
+// Times returns the broker's timestamps of the first and the last result; nil where there is none.
+func (r *Report) Times() (first, last *time.Time) {
+	if r.parts == nil {
+		return nil, nil
+	}
+	f, l := r.first.UTC(), r.last.UTC()
+	return &f, &l
+}
+
+func (r *Report) allTimes() *hdrhistogram.Histogram {
+	all := hdrhistogram.New(shortest, longest, 3)
+	for _, m := range slices.Sorted(maps.Keys(r.models)) {
+		all.Merge(r.models[m])
+	}
+	return all
+}
+
+func comparePart(a, b partKey) int {
+	return cmp.Or(cmp.Compare(a.model, b.model), cmp.Compare(a.worker, b.worker))
+}
+
+// worker figures are on the worker's own clock.
+func (r *Report) worker(k partKey, p *part) WorkerStatistics {
+	w := WorkerStatistics{Worker: k.worker, Model: k.model, LoadSeconds: seconds(p.loadUS)}
+	w.Figures = figures(p.totals, &p.work, p.times)
+	w.WorkerAttempts = r.workers[k.worker]
+	return w
+}
+
+// group is several parts, brought onto the broker's clock.
+type group struct {
+	totals
+	work    timeline
+	times   *hdrhistogram.Histogram
+	workers int64
+}
+
+func (g *group) add(p *part) {
+	g.sum(p.totals)
+	if p.work.width > 0 {
+		g.work.merge(&p.work, p.startsAt)
+		g.workers++
+	}
+}
+
+func (g *group) figures() Figures { return figures(g.totals, &g.work, g.times) }
+
+func figures(t totals, work *timeline, times *hdrhistogram.Histogram) Figures {
+	f := Figures{
+		Completed: t.completed, Failed: t.failed, Attempts: t.attempts, WithoutUsage: t.uncounted,
+		InputTokens: t.usage.Prompt, OutputTokens: t.usage.Completion, CachedTokens: t.usage.Cached,
+	}
+	if times != nil && times.TotalCount() > 0 {
+		ms := func(us float64) *float64 { return round(us / 1e3) }
+		f.MeanMS, f.P50MS = ms(times.Mean()), ms(float64(times.ValueAtQuantile(50)))
+		f.P95MS, f.P99MS = ms(float64(times.ValueAtQuantile(95))), ms(float64(times.ValueAtQuantile(99)))
+		f.MaxMS = ms(float64(times.Max()))
+	}
+	if work.width == 0 {
+		return f
+	}
+	f.rates(float64(work.end-work.begin) / 1e6)
+	f.windows(work)
+	return f
+}
+
+func (f *Figures) rates(s float64) {
+	f.Duration = *round(s)
+	if s > 0 {
+		f.RequestThroughput = round(float64(f.Completed) / s)
+		f.OutputThroughput = round(float64(f.OutputTokens) / s)
+		f.TotalThroughput = round(float64(f.OutputTokens+f.InputTokens) / s)
+	}
+}
+
+// tooShort is how many median request times a steady window must last for its rate to mean something.
+const tooShort = 5
+
+func (f *Figures) windows(work *timeline) {
+	w, plateau := work.steady()
+	f.Windows = &Windows{
+		RampSeconds:   seconds(w.from - work.begin),
+		SteadySeconds: seconds(w.to - w.from),
+		DrainSeconds:  seconds(work.end - w.to),
+		Plateau:       *round(plateau),
+	}
+	s := float64(w.to-w.from) / 1e6
+	if f.P50MS == nil || s <= 0 || s*1e3 < tooShort**f.P50MS {
+		return
+	}
+	f.Steady = &Steady{
+		Seconds:           *round(s),
+		RequestThroughput: *round(w.work.requests / s),
+		OutputThroughput:  *round(w.work.completion / s),
+		TotalThroughput:   *round((w.work.completion + w.work.prompt) / s),
+	}
+}
+
+func seconds(us int64) float64 { return *round(float64(us) / 1e6) }
+
+// round keeps three digits after the point.
+func round(v float64) *float64 {
+	v = math.Round(v*1e3) / 1e3
+	return &v
+}

@@ -1,0 +1,109 @@
+package aggregator
+
+import "millrace/proto"
+
+// Statistics are the figures of a finished job, as they stand in its manifest. They speak of the results that count,
+// one per line, but for Dropped. Tokens are those that the engine itself counted and sent with its answers.
+//
+// Three clocks: a worker's own (its start is 0) for what one worker did; the broker's for what several did together,
+// each worker's clock being set against it by the quickest of its results; no other machine's.
+type Statistics struct {
+	// Figures of the whole job. Its duration goes from the first result, less the time that its request took, to the
+	// last result, by the broker's timestamps.
+	Figures
+	ByModel  []ModelStatistics  `json:"by_model"`
+	ByWorker []WorkerStatistics `json:"by_worker"`
+	Failures []Failure          `json:"failures"` // the most frequent first
+	Dropped  Dropped            `json:"dropped"`
+}
+
+// Figures are what is told of a job, a model and a worker alike. What cannot be told is null.
+type Figures struct {
+	Completed int64 `json:"completed"` // lines that ended ok
+	Failed    int64 `json:"failed"`    // lines that ended as an error
+	// Attempts that were charged: for each line those in its history, and its last one if an engine was asked.
+	Attempts     int64 `json:"attempts"`
+	InputTokens  int64 `json:"total_input_tokens"`  // prompt tokens, the cached ones included
+	OutputTokens int64 `json:"total_output_tokens"` // completion tokens
+	CachedTokens int64 `json:"cached_tokens"`       // prompt tokens that came from the engine's prefix cache
+	WithoutUsage int64 `json:"completed_without_usage"`
+
+	Duration          float64  `json:"duration"`               // s; from the start of the first request to the end of the last
+	RequestThroughput *float64 `json:"request_throughput"`     // Completed per s of Duration
+	OutputThroughput  *float64 `json:"output_throughput"`      // completion tokens per s of Duration
+	TotalThroughput   *float64 `json:"total_token_throughput"` // prompt and completion tokens per s of Duration
+
+	// Time of a request at its engine, of the last attempts of lines that ended ok, in ms.
+	MeanMS *float64 `json:"mean_e2el_ms"`
+	P50MS  *float64 `json:"p50_e2el_ms"`
+	P95MS  *float64 `json:"p95_e2el_ms"`
+	P99MS  *float64 `json:"p99_e2el_ms"`
+	MaxMS  *float64 `json:"max_e2el_ms"`
+
+	Windows *Windows `json:"windows"`
+	Steady  *Steady  `json:"steady"`
+}
+
+// Windows divide the time from the start of the first request to the end of the last.
+type Windows struct {
+	// Plateau is what was in flight at least during a quarter of the time in which anything was.
+	Plateau       float64 `json:"plateau"`
+	RampSeconds   float64 `json:"ramp_s"`   // until 0.9 of the plateau are in flight for the first time
+	SteadySeconds float64 `json:"steady_s"` // from then until 0.9 of it are for the last time
+	DrainSeconds  float64 `json:"drain_s"`  // the rest
+}
+
+// Steady holds rates over the steady window alone. They are null where it is shorter than 5 times the median time of a
+// request: all of it is ramp and drain then. A request, with its tokens, counts evenly over the time it took; the
+// share of that time inside the window is its share here.
+type Steady struct {
+	Seconds           float64 `json:"duration"`
+	RequestThroughput float64 `json:"request_throughput"` // lines that ended, ok or not, per s
+	OutputThroughput  float64 `json:"output_throughput"`
+	TotalThroughput   float64 `json:"total_token_throughput"`
+}
+
+// ModelStatistics are the figures of a model: all its workers together, on the broker's clock.
+type ModelStatistics struct {
+	Model   string `json:"model"`
+	Workers int64  `json:"workers"` // that a counting result came from; one that started again is two
+	Figures
+}
+
+// WorkerStatistics are the figures of a worker, for one model, on the worker's own clock.
+type WorkerStatistics struct {
+	Worker      string  `json:"worker"`
+	Model       string  `json:"model"`
+	LoadSeconds float64 `json:"load_s"` // from the worker's start until its engine was first ready; outside Duration
+	// WorkerAttempts are the charged attempts that this worker made, for all models, those of lines that another
+	// worker ended included.
+	WorkerAttempts int64 `json:"worker_attempts"`
+	Figures
+}
+
+// Failure is one kind of error.
+type Failure struct {
+	Code     string `json:"code"`
+	Status   int64  `json:"status_code"` // 0: the engine never answered
+	Count    int64  `json:"count"`
+	CustomID string `json:"custom_id"` // of the first such line in the order of the input
+	Message  string `json:"message"`   // of the same
+}
+
+// Dropped are the results that came and do not count.
+type Dropped struct {
+	Duplicates int64 `json:"duplicates"` // their line had ended before
+	Replaced   int64 `json:"replaced"`   // errors of lines that ended ok after all
+	// WastedTokens were counted by engines for these; input_tokens holds cached ones too.
+	WastedInputTokens  int64 `json:"wasted_input_tokens"`
+	WastedOutputTokens int64 `json:"wasted_output_tokens"`
+	WastedTokens       int64 `json:"wasted_tokens"` // both
+}
+
+func newDropped(duplicates, replaced int64, wasted proto.Usage) Dropped {
+	return Dropped{
+		Duplicates: duplicates, Replaced: replaced,
+		WastedInputTokens: wasted.Prompt, WastedOutputTokens: wasted.Completion,
+		WastedTokens: wasted.Prompt + wasted.Completion,
+	}
+}

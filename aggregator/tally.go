@@ -1,0 +1,116 @@
+package aggregator
+
+import (
+	"cmp"
+	"slices"
+
+	"millrace/proto"
+)
+
+// tally is what is known of a job's results while they come, in numbers that can be taken back when an ok replaces an
+// error. The full statistics are made from the spool when the job is whole: see [Report].
+type tally struct {
+	ok       int64
+	failed   int64
+	attempts int64
+	usage    proto.Usage
+	models   map[string]*proto.ModelProgress
+	errors   map[errorKind]*proto.ErrorCount
+}
+
+type errorKind struct {
+	code   string
+	status int64
+}
+
+// maxKinds bounds the kinds of errors and the models that are told apart; the rest is counted under otherKind.
+const (
+	maxKinds  = 1000
+	otherKind = "other"
+)
+
+// add takes r in with sign 1 and takes it back with sign -1.
+func (t *tally) add(r *proto.Result, sign int64) {
+	m := t.model(r.Model)
+	if r.OK {
+		t.ok += sign
+		m.OK += sign
+	} else {
+		t.failed += sign
+		m.Failed += sign
+		t.fail(r, sign)
+	}
+	t.attempts += sign * attempts(r)
+	addUsage(&t.usage, r.Usage, sign)
+	addUsage(&m.Usage, r.Usage, sign)
+}
+
+func (t *tally) model(name string) *proto.ModelProgress {
+	if m := t.models[name]; m != nil {
+		return m
+	}
+	if len(t.models) >= maxKinds && name != otherKind {
+		return t.model(otherKind)
+	}
+	if t.models == nil {
+		t.models = map[string]*proto.ModelProgress{}
+	}
+	m := &proto.ModelProgress{Model: name}
+	t.models[name] = m
+	return m
+}
+
+func (t *tally) fail(r *proto.Result, sign int64) {
+	kind := errorKind{r.Code, r.Status}
+	e := t.errors[kind]
+	if e == nil && len(t.errors) >= maxKinds {
+		kind = errorKind{code: otherKind}
+		e = t.errors[kind]
+	}
+	if e == nil {
+		if t.errors == nil {
+			t.errors = map[errorKind]*proto.ErrorCount{}
+		}
+		e = &proto.ErrorCount{Code: kind.code, Status: kind.status, CustomID: r.CustomID, Message: r.Message}
+		t.errors[kind] = e
+	}
+	if e.Count += sign; e.Count <= 0 {
+		delete(t.errors, kind)
+	}
+}
+
+// fill writes the tally into a progress.
+func (t *tally) fill(p *proto.Progress) {
+	p.OK, p.Failed, p.Attempts, p.Usage = t.ok, t.failed, t.attempts, t.usage
+	for _, m := range t.models {
+		p.Models = append(p.Models, *m)
+	}
+	slices.SortFunc(p.Models, func(a, b proto.ModelProgress) int { return cmp.Compare(a.Model, b.Model) })
+	for _, e := range t.errors {
+		p.Errors = append(p.Errors, *e)
+	}
+	slices.SortFunc(p.Errors, func(a, b proto.ErrorCount) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Code, b.Code), cmp.Compare(a.Status, b.Status))
+	})
+	p.Errors = p.Errors[:min(len(p.Errors), 10)]
+}
+
+// attempts counts the charged tries of a line that ended with r: those in its history, and its last one where an
+// engine was asked at all. A line that its owner ended (invalid, cancelled, expired) was not tried again for that.
+func attempts(r *proto.Result) int64 {
+	n := int64(len(r.Attempts))
+	if r.Worker != "" {
+		n++
+	}
+	return n
+}
+
+func addUsage(to *proto.Usage, u proto.Usage, sign int64) {
+	if !u.Counted {
+		return
+	}
+	to.Counted = true
+	to.Prompt += sign * u.Prompt
+	to.Completion += sign * u.Completion
+	to.Cached += sign * u.Cached
+}

@@ -1,0 +1,302 @@
+package aggregator
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"millrace/proto"
+)
+
+// Verify reads the files that a manifest names and recomputes what it says of them: SHA-256, bytes, lines, tokens;
+// that every line can be read, that every index of the input is there once over both files (a line's id is made from
+// it), and that no custom_id is there twice. What differs is returned as reasons; none means VALID. The error is about
+// the manifest itself. The input is not read.
+func Verify(manifest string) (*Manifest, []string, error) {
+	return verify(context.Background(), manifest)
+}
+
+func verify(ctx context.Context, manifest string) (*Manifest, []string, error) {
+	m, err := ReadManifest(manifest)
+	if err != nil {
+		return nil, nil, err
+	}
+	var a audit
+	output, err := a.file(ctx, beside(manifest, m.Files.Output.Name), true)
+	a.because(err)
+	failed, err := a.file(ctx, beside(manifest, m.Files.Errors.Name), false)
+	a.because(err)
+	if ctx.Err() != nil {
+		return nil, nil, context.Cause(ctx)
+	}
+	if output != nil {
+		a.compare("output file", m.Files.Output, *output)
+	}
+	if failed != nil {
+		a.compare("error file", m.Files.Errors, *failed)
+	}
+	a.counts(m)
+	a.indexes(m.Job.ID, m.Input.Lines)
+	a.because(a.twice(ctx))
+	if !m.Valid {
+		a.say("the manifest itself says %s: %s", m.Verdict, first(m.Reasons))
+	}
+	return m, a.reasons, nil
+}
+
+func first(s []string) string {
+	if len(s) == 0 {
+		return "no reason given"
+	}
+	return s[0]
+}
+
+// audit reads the files of a job and collects what is wrong with them.
+type audit struct {
+	reasons []string
+	seed    maphash.Seed
+	ids     []uint64 // hashes of all custom_ids
+	lines   []uint64 // the first 64 bits of all lines' ids
+	files   []string
+}
+
+// maxReasons bounds what is listed of one kind.
+const maxReasons = 10
+
+func (a *audit) say(format string, args ...any) {
+	a.reasons = append(a.reasons, fmt.Sprintf(format, args...))
+}
+
+func (a *audit) because(err error) {
+	if err != nil {
+		a.reasons = append(a.reasons, err.Error())
+	}
+}
+
+// file reads one of the files. A file that cannot be read is an error; a line that cannot is a reason.
+func (a *audit) file(ctx context.Context, path string, output bool) (*FileFacts, error) {
+	if a.files == nil {
+		a.seed = maphash.MakeSeed()
+	}
+	a.files = append(a.files, path)
+	f := new(FileFacts)
+	sum := sha256.New()
+	bad := 0
+	err := eachLine(ctx, path, func(line []byte) {
+		sum.Write(line)
+		f.Lines++
+		f.Bytes += int64(len(line))
+		if err := a.line(f, line, output); err != nil {
+			if bad++; bad <= maxReasons {
+				a.say("%s:%d: %v", path, f.Lines, err)
+			}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	f.SHA256 = hex.EncodeToString(sum.Sum(nil))
+	return f, nil
+}
+
+func (a *audit) line(f *FileFacts, line []byte, output bool) error {
+	if line[len(line)-1] != '\n' {
+		return errors.New("the last line is cut off")
+	}
+	l, err := proto.ParseOutput(line)
+	if err != nil {
+		return err
+	}
+	id, err := lineBits(l.ID)
+	if err != nil {
+		return err
+	}
+	a.lines = append(a.lines, id)
+	if l.CustomID == nil {
+		f.NullIDs++
+	} else {
+		a.ids = append(a.ids, maphash.String(a.seed, *l.CustomID))
+	}
+	answered := l.Response != nil && l.Error == nil
+	if output && !(answered && l.Response.StatusCode/100 == 2) {
+		return errors.New("the line is no answer of an engine")
+	}
+	if !answered && l.Error == nil {
+		return errors.New("the line has neither a response nor an error")
+	}
+	if l.Response == nil {
+		f.WithoutUsage++
+		return nil
+	}
+	u := proto.ReadUsage(l.Response.Body)
+	if !u.Counted {
+		f.WithoutUsage++
+	}
+	f.PromptTokens += u.Prompt
+	f.CompletionTokens += u.Completion
+	return nil
+}
+
+// compare says in what a file differs from what the manifest says of it.
+func (a *audit) compare(what string, want, got FileFacts) {
+	if want.SHA256 != got.SHA256 {
+		a.say("%s %s: its SHA-256 is %s, the manifest says %s", what, want.Name, got.SHA256, want.SHA256)
+	}
+	for _, c := range []struct {
+		name      string
+		want, got int64
+	}{
+		{"lines", want.Lines, got.Lines},
+		{"bytes", want.Bytes, got.Bytes},
+		{"lines without a custom_id", want.NullIDs, got.NullIDs},
+		{"prompt tokens", want.PromptTokens, got.PromptTokens},
+		{"completion tokens", want.CompletionTokens, got.CompletionTokens},
+		{"lines without usage", want.WithoutUsage, got.WithoutUsage},
+	} {
+		if c.want != c.got {
+			a.say("%s %s: it has %d %s, the manifest says %d", what, want.Name, c.got, c.name, c.want)
+		}
+	}
+}
+
+// counts checks that the numbers in the manifest agree with each other.
+func (a *audit) counts(m *Manifest) {
+	if n := m.Files.Output.Lines; n != m.Counts.OK {
+		a.say("%d lines ended ok, the output file has %d", m.Counts.OK, n)
+	}
+	if n := m.Files.Errors.Lines; n != m.Counts.Failed {
+		a.say("%d lines failed, the error file has %d", m.Counts.Failed, n)
+	}
+	if n := m.Counts.OK + m.Counts.Failed; n != m.Input.Lines {
+		a.say("the input has %d lines, %d ended", m.Input.Lines, n)
+	}
+}
+
+// lineBits reads the first 64 bits of what proto.LineID made.
+func lineBits(id string) (uint64, error) {
+	hex, ok := strings.CutPrefix(id, "batch_req_")
+	if !ok || len(hex) != 24 {
+		return 0, fmt.Errorf("id %q is none of ours", id)
+	}
+	bits, err := strconv.ParseUint(hex[:16], 16, 64)
+	if err != nil {
+		return 0, fmt.Errorf("id %q is none of ours", id)
+	}
+	return bits, nil
+}
+
+// indexes checks that the ids of the lines are those of the lines 0 to n-1 of the job, each once.
+func (a *audit) indexes(job string, n int64) {
+	if n < 0 || n > maxLines {
+		a.say("the input cannot have %d lines", n)
+		return
+	}
+	slices.Sort(a.lines)
+	missing := int64(0)
+	for i := range n {
+		bits, _ := lineBits(proto.LineID(job, i)) // cannot fail: it was just made
+		if _, ok := slices.BinarySearch(a.lines, bits); ok {
+			continue
+		}
+		if missing++; missing <= maxReasons {
+			a.say("the line with index %d of the input is missing", i)
+		}
+	}
+	if missing > maxReasons {
+		a.say("%d lines of the input are missing", missing)
+	}
+	if k := int64(len(slices.Compact(a.lines))); k != n-missing || k != int64(len(a.lines)) {
+		a.say("%d lines are there twice or are not of this job", int64(len(a.lines))-(n-missing))
+	}
+}
+
+// twice finds custom_ids that are there more than once. Hashes that are equal make it read the files again, to compare
+// the ids themselves.
+func (a *audit) twice(ctx context.Context) error {
+	slices.Sort(a.ids)
+	suspects := map[uint64]bool{}
+	for i := 1; i < len(a.ids); i++ {
+		if a.ids[i] == a.ids[i-1] {
+			suspects[a.ids[i]] = true
+		}
+	}
+	if len(suspects) == 0 {
+		return nil
+	}
+	count := map[string]int{}
+	for _, path := range a.files {
+		err := eachLine(ctx, path, func(line []byte) {
+			l, err := proto.ParseOutput(line)
+			if err == nil && l.CustomID != nil && suspects[maphash.String(a.seed, *l.CustomID)] {
+				count[*l.CustomID]++
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	a.sayTwice(count)
+	return nil
+}
+
+func (a *audit) sayTwice(count map[string]int) {
+	var ids []string
+	for id, n := range count {
+		if n > 1 {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	for i, id := range ids {
+		if i == maxReasons {
+			a.say("%d more custom_ids are there more than once", len(ids)-i)
+			return
+		}
+		a.say("custom_id %q is there %d times", id, count[id])
+	}
+}
+
+// eachLine calls do with every line of a file, its end included.
+func eachLine(ctx context.Context, path string, do func([]byte)) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open file: %w", err)
+	}
+	defer f.Close()
+	r := bufio.NewReaderSize(f, 1<<20)
+	var long bytes.Buffer
+	for n := 0; ; n++ {
+		if n%1024 == 0 && ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		line, err := r.ReadSlice('\n')
+		if errors.Is(err, bufio.ErrBufferFull) {
+			long.Write(line)
+			continue
+		}
+		if err != nil && err != io.EOF {
+			return fmt.Errorf("read file: %w", err)
+		}
+		if long.Len() > 0 {
+			long.Write(line)
+			line = long.Bytes()
+		}
+		if len(line) > 0 {
+			do(line)
+		}
+		long.Reset()
+		if err == io.EOF {
+			return nil
+		}
+	}
+}

@@ -1,0 +1,172 @@
+package aggregator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/proto"
+)
+
+// errWatchEnded ends the session: watchers do not survive a bucket that is made anew.
+var errWatchEnded = errors.New("the watch of a bucket ended")
+
+// watch calls see for every entry of a bucket whose key matches, those that are there first. What was there when the
+// watch began may come again with the next one.
+func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jetstream.KeyValueEntry)) error {
+	w, err := kv.Watch(ctx, keys)
+	if err != nil {
+		return fmt.Errorf("watch %s of %s: %w", keys, kv.Bucket(), err)
+	}
+	defer func() {
+		_ = w.Stop()            // fails where the connection is closed: then it has ended
+		for range w.Updates() { // its sender must not be left standing
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case e, ok := <-w.Updates():
+			if !ok {
+				return errWatchEnded
+			}
+			if e != nil {
+				see(e)
+			}
+		}
+	}
+}
+
+// watchJobs learns of jobs and of their end. That a job is not in the bucket says nothing: only the marker of a delete
+// does, and only if it is younger than the job.
+func (t *tenure) watchJobs(ctx context.Context, cancel context.CancelCauseFunc) {
+	err := watch(ctx, t.kv, proto.JobKey("*"), func(e jetstream.KeyValueEntry) {
+		_, id := proto.SplitKey(e.Key())
+		if e.Operation() != jetstream.KeyValuePut {
+			t.deleted(ctx, id, e.Created().UnixNano())
+			return
+		}
+		if err := t.created(id, e); err != nil {
+			t.log.Error("a job cannot be taken in", "job", id, "error", err)
+		}
+	})
+	if err != nil {
+		cancel(err)
+	}
+}
+
+func (t *tenure) created(id string, e jetstream.KeyValueEntry) error {
+	spec := new(proto.Job)
+	if err := spec.Decode(e.Value()); err != nil {
+		return fmt.Errorf("%w: %w", errBadJob, err)
+	}
+	if spec.ID != id {
+		return fmt.Errorf("%w: the spec under %s is that of %q", errBadJob, e.Key(), spec.ID)
+	}
+	return t.s.know(spec, e.Created().UnixNano())
+}
+
+// deleted forgets a job, with the progress that may have been put since its keys were removed.
+func (t *tenure) deleted(ctx context.Context, id string, when int64) {
+	if !t.s.forget(id, when) {
+		return
+	}
+	t.log.Info("job is forgotten; its files stay", "job", id)
+	if err := t.kv.Purge(ctx, proto.ProgressKey(id)); err != nil {
+		t.log.Warn("the progress of a deleted job stays at the broker", "job", id, "error", err)
+	}
+}
+
+// lookups remembers for a moment that a job is unknown to the broker too.
+type lookups struct {
+	mu   sync.Mutex
+	none map[string]time.Time
+}
+
+const unknownFor = time.Second
+
+func (l *lookups) recent(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return time.Since(l.none[id]) < unknownFor
+}
+
+func (l *lookups) miss(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.none == nil || len(l.none) > 1<<12 {
+		l.none = map[string]time.Time{}
+	}
+	l.none[id] = time.Now()
+}
+
+var errLookup = errors.New("the broker cannot be asked")
+
+// lookup asks the broker for a job, and says whether there is one now. Its errors are errLookup, or of the disk.
+func (t *tenure) lookup(ctx context.Context, id string) (bool, error) {
+	if !validID(id) || t.lookups.recent(id) {
+		return false, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
+	defer cancel()
+	e, err := t.kv.Get(ctx, proto.JobKey(id))
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		t.lookups.miss(id)
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("%w: look up job %s: %w", errLookup, id, err)
+	}
+	err = t.created(id, e)
+	if errors.Is(err, errBadJob) {
+		t.lookups.miss(id)
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// workers is what the workers last said of themselves.
+type workers struct {
+	mu   sync.Mutex
+	byID map[string]*proto.Worker
+}
+
+// maxWorkers bounds what is remembered of workers that are gone.
+const maxWorkers = 4096
+
+func (w *workers) get(id string) *proto.Worker {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.byID[id]
+}
+
+func (w *workers) put(v *proto.Worker) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.byID == nil || len(w.byID) >= maxWorkers {
+		w.byID = map[string]*proto.Worker{}
+	}
+	w.byID[v.ID] = v
+}
+
+// watchWorkers listens to what workers say of themselves, for the manifests. It is best effort: a session goes on
+// without it.
+func (t *tenure) watchWorkers(ctx context.Context, cancel context.CancelCauseFunc) {
+	kv, err := t.a.Conn.JS.KeyValue(ctx, proto.WorkersBucket)
+	if err == nil {
+		err = watch(ctx, kv, "*", func(e jetstream.KeyValueEntry) {
+			w := new(proto.Worker)
+			if e.Operation() == jetstream.KeyValuePut && w.Decode(e.Value()) == nil && w.Version != "" {
+				t.workers.put(w)
+			}
+		})
+	}
+	if err != nil {
+		cancel(err)
+	}
+}

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"text/tabwriter"
+
+	"millrace/aggregator"
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// summary prints the end of a job: its verdict, a row per model, its failures, and where its files lie.
+func (a *app) summary(v *broker.JobView) error {
+	p := &v.Progress
+	host, _ := os.Hostname() // empty matches nothing
+	if p.Host == host && exists(p.Manifest) {
+		m, err := aggregator.ReadManifest(p.Manifest)
+		if err != nil {
+			return err
+		}
+		if a.json {
+			return a.printJSON(m)
+		}
+		a.printManifest(m, aggregator.Files{Output: p.Output, Errors: p.ErrorFile, Manifest: p.Manifest})
+		return nil
+	}
+	if a.json {
+		return a.printJSON(rowOfJob(v))
+	}
+	a.printProgress(v)
+	return nil
+}
+
+// showFinished prints a run that had finished before.
+func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
+	m, err := aggregator.ReadManifest(manifest)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(a.std.err, "job %s is finished; --again makes a fresh run\n", job.ID)
+	files := m.Paths(manifest)
+	if a.json {
+		err = a.printJSON(m)
+	} else {
+		a.printManifest(m, files)
+	}
+	if err != nil {
+		return err
+	}
+	v := broker.JobView{Job: *job, Progress: proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict}}
+	return verdict(&v, j)
+}
+
+func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
+	w := a.std.out
+	fmt.Fprintf(w, "\n%s  job %s: %d lines, %d ok, %d failed, %.1f s\n", m.Verdict, m.Job.ID, m.Input.Lines, m.Counts.OK, m.Counts.Failed, m.Statistics.Duration)
+	for _, r := range m.Reasons {
+		fmt.Fprintln(w, "  ", r)
+	}
+	if simulated(m) {
+		fmt.Fprintln(w, "the text is simulated: no model ran, and the figures are the simulator's")
+	}
+	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(tw, "\nmodel\tok\tfailed\tattempts\tprompt tok\toutput tok\tout tok/s\ttotal tok/s\tsteady out tok/s\tsteady total tok/s\tp50 s\tp95 s\t")
+	for i := range m.Statistics.ByModel {
+		s := &m.Statistics.ByModel[i]
+		printFigures(tw, s.Model, &s.Figures)
+	}
+	if len(m.Statistics.ByModel) > 1 {
+		printFigures(tw, "all", &m.Statistics.Figures)
+	}
+	_ = tw.Flush() // the same writer as below; what fails there fails here
+	for _, f := range m.Statistics.Failures {
+		fmt.Fprintf(w, "\n%d × %s %d, e.g. %s: %s", f.Count, f.Code, f.Status, f.CustomID, proto.Truncate(f.Message, 200))
+	}
+	fmt.Fprintf(w, "\n\noutput    %s\nerrors    %s\nmanifest  %s\n", files.Output, files.Errors, files.Manifest)
+}
+
+func simulated(m *aggregator.Manifest) bool {
+	for _, e := range m.Engines {
+		if e.Simulated {
+			return true
+		}
+	}
+	return false
+}
+
+func printFigures(tw *tabwriter.Writer, name string, f *aggregator.Figures) {
+	steadyOut, steadyTotal := "-", "-"
+	if f.Steady != nil {
+		steadyOut, steadyTotal = fmt.Sprintf("%.0f", f.Steady.OutputThroughput), fmt.Sprintf("%.0f", f.Steady.TotalThroughput)
+	}
+	fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t\n", name, f.Completed, f.Failed, f.Attempts, f.InputTokens, f.OutputTokens,
+		figure(f.OutputThroughput, 1, 0), figure(f.TotalThroughput, 1, 0), steadyOut, steadyTotal, figure(f.P50MS, 1000, 3), figure(f.P95MS, 1000, 3))
+}
+
+// figure prints what may not be known.
+func figure(v *float64, unit float64, digits int) string {
+	if v == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%.*f", digits, *v/unit)
+}
+
+// printProgress is the end of a job whose files lie on another machine.
+func (a *app) printProgress(v *broker.JobView) {
+	p, w := &v.Progress, a.std.out
+	fmt.Fprintf(w, "\n%s  job %s: %d lines, %d ok, %d failed\n", p.Verdict, v.Job.ID, v.Job.Lines, p.OK, p.Failed)
+	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(tw, "\nmodel\tok\tfailed\tprompt tok\toutput tok\t")
+	for _, m := range p.Models {
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t\n", m.Model, m.OK, m.Failed, m.Usage.Prompt, m.Usage.Completion)
+	}
+	_ = tw.Flush() // the same writer as below; what fails there fails here
+	for _, e := range p.Errors {
+		fmt.Fprintf(w, "\n%d × %s %d, e.g. %s: %s", e.Count, e.Code, e.Status, e.CustomID, proto.Truncate(e.Message, 200))
+	}
+	fmt.Fprintf(w, "\n\nthe files lie on %s:\noutput    %s\nerrors    %s\nmanifest  %s\nread them from here with: millrace results %s\n",
+		p.Host, p.Output, p.ErrorFile, p.Manifest, v.Job.ID)
+}

@@ -1,0 +1,252 @@
+package producer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// Adopter feeds all jobs whose input lies with the broker and that nobody feeds. It also ends the cancelled jobs whose
+// input nobody can reach: their lines end without their custom_id. Its fields may be set until Run.
+type Adopter struct {
+	Conn     *broker.Conn
+	Dir      string                // where inputs are laid down while their jobs run
+	Self     proto.Owner           // zero: broker.Self()
+	Log      *slog.Logger          // nil: silent
+	Registry prometheus.Registerer // for the metrics of all owners, while Run lasts; nil: none
+	Window   int64                 // see Owner, as the next three
+	AckWait  time.Duration
+	LeaseTTL time.Duration
+	Disk     int64
+	Every    time.Duration // how often it looks for jobs; 0: 2 s
+
+	metrics *metrics
+
+	mu   sync.Mutex           // guards the rest
+	busy map[string]bool      // jobs that a goroutine has
+	done map[string]bool      // jobs that need nothing any more
+	next map[string]time.Time // when a job that could not be adopted is tried again
+}
+
+// adoptAgain is how long a job is left alone that another process has or that could not be fed.
+const adoptAgain = 5 * time.Second
+
+// Run adopts jobs until ctx ends, and returns when all of them are let go.
+func (a *Adopter) Run(ctx context.Context) error {
+	if a.Log == nil {
+		a.Log = slog.New(slog.DiscardHandler)
+	}
+	if a.Self.ID == "" {
+		a.Self = broker.Self()
+	}
+	if err := os.MkdirAll(a.Dir, 0o755); err != nil {
+		return fmt.Errorf("make folder: %w; choose another --data", err)
+	}
+	sweep(a.Dir)
+	m, stop, err := startMetrics(a.Registry)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	a.metrics = m
+	a.busy, a.done, a.next = map[string]bool{}, map[string]bool{}, map[string]time.Time{}
+	every := a.Every
+	if every <= 0 {
+		every = 2 * time.Second
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		if err := a.look(ctx, &wg); err != nil && ctx.Err() == nil {
+			a.Log.Debug("look for jobs to adopt", "error", err)
+		}
+		if err := sleep(ctx, every); err != nil {
+			return err
+		}
+	}
+}
+
+// look starts a goroutine for every job that may need one.
+func (a *Adopter) look(ctx context.Context, wg *sync.WaitGroup) error {
+	cctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	kv, err := jobs(cctx, a.Conn)
+	if err != nil {
+		return err
+	}
+	keys, err := kv.ListKeysFiltered(cctx, proto.JobKey("*"))
+	if err != nil {
+		return fmt.Errorf("list jobs: %w", err)
+	}
+	for key := range keys.Keys() {
+		if _, id := proto.SplitKey(key); a.claim(id) {
+			wg.Go(func() { a.release(id, a.adopt(ctx, kv, id)) })
+		}
+	}
+	return nil
+}
+
+func (a *Adopter) claim(id string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.busy[id] || a.done[id] || time.Now().Before(a.next[id]) {
+		return false
+	}
+	a.busy[id] = true
+	return true
+}
+
+func (a *Adopter) release(id string, done bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.busy, id)
+	delete(a.next, id)
+	if done {
+		a.done[id] = true
+	} else {
+		a.next[id] = time.Now().Add(adoptAgain)
+	}
+}
+
+// adopt feeds a job, if it is one to adopt, until it ends, and says whether nothing is left to do for it.
+func (a *Adopter) adopt(ctx context.Context, kv jetstream.KeyValue, id string) bool {
+	job, todo, err := a.judge(ctx, kv, id)
+	if err == nil && todo == adoptIt {
+		err = a.feed(ctx, job)
+	}
+	if err == nil && todo != adoptNot {
+		err = a.forget(ctx, job)
+	}
+	if err != nil && ctx.Err() == nil && !errors.Is(err, broker.ErrLeaseHeld) {
+		a.Log.Warn("job not adopted, trying again", "job", id, "error", err)
+	}
+	return err == nil && todo != adoptNot
+}
+
+// feed runs an owner. Every end of the job is a good one here.
+func (a *Adopter) feed(ctx context.Context, job proto.Job) error {
+	o := &Owner{Conn: a.Conn, Job: job, Self: a.Self, Log: a.Log, Window: a.Window,
+		AckWait: a.AckWait, LeaseTTL: a.LeaseTTL, Disk: a.Disk, metrics: a.metrics}
+	if job.Object != "" {
+		o.fetch = func(ctx context.Context) (*Dataset, error) { return a.fetch(ctx, job) }
+	}
+	err := o.Run(ctx)
+	if errors.Is(err, ErrCancelled) || errors.Is(err, ErrExpired) {
+		return nil
+	}
+	return err
+}
+
+// What there is to do for a job.
+const (
+	adoptNot  = iota // nothing, for now
+	adoptIt          // feed it, if nobody else does
+	adoptDone        // it has ended: clean up
+)
+
+// judge says what there is to do for a job.
+func (a *Adopter) judge(ctx context.Context, kv jetstream.KeyValue, id string) (job proto.Job, todo int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if job, _, err = getJob(ctx, kv, id); err != nil {
+		return job, adoptNot, err
+	}
+	var p proto.Progress
+	var c proto.Control
+	var f proto.Feed
+	if _, err = revision(ctx, kv, proto.ProgressKey(id), p.Decode); err != nil {
+		return job, adoptNot, err
+	}
+	said, err := revision(ctx, kv, proto.ControlKey(id), c.Decode)
+	if err != nil {
+		return job, adoptNot, err
+	}
+	left, err := revision(ctx, kv, proto.FeedKey(id), f.Decode)
+	halted := f.State == proto.FeedHalted && said < left // it goes on when somebody says so afterwards
+	switch {
+	case err != nil:
+		return job, adoptNot, err
+	case p.State == proto.FoldDone:
+		return job, adoptDone, nil
+	case c.Want == proto.WantCancel, job.Object != "" && !halted:
+		return job, adoptIt, nil
+	}
+	return job, adoptNot, nil
+}
+
+// revision reads a key, and returns its revision; 0: it is not there.
+func revision(ctx context.Context, kv jetstream.KeyValue, key string, decode func([]byte) error) (uint64, error) {
+	e, err := kv.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return 0, nil
+	}
+	if err == nil {
+		err = decode(e.Value())
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read %s: %w", key, err)
+	}
+	return e.Revision(), nil
+}
+
+// fetch lays the input down, unless that was done before, and scans it.
+func (a *Adopter) fetch(ctx context.Context, job proto.Job) (*Dataset, error) {
+	broker.CrashPoint("adopt.lease-taken")
+	name := a.file(job)
+	if _, err := os.Stat(name); errors.Is(err, os.ErrNotExist) {
+		if err := download(ctx, a.Conn, job.Object, name); err != nil {
+			return nil, err
+		}
+	}
+	broker.CrashPoint("adopt.downloaded")
+	d, err := Scan(ctx, Input{Path: name, Name: job.Name, Override: job.Override, SkipInvalid: job.SkipInvalid,
+		MaxPayload: a.Conn.NC.MaxPayload(), Dir: a.Dir, MaxAttempts: job.MaxAttempts, TimeoutMS: job.TimeoutMS}, nil)
+	if err == nil && d.SHA256 == job.SHA256 {
+		return d, nil
+	}
+	if err == nil {
+		d.Close()
+		err = errors.New("the copy of the input is not what it was made from")
+	}
+	if ctx.Err() == nil {
+		_ = os.Remove(name) // fetched anew next time
+	}
+	return nil, err
+}
+
+func (a *Adopter) file(job proto.Job) string { return filepath.Join(a.Dir, "adopted-"+job.ID+".jsonl") }
+
+// forget removes the copies of an input whose job has ended.
+func (a *Adopter) forget(ctx context.Context, job proto.Job) error {
+	broker.CrashPoint("adopt.before-delete")
+	if err := os.Remove(a.file(job)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the laid down input: %w", err)
+	}
+	if job.Object == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	store, err := a.Conn.JS.ObjectStore(ctx, proto.InputsBucket)
+	if err == nil {
+		_, err = store.GetInfo(ctx, job.Object) // deleting what is deleted would write a new marker
+	}
+	if err == nil {
+		err = store.Delete(ctx, job.Object)
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
+		return fmt.Errorf("remove the input's copy: %w", err)
+	}
+	return nil
+}

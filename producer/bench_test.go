@@ -1,0 +1,51 @@
+package producer
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// writeLines makes an input of n lines of about 1 KB, of which each hundred share the beginning of their prompts.
+func writeLines(tb testing.TB, n int) string {
+	tb.Helper()
+	name := filepath.Join(tb.TempDir(), "input.jsonl")
+	f, err := os.Create(name)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	w := bufio.NewWriter(f)
+	text := strings.Repeat("some words of a prompt, ", 32)
+	for i := range n {
+		fmt.Fprintf(w, `{"custom_id":"request-%08d","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"%05d %s %d"}],"max_tokens":100}}`+"\n", i, i*7919%n/100, text, i)
+	}
+	if err := w.Flush(); err != nil {
+		tb.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		tb.Fatal(err)
+	}
+	return name
+}
+
+func BenchmarkScan(b *testing.B) {
+	const lines = 100_000
+	in := Input{Path: writeLines(b, lines), Dir: b.TempDir()}
+	st, err := os.Stat(in.Path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(st.Size())
+	b.ReportAllocs()
+	for b.Loop() {
+		d, err := Scan(b.Context(), in, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		d.Close()
+	}
+	b.ReportMetric(float64(lines)*float64(b.N)/b.Elapsed().Seconds(), "lines/s")
+}

@@ -1,0 +1,180 @@
+package producer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/proto"
+)
+
+// missingRanges is how many ranges of missing lines are asked for at once: about 200 KB of answer.
+const missingRanges = 10_000
+
+var errNoAggregator = errors.New("no aggregator answers; start `millrace aggregate`")
+
+// ask asks the aggregator once which lines are missing.
+func (r *run) ask(ctx context.Context, from int64) (*proto.MissingAnswer, error) {
+	q := proto.MissingQuestion{Job: r.job.ID, From: from, Max: missingRanges}
+	b, err := q.Encode()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	m, err := r.o.Conn.NC.RequestWithContext(ctx, proto.SubjectMissing, b)
+	switch {
+	case errors.Is(err, nats.ErrNoResponders), errors.Is(err, context.DeadlineExceeded):
+		return nil, errNoAggregator
+	case err != nil:
+		return nil, fmt.Errorf("ask the aggregator: %w", err)
+	}
+	a := new(proto.MissingAnswer)
+	if err := a.Decode(m.Data); err != nil {
+		return nil, fmt.Errorf("read the aggregator's answer: %w", err)
+	}
+	if !a.Known {
+		return nil, errors.New("the aggregator does not know the job yet")
+	}
+	r.heard(a)
+	return a, nil
+}
+
+// heard notes that the aggregator says that every line has ended.
+func (r *run) heard(a *proto.MissingAnswer) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case !a.Done:
+		r.doneAt = time.Time{}
+	case r.doneAt.IsZero():
+		r.doneAt = time.Now()
+	}
+}
+
+// answer asks until the aggregator answers, and says so while it does not.
+func (r *run) answer(ctx context.Context, from int64) (*proto.MissingAnswer, error) {
+	for {
+		a, err := r.ask(ctx, from)
+		if err == nil {
+			r.note(noteAggregator, "")
+			return a, nil
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		r.note(noteAggregator, err.Error())
+		if err := sleep(ctx, time.Second); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// missing is the set of lines that have no result, however long it takes to learn that.
+func (r *run) missing(ctx context.Context) (bitset, error) { return r.collect(ctx, r.answer) }
+
+// missingNow is the same, where the aggregator answers at once.
+func (r *run) missingNow(ctx context.Context) (bitset, error) { return r.collect(ctx, r.ask) }
+
+func (r *run) collect(ctx context.Context, ask func(context.Context, int64) (*proto.MissingAnswer, error)) (bitset, error) {
+	todo := make(bitset, (r.job.Lines+63)/64)
+	for from := int64(0); ; {
+		a, err := ask(ctx, from)
+		if err != nil {
+			return nil, err
+		}
+		for _, g := range a.Ranges {
+			todo.fill(max(g.From, 0), min(g.To, r.job.Lines), r.job.Lines)
+		}
+		if a.Next <= from {
+			return todo, nil
+		}
+		from = a.Next
+	}
+}
+
+// quiet returns when lines are missing although nothing is under way: nothing of the job is in its queues, or only
+// what is stuck there, and the aggregator has folded all results that were stored when that was so; both for AckWait
+// without a break, so that a worker that fell silent with a request has been noticed.
+func (r *run) quiet(ctx context.Context) error {
+	const least, most = 20 * time.Millisecond, 2 * time.Second
+	pause := max(min(r.ackWait()/8, most), least)
+	var since time.Time
+	for {
+		quiet, err := r.silent(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case permanent(err):
+			return err
+		case err != nil:
+			r.trouble("see what is under way", err)
+		case quiet && since.IsZero():
+			since = time.Now()
+		case quiet && time.Since(since) >= r.ackWait():
+			for _, q := range r.queues {
+				if q.depth > 0 {
+					r.unstick(ctx, q)
+				}
+			}
+			return nil
+		}
+		if !quiet {
+			since = time.Time{}
+		}
+		if err := sleep(ctx, pause); err != nil {
+			return err
+		}
+	}
+}
+
+func (r *run) ackWait() time.Duration {
+	most := time.Duration(0)
+	for _, q := range r.queues {
+		most = max(most, q.ackWait)
+	}
+	return most
+}
+
+// silent looks once whether nothing is under way while lines are missing. The order matters: a worker stores the
+// result before it acknowledges the request, so that all results of requests that are gone are in RES by then.
+func (r *run) silent(ctx context.Context) (bool, error) {
+	for _, q := range r.queues {
+		l, err := q.look(ctx)
+		if err != nil || l.depth > 0 && q.stuck.IsZero() {
+			return false, err
+		}
+	}
+	last, created, err := r.results(ctx)
+	if err != nil {
+		return false, err
+	}
+	a, err := r.ask(ctx, 0)
+	if err != nil {
+		if ctx.Err() == nil {
+			r.note(noteAggregator, err.Error())
+		}
+		return false, nil
+	}
+	r.note(noteAggregator, "")
+	return !a.Done && a.Stream == created && a.Seq >= last, nil
+}
+
+// results is the last sequence of RES, and when that stream was made.
+func (r *run) results(ctx context.Context) (last, created int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	s, err := r.o.Conn.JS.Stream(ctx, proto.ResultStream)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		err = errors.Join(err, r.declare.Base(ctx))
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("look at the results: %w", err)
+	}
+	i := s.CachedInfo()
+	return int64(i.State.LastSeq), i.Created.UnixNano(), nil
+}

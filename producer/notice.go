@@ -1,0 +1,109 @@
+package producer
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// noticeEvery is how often the workers are looked at, and noticeFirst when for the first time: workers that start
+// together with the job get as long to show up.
+const (
+	noticeEvery = 3 * time.Second
+	noticeFirst = 2 * time.Second
+)
+
+// notice learns from the workers' heartbeats how much they run at once, and says when nobody runs a model.
+func (r *run) notice(ctx context.Context) {
+	for wait := noticeFirst; sleep(ctx, wait) == nil; wait = noticeEvery {
+		cctx, cancel := context.WithTimeout(ctx, callTimeout)
+		ws, err := broker.Workers(cctx, r.o.Conn.JS)
+		cancel()
+		if err != nil {
+			r.log.Debug("look at the workers", "error", err)
+			continue
+		}
+		r.note(noteWorkers, r.staff(ws))
+	}
+}
+
+// staff notes what the workers of each model may have in flight, and returns what is missing.
+func (r *run) staff(ws []proto.Worker) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.want >= wantHalt || r.want == wantPause {
+		return ""
+	}
+	var idle []string
+	for i, q := range r.queues {
+		ready, limit := serving(ws, q.model)
+		r.limits[i] = limit
+		if !ready && !r.over(q.model, r.job.Models[i].Lines) {
+			idle = append(idle, q.model)
+		}
+	}
+	return idleNote(idle, ws)
+}
+
+// over says whether all lines of a model have ended.
+func (r *run) over(model string, lines int64) bool {
+	for _, m := range r.progress.Models {
+		if m.Model == model {
+			return m.OK+m.Failed >= lines
+		}
+	}
+	return false
+}
+
+// serving says whether a model is being run, and how much of it at once.
+func serving(ws []proto.Worker, model string) (ready bool, limit int64) {
+	for _, w := range ws {
+		if slices.Contains(w.Models, model) {
+			limit += w.Limit
+			ready = ready || w.State == proto.EngineReady
+		}
+	}
+	return ready, limit
+}
+
+// idleNote says which models nobody runs, and what the workers that there are do instead.
+func idleNote(models []string, ws []proto.Worker) string {
+	if len(models) == 0 {
+		return ""
+	}
+	const shown = 3
+	s := "no worker serves model " + strings.Join(models[:min(shown, len(models))], ", ")
+	if len(models) > shown {
+		s += fmt.Sprintf(" and %d more", len(models)-shown)
+	}
+	if len(ws) == 0 {
+		return s + "; no worker is there, start `millrace worker`"
+	}
+	s += "; waiting; workers seen: "
+	for i, w := range ws[:min(shown, len(ws))] {
+		if i > 0 {
+			s += ", "
+		}
+		s += workerNote(w)
+	}
+	if len(ws) > shown {
+		s += fmt.Sprintf(" and %d more", len(ws)-shown)
+	}
+	return s
+}
+
+func workerNote(w proto.Worker) string {
+	what := w.State
+	if w.Reason != "" {
+		what += ": " + proto.Truncate(w.Reason, 200)
+	}
+	if len(w.Models) > 0 {
+		what += "; serves " + strings.Join(w.Models[:min(3, len(w.Models))], ", ")
+	}
+	return fmt.Sprintf("%s (%s)", w.ID, what)
+}

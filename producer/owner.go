@@ -1,0 +1,221 @@
+package producer
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// defaultWindow is how many requests of a job are kept in the queues at least.
+const defaultWindow = 20_000
+
+// Owner feeds one job from its input until every line has ended. Its fields may be set until Run.
+type Owner struct {
+	Conn     *broker.Conn
+	Dataset  *Dataset
+	Job      proto.Job             // as Create returned it
+	Self     proto.Owner           // zero: broker.Self()
+	Log      *slog.Logger          // nil: silent
+	Registry prometheus.Registerer // for the metrics of this owner, while Run lasts; nil: none
+	Window   int64                 // requests kept in the queues, at least; 0: 20,000
+	AckWait  time.Duration         // set on the consumers; 0: theirs stays
+	LeaseTTL time.Duration         // 0: broker.DefaultLeaseTTL
+	Disk     int64                 // free bytes of the broker's disk where known, for the size of queues
+	// Report is called, where not nil, with every change of how far it is, never twice at the same time. It must not block.
+	Report func(proto.Feed)
+
+	metrics *metrics // shared by the owners of an Adopter
+	// fetch, where not nil, gets the dataset once the lease is held.
+	fetch func(context.Context) (*Dataset, error)
+}
+
+// How a job ends that was not left to run.
+var (
+	ErrCancelled = errors.New("the job was cancelled")
+	ErrExpired   = errors.New("the job's time was over before all lines had run")
+	ErrHalted    = errors.New("too many lines failed, the job was halted")
+)
+
+// HeldError says who owns the job. It is a broker.ErrLeaseHeld.
+type HeldError struct{ Holder proto.Owner }
+
+func (e *HeldError) Error() string {
+	return fmt.Sprintf("the job is fed by process %d on %s", e.Holder.PID, e.Holder.Host)
+}
+
+func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }
+
+// Run takes the lease on the job and feeds it. It returns
+//   - nil when every line has ended, or ErrCancelled or ErrExpired when that is how lines ended;
+//   - a *HeldError (broker.ErrLeaseHeld) when a living process has the lease: watch the job instead;
+//   - broker.ErrLeaseLost when another process took it;
+//   - ErrHalted, with the most frequent error, when Job.MaxErrors was exceeded: it can be run again;
+//   - ErrChanged when the input is not what it was;
+//   - the cause of ctx when that ended first. What is in the queues runs on, and a later Run continues.
+//
+// A broker that does not answer is waited for, for as long as ctx lasts.
+func (o *Owner) Run(ctx context.Context) error {
+	m, stop, err := startMetrics(o.Registry)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	if m == nil {
+		m = o.metrics
+	}
+	r := newRun(o, m)
+	if err := r.start(ctx); err != nil {
+		return err
+	}
+	m.job(1)
+	defer m.job(-1)
+	return r.live(ctx)
+}
+
+func newRun(o *Owner, m *metrics) *run {
+	r := &run{o: o, metrics: m, job: o.Job, d: o.Dataset, log: o.Log, began: time.Now(), notes: map[noteKind]string{}}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	r.log = r.log.With("job", o.Job.ID)
+	r.declare = broker.Declarer{JS: o.Conn.JS, Disk: o.Disk, AckWait: o.AckWait}
+	self := o.Self
+	if self.ID == "" {
+		self = broker.Self()
+	}
+	r.lease = &broker.Lease{Key: proto.FeedKey(o.Job.ID), Self: self, TTL: o.LeaseTTL, Value: r.record, Holder: holder}
+	for _, l := range o.Job.Models {
+		r.queues = append(r.queues, newQueue(o.Conn, r.declare, m, &o.Job, l.Model))
+	}
+	r.first = make([]int64, len(r.queues))
+	r.limits = make([]int64, len(r.queues))
+	r.full = make([]string, len(r.queues))
+	return r
+}
+
+func holder(value []byte) (proto.Owner, error) {
+	var f proto.Feed
+	err := f.Decode(value)
+	return f.Owner, err
+}
+
+// start waits for the broker, puts the job where it is not there, and takes the lease.
+func (r *run) start(ctx context.Context) (err error) {
+	if r.limit, err = parseThreshold(r.job.MaxErrors); err != nil {
+		return err
+	}
+	err = r.retry(ctx, "reach the broker", func(ctx context.Context) error {
+		if err := r.base(ctx); err != nil {
+			return err
+		}
+		return r.recall(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	broker.CrashPoint("producer.job-put")
+	return r.take(ctx)
+}
+
+// base declares what all jobs share, and puts the job where its key is not there: at first, and when the broker came
+// back with an empty disk.
+func (r *run) base(ctx context.Context) error {
+	if err := r.declare.Base(ctx); err != nil {
+		return err
+	}
+	if r.kv == nil { // from start, before there are others; the bucket may be made anew behind it
+		kv, err := r.o.Conn.JS.KeyValue(ctx, proto.JobsBucket)
+		if err != nil {
+			return fmt.Errorf("open bucket %s: %w", proto.JobsBucket, err)
+		}
+		r.kv, r.lease.KV = kv, kv
+	}
+	return putJob(ctx, r.kv, r.job)
+}
+
+func putJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) error {
+	b, err := job.Encode()
+	if err != nil {
+		return err
+	}
+	if _, err = kv.Create(ctx, proto.JobKey(job.ID), b); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+		return fmt.Errorf("put the job: %w", err)
+	}
+	return nil
+}
+
+// recall reads how far the last owner came, so that the first thing this one writes does not forget it.
+func (r *run) recall(ctx context.Context) error {
+	e, err := r.kv.Get(ctx, proto.FeedKey(r.job.ID))
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read how far the job is: %w", err)
+	}
+	var f proto.Feed
+	if err := f.Decode(e.Value()); err != nil {
+		return fmt.Errorf("read how far the job is: %w", err)
+	}
+	f.Owner, f.Note = proto.Owner{}, ""
+	r.before, r.feed, r.known = f.State, f, true
+	for _, m := range f.Models {
+		for i, q := range r.queues {
+			if q.model == m.Model {
+				r.first[i] = min(m.Lines, r.job.Models[i].Lines)
+			}
+		}
+	}
+	return nil
+}
+
+// take waits for the lease until it is ours, or until its holder shows that it lives by renewing it.
+func (r *run) take(ctx context.Context) error {
+	var w broker.Watch
+	var seen uint64
+	ttl := cmp.Or(r.o.LeaseTTL, broker.DefaultLeaseTTL)
+	for {
+		cctx, cancel := context.WithTimeout(ctx, callTimeout)
+		held, err := r.lease.Try(cctx, &w)
+		var rev uint64
+		if errors.Is(err, broker.ErrLeaseHeld) {
+			if e, gerr := r.kv.Get(cctx, r.lease.Key); gerr == nil {
+				rev = e.Revision()
+			}
+		}
+		cancel()
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case errors.Is(err, broker.ErrLeaseHeld) && rev != 0 && seen != 0 && rev != seen:
+			return &HeldError{held}
+		}
+		seen = max(seen, rev)
+		if err := sleep(ctx, ttl/12); err != nil {
+			return err
+		}
+	}
+}
+
+// sleep waits for d, or returns the cause with which ctx ends.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-t.C:
+		return nil
+	}
+}

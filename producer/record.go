@@ -1,0 +1,260 @@
+package producer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// saveEvery is how often the cursor is written while lines flow. What was sent after the last time is sent again by
+// the next owner if this one dies.
+const saveEvery = 250 * time.Millisecond
+
+// noteKind is a reason why nothing moves; of several the first is shown.
+type noteKind int
+
+const (
+	noteBroker noteKind = iota
+	noteInput
+	noteAggregator
+	noteWorkers
+	noteFull
+	noteKinds
+)
+
+// record renders what is written under the lease.
+func (r *run) record(owner proto.Owner) ([]byte, error) {
+	f := r.snapshot()
+	f.Owner = owner
+	return f.Encode()
+}
+
+// snapshot is how far the job is now.
+func (r *run) snapshot() proto.Feed {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f := r.feed
+	f.Models = nil
+	f.Enqueued = 0
+	for i, q := range r.queues {
+		f.Models = append(f.Models, proto.ModelLines{Model: q.model, Lines: r.first[i]})
+		f.Enqueued += r.first[i]
+	}
+	f.Note = ""
+	for k := range noteKinds {
+		if f.Note = r.notes[k]; f.Note != "" {
+			break
+		}
+	}
+	return f
+}
+
+// report tells whoever drives the owner.
+func (r *run) report() {
+	if r.o.Report == nil {
+		return
+	}
+	r.reporting.Lock()
+	defer r.reporting.Unlock()
+	f := r.snapshot()
+	f.Owner = r.lease.Self
+	r.o.Report(f)
+}
+
+// note sets or clears one reason why nothing moves.
+func (r *run) note(k noteKind, text string) {
+	r.mu.Lock()
+	same := r.notes[k] == text
+	r.notes[k] = text
+	r.mu.Unlock()
+	if !same {
+		r.report()
+	}
+}
+
+// state says what the owner does now, in the job's record too.
+func (r *run) state(s string) {
+	r.mu.Lock()
+	same := r.feed.State == s
+	r.feed.State = s
+	r.mu.Unlock()
+	if !same {
+		r.report()
+	}
+}
+
+// count adds to the lines that were sent again, or ended.
+func (r *run) count(resent, ended int64) {
+	r.mu.Lock()
+	r.feed.Resent += resent
+	r.feed.Ended += ended
+	r.mu.Unlock()
+}
+
+// advance notes that queue i got everything up to position to of its order, and returns how many of the positions
+// it sent were sent for the first time.
+func (r *run) advance(i int, sent []int64, to int64) int64 {
+	r.mu.Lock()
+	at, _ := slices.BinarySearch(sent, r.first[i])
+	r.first[i] = max(r.first[i], to)
+	again := int64(at)
+	r.feed.Resent += again
+	r.mu.Unlock()
+	return int64(len(sent)) - again
+}
+
+// save writes the cursor, if it is time or it must be. It returns an error only when the lease is lost.
+func (r *run) save(ctx context.Context, must bool) error {
+	r.mu.Lock()
+	due := must || time.Since(r.saved) >= saveEvery
+	if due {
+		r.saved = time.Now()
+	}
+	r.mu.Unlock()
+	if !due {
+		return nil
+	}
+	r.report()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err := r.lease.Renew(ctx)
+	if errors.Is(err, broker.ErrLeaseLost) {
+		return err
+	}
+	if err == nil {
+		broker.CrashPoint("producer.cursor-written")
+	}
+	return nil // else Keep sees it too, and says so
+}
+
+// watchEvery is how often control and progress are read, and baseEvery how often the job's own key is looked for.
+// Reading again and again is cheap, and unlike a subscription it survives a broker that came back empty.
+const (
+	watchEvery = 250 * time.Millisecond
+	baseEvery  = 8 // times watchEvery
+)
+
+// watch turns what is wanted, and what became of the job so far, into demands.
+func (r *run) watch(ctx context.Context) {
+	for n := 1; sleep(ctx, watchEvery) == nil; n++ {
+		err := r.read(ctx)
+		if err != nil || n%baseEvery == 0 {
+			cctx, cancel := context.WithTimeout(ctx, callTimeout)
+			err = errors.Join(err, r.base(cctx))
+			cancel()
+		}
+		if err != nil && ctx.Err() == nil {
+			r.log.Debug("read the job's keys", "error", err)
+		}
+	}
+}
+
+// look is the first reading, which is waited for.
+func (r *run) look(ctx context.Context) error {
+	if err := r.retry(ctx, "read the job's keys", r.read); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.before == proto.FeedHalted { // it may fail as often again
+		r.basis = r.progress
+		if r.want == wantHalt {
+			r.want = wantRun
+		}
+	}
+	return nil
+}
+
+// read reads control and progress.
+func (r *run) read(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	var c proto.Control
+	if err := r.get(ctx, proto.ControlKey(r.job.ID), c.Decode); err != nil {
+		return err
+	}
+	var p proto.Progress
+	if err := r.get(ctx, proto.ProgressKey(r.job.ID), p.Decode); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	r.progress = p
+	r.mu.Unlock()
+	r.demand(r.judge(c, p))
+	return nil
+}
+
+func (r *run) get(ctx context.Context, key string, decode func([]byte) error) error {
+	e, err := r.kv.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return nil
+	}
+	if err == nil {
+		err = decode(e.Value())
+	}
+	if err != nil {
+		return fmt.Errorf("read %s: %w", key, err)
+	}
+	return nil
+}
+
+// doneWait is how long the aggregator's word that every line has ended goes before a progress record that does not
+// say so: that of a broker with an older disk never will.
+const doneWait = 10 * time.Second
+
+// judge is what is demanded now.
+func (r *run) judge(c proto.Control, p proto.Progress) demand {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	said := !r.doneAt.IsZero() && p.State != proto.FoldWriting
+	switch {
+	case p.State == proto.FoldDone, said && (p.State == "" || time.Since(r.doneAt) >= doneWait):
+		return wantDone
+	case c.Want == proto.WantCancel:
+		return wantCancel
+	case r.job.LifetimeMS > 0 && time.Since(r.began) >= time.Duration(r.job.LifetimeMS)*time.Millisecond:
+		return wantExpire
+	case r.limit.reached(r.failures(p)):
+		return wantHalt
+	case c.Want == proto.WantPause:
+		return wantPause
+	}
+	return wantRun
+}
+
+// failures counts what speaks for halting: not the lines that were known to be invalid, and not those that failed
+// before a halted job was started again.
+func (r *run) failures(p proto.Progress) (failed, ended int64) {
+	invalid := min(r.job.Invalid, p.Failed)
+	failed = p.Failed - invalid
+	ended = p.OK + failed
+	if r.basis.Lines > 0 {
+		known := min(r.job.Invalid, r.basis.Failed)
+		failed -= r.basis.Failed - known
+		ended -= r.basis.OK + r.basis.Failed - known
+	}
+	return max(failed, 0), max(ended, 0)
+}
+
+// worst describes the most frequent error.
+func (r *run) worst() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.progress.Errors) == 0 {
+		return fmt.Sprintf("%d lines failed", r.progress.Failed)
+	}
+	e := r.progress.Errors[0]
+	s := fmt.Sprintf("%d lines failed, %d of them with %s", r.progress.Failed, e.Count, e.Code)
+	if e.Status != 0 {
+		s += fmt.Sprintf(" (HTTP %d)", e.Status)
+	}
+	return strings.TrimSuffix(s+", such as "+e.CustomID+": "+e.Message, ": ")
+}

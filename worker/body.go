@@ -1,0 +1,201 @@
+package worker
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"millrace/proto"
+)
+
+// errorBody is what an engine says of an error, whatever shape it says it in.
+type errorBody struct {
+	typ, param, code, message string
+}
+
+// readError understands all that was seen: {"error":{…}}, {"error":"text"}, the flat form of old versions,
+// {"detail":…}, text that is not JSON, and nothing.
+func readError(body []byte) errorBody {
+	var v struct {
+		Error  jsontext.Value `json:"error"`
+		Detail jsontext.Value `json:"detail"`
+	}
+	if json.Unmarshal(body, &v, lenient) != nil {
+		return errorBody{message: proto.Truncate(strings.ToValidUTF8(string(bytes.TrimSpace(body)), "\uFFFD"), proto.MaxMessage)}
+	}
+	switch {
+	case v.Error.Kind() == '"':
+		return errorBody{message: text(v.Error)}
+	case v.Error.Kind() == '{':
+		return readErrorObject(v.Error)
+	case len(v.Detail) > 0:
+		return errorBody{typ: "detail", message: text(v.Detail)}
+	}
+	return readErrorObject(body)
+}
+
+var lenient = json.JoinOptions(jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
+
+func readErrorObject(b []byte) errorBody {
+	var e struct {
+		Message jsontext.Value `json:"message"`
+		Type    jsontext.Value `json:"type"`
+		Param   jsontext.Value `json:"param"`
+		Code    jsontext.Value `json:"code"`
+	}
+	_ = json.Unmarshal(b, &e, lenient) // what is missing stays empty
+	return errorBody{typ: text(e.Type), param: text(e.Param), code: text(e.Code), message: text(e.Message)}
+}
+
+// text renders a value for people: a string as it reads, null as nothing, the rest as JSON.
+func text(v jsontext.Value) string {
+	switch v.Kind() {
+	case '"':
+		s, _ := jsontext.AppendUnquote(nil, v) // what can be read of it is
+		return proto.Truncate(strings.ToValidUTF8(string(s), "\uFFFD"), proto.MaxMessage)
+	case 'n', 0:
+		return ""
+	}
+	return proto.Truncate(string(v), proto.MaxMessage)
+}
+
+// reply is what an answer with HTTP status 200 holds, as far as the worker looks into it.
+type reply struct {
+	id       string
+	choices  int    // -1: no choices
+	finish   string // of the first choice
+	abort    bool   // a choice ended because the engine gave it up
+	failed   bool   // a choice or the whole answer ended by an error inside the engine
+	whole    bool   // choices, data, output or results are there
+	refusal  jsontext.Value
+	hasUsage bool
+}
+
+var errNotJSON = errors.New("not a JSON object")
+
+// readReply goes over an answer once. Its error says that the body is not one whole JSON object.
+func readReply(body []byte) (reply, error) {
+	r := reply{choices: -1}
+	d := jsontext.NewDecoder(bytes.NewReader(body), lenient)
+	if d.PeekKind() != '{' {
+		return r, errNotJSON
+	}
+	if _, err := d.ReadToken(); err != nil {
+		return r, err
+	}
+	for d.PeekKind() == '"' {
+		name, err := d.ReadToken()
+		if err != nil {
+			return r, err
+		}
+		if err := r.member(d, name.String()); err != nil {
+			return r, err
+		}
+	}
+	if _, err := d.ReadToken(); err != nil { // the closing bracket
+		return r, err
+	}
+	if d.PeekKind() != 0 {
+		return r, errNotJSON
+	}
+	return r, nil
+}
+
+func (r *reply) member(d *jsontext.Decoder, name string) error {
+	kind := d.PeekKind()
+	switch name {
+	case "choices":
+		if kind == '[' {
+			return r.readChoices(d)
+		}
+	case "data", "results", "output":
+		r.whole = r.whole || kind == '['
+	case "usage":
+		r.hasUsage = kind == '{'
+	case "error":
+		if kind != 'n' {
+			v, err := d.ReadValue()
+			r.refusal = v.Clone()
+			return err
+		}
+	case "id", "status":
+		if kind == '"' {
+			t, err := d.ReadToken()
+			if err == nil {
+				r.say(name, t.String())
+			}
+			return err
+		}
+	}
+	return d.SkipValue()
+}
+
+// say takes a text member. The status is that of /v1/responses.
+func (r *reply) say(name, v string) {
+	switch {
+	case name == "id":
+		r.id = v
+	case v == "cancelled":
+		r.abort = true
+	case v == "failed":
+		r.failed = true
+	}
+}
+
+func (r *reply) readChoices(d *jsontext.Decoder) error {
+	if _, err := d.ReadToken(); err != nil {
+		return err
+	}
+	r.choices = 0
+	for k := d.PeekKind(); k != ']'; k = d.PeekKind() {
+		if k != '{' {
+			if err := d.SkipValue(); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := r.readChoice(d); err != nil {
+			return err
+		}
+		r.choices++
+	}
+	r.whole = r.whole || r.choices > 0
+	_, err := d.ReadToken()
+	return err
+}
+
+func (r *reply) readChoice(d *jsontext.Decoder) error {
+	if _, err := d.ReadToken(); err != nil {
+		return err
+	}
+	for d.PeekKind() == '"' {
+		name, err := d.ReadToken()
+		if err != nil {
+			return err
+		}
+		if name.String() != "finish_reason" || d.PeekKind() != '"' {
+			if err := d.SkipValue(); err != nil {
+				return err
+			}
+			continue
+		}
+		v, err := d.ReadToken()
+		if err != nil {
+			return err
+		}
+		r.ended(v.String())
+	}
+	_, err := d.ReadToken()
+	return err
+}
+
+func (r *reply) ended(finish string) {
+	if r.choices == 0 {
+		r.finish = finish
+	}
+	r.abort = r.abort || finish == "abort"
+	r.failed = r.failed || finish == "error"
+}

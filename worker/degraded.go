@@ -1,0 +1,117 @@
+package worker
+
+import (
+	"fmt"
+	"time"
+
+	"millrace/proto"
+)
+
+// A mispointed worker must not turn a million lines into errors faster than the healthy ones answer; and a job whose
+// every line is wrong must still end. The rule, in one place:
+//
+//   - equalLimit errors in a row that are alike (status, code, message but for numbers and quoted text), permanent or
+//     charged, without one success in between, close the gate: the engine is degraded.
+//   - It opens again at once when the engine has answered a line before and no other ready worker serves the model:
+//     then it is rather the lines that are wrong, and nobody else would do better.
+//   - Otherwise every RetryEvery one line is let through. A success opens the gate, and so does another error.
+//   - When patience lines in a row went alike and no other ready worker serves the model, the gate opens: the lines
+//     fail, which ends them. While there is such a worker, the gate stays closed and the lines are that worker's.
+//   - An error for which the gate was opened does not close it again before a success.
+//
+// What was already published stays: nobody asks for those lines again.
+type equalErrors struct {
+	same     string
+	model    string // of the last line
+	n        int
+	pardoned string
+}
+
+const (
+	equalLimit = 20
+	patience   = 3
+)
+
+// add counts an error and says whether the gate is to close.
+func (e *equalErrors) add(same, model string) bool {
+	if same != e.same {
+		e.same, e.n = same, 0
+	}
+	e.model = model
+	e.n++
+	return e.n >= equalLimit && same != e.pardoned
+}
+
+// success is called for each line that the engine answered well.
+func (g *gate) success() {
+	g.mu.Lock()
+	g.everOK = true
+	g.equal = equalErrors{}
+	open := g.answeredLocked()
+	g.mu.Unlock()
+	if open {
+		g.show()
+	}
+}
+
+// answeredLocked takes note of an answer that shows the engine alive. It says whether that opens the gate.
+func (g *gate) answeredLocked() bool {
+	g.answers++
+	g.deaths = 0
+	t := g.trip
+	if t == nil || t.kind == tripUnreached || t.kind == tripDead && time.Now().Before(t.until) {
+		return false
+	}
+	g.trip = nil
+	return true
+}
+
+// failed is called for each line that the engine answered with an error.
+func (g *gate) failed(same, model, message string) {
+	g.mu.Lock()
+	t := g.trip
+	alike := same == g.equal.same
+	tooMany := g.equal.add(same, model)
+	switch {
+	case t == nil && tooMany:
+		g.mu.Unlock()
+		g.close(tripDegraded, proto.EngineDegraded, fmt.Sprintf("engine failed %d lines in a row alike: %s", equalLimit, message))
+		g.judge()
+		return
+	case t != nil && t.kind == tripDegraded && alike:
+		again := time.Now().After(t.until)
+		if again {
+			t.tries++
+			t.until = time.Now().Add(g.retry)
+		}
+		g.mu.Unlock()
+		if again {
+			g.judge()
+		}
+	default:
+		g.answeredLocked()
+		g.mu.Unlock()
+	}
+	g.show()
+}
+
+// judge applies the rule to a degraded engine.
+func (g *gate) judge() {
+	g.mu.Lock()
+	model := g.equal.model
+	g.mu.Unlock()
+	g.others(model, func(others bool) {
+		g.mu.Lock()
+		t := g.trip
+		pardon := t != nil && t.kind == tripDegraded && !others && (g.everOK || t.tries >= patience)
+		if pardon {
+			g.equal.pardoned = g.equal.same
+			g.trip = nil
+		}
+		g.mu.Unlock()
+		if pardon {
+			g.log.Warn("engine fails all lines alike, but nobody else serves the model: letting them fail", "engine", g.engine.String(), "model", model)
+		}
+		g.show()
+	})
+}

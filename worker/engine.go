@@ -1,0 +1,84 @@
+package worker
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"millrace/proto"
+)
+
+// Engine answers requests. HTTP is a real one, Null one for benchmarks.
+type Engine interface {
+	// Do sends one request and returns the answer as it came. An error says that there is no whole answer; the
+	// Answer beside it holds the status where that much was heard. Do sends a request once.
+	Do(ctx context.Context, r *proto.Request) (Answer, error)
+	// Probe looks at the engine. An error says that it did not answer.
+	Probe(ctx context.Context) (Status, error)
+	// String is where the engine is, without user information.
+	String() string
+}
+
+// Answer is what an engine said to one request.
+type Answer struct {
+	Status   int
+	Header   http.Header // may be nil
+	Body     []byte
+	TooLarge bool // the body was longer than the engine client reads and is not here
+}
+
+// Status is what a probe found. Fields that the engine does not tell stay zero.
+type Status struct {
+	State     string // proto.EngineReady, or why not: EngineWaiting, EngineDenied, EngineNoModel
+	Reason    string // for people, where not ready
+	Version   string
+	Models    []string
+	MaxLen    int64 // longest context of any of the models, in tokens
+	Simulated bool
+	Gauges    Gauges
+}
+
+// Gauges is what an engine counts itself. Known is false where it has no metrics: then nothing is zero, all is unknown.
+type Gauges struct {
+	Known       bool
+	KVTokens    int64   // capacity of the KV cache in tokens; 0: not told
+	KVUsage     float64 // share of it in use, 0 to 1
+	Running     int64
+	Waiting     int64
+	Prompt      int64 // prompt tokens since the engine's start
+	Generation  int64 // output tokens since the engine's start
+	Preemptions int64 // since the engine's start
+	Asleep      bool
+}
+
+// Null answers everything at once, inside the process. It measures what lies around an engine.
+type Null struct {
+	Models []string
+	Text   []byte        // body of every answer; nil: a short chat completion
+	Delay  time.Duration // before each answer
+}
+
+var nullText = []byte(`{"id":"null","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"0"},"finish_reason":"stop"}],"usage":{"prompt_tokens":1,"total_tokens":2,"completion_tokens":1}}`)
+
+// Do answers with HTTP status 200 and the same body every time.
+func (n *Null) Do(ctx context.Context, _ *proto.Request) (Answer, error) {
+	if n.Delay > 0 {
+		select {
+		case <-ctx.Done():
+			return Answer{}, context.Cause(ctx)
+		case <-time.After(n.Delay):
+		}
+	}
+	body := n.Text
+	if body == nil {
+		body = nullText
+	}
+	return Answer{Status: http.StatusOK, Body: body}, nil
+}
+
+// Probe always finds the engine ready.
+func (n *Null) Probe(context.Context) (Status, error) {
+	return Status{State: proto.EngineReady, Version: "null", Models: n.Models, Simulated: true}, nil
+}
+
+func (n *Null) String() string { return "null:" }

@@ -1,0 +1,386 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"millrace/proto"
+)
+
+// gate says whether lines may be run. It watches the engine by probes, and hears from every line how it went.
+//
+// Two things must both be well: what the last probe found, and that no line has tripped the gate since. A trip
+// says why and how it clears:
+//
+//	unreached  no connection: by a probe that succeeds
+//	dead       the engine died: by a probe that succeeds after one that failed; where none fails (it is draining,
+//	           or a proxy stands before it), lines are let through one by one until one is answered
+//	denied     a line was refused for want of a key: one by one, every RetryEvery
+//	degraded   all lines fail alike: one by one, every RetryEvery; see degraded.go
+//	hung       no progress: when the engine's gauges move, or one by one, every RetryEvery
+type gate struct {
+	engine Engine
+	log    *slog.Logger
+	stall  time.Duration
+	every  time.Duration // between probes of an engine that is ready
+	retry  time.Duration // RetryEvery
+
+	opened  func()                              // the quota may have changed; holds no lock
+	found   func(Status)                        // a probe succeeded
+	abort   func()                              // the engine hangs: let go of what it has
+	busy    func() int                          // lines in flight
+	others  func(model string, then func(bool)) // asks whether another ready worker serves a model, and goes on with the answer
+	kick    chan struct{}
+	started time.Time // of the worker
+
+	mu       sync.Mutex
+	status   Status
+	slow     int // probes in a row that got no answer in time from a ready engine
+	trip     *trip
+	deaths   int // trips by dead or unreached without an answer in between
+	draining bool
+	shown    string // state and reason that were logged last
+	loaded   time.Duration
+	lastBad  time.Time // start of the last probe that did not find the engine up
+	begun    int       // probes begun
+	ended    int       // number of the last probe that ended
+	turn     chan struct{}
+	equal    equalErrors
+	hang     hangWatch
+	answers  int    // answers that were no sign of trouble
+	everOK   bool   // a line has succeeded, ever
+	noModel  string // why there is no model to pull for, though the engine lists some; empty: there is
+}
+
+// trip is why lines closed the gate.
+type trip struct {
+	kind   tripKind
+	state  string
+	reason string
+	at     time.Time
+	until  time.Time // not before this a probe or a line may clear it
+	tries  int       // lines that were let through and went alike
+	gauges Gauges    // when it hung
+	failed bool      // a probe has failed since
+}
+
+type tripKind int
+
+const (
+	tripUnreached tripKind = iota
+	tripDead
+	tripDenied
+	tripDegraded
+	tripHung
+)
+
+const (
+	probeTimeout = 5 * time.Second
+	probeWaiting = 500 * time.Millisecond // between probes of an engine that is not ready
+	probeGap     = 50 * time.Millisecond  // at least between any two
+	slowProbes   = 3                      // probes without an answer in time, until a ready engine is thought gone
+)
+
+// run probes until ctx ends.
+func (g *gate) run(ctx context.Context) {
+	for {
+		g.probe(ctx)
+		timer := time.NewTimer(g.interval())
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		case <-g.kick:
+			timer.Stop()
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(probeGap):
+			}
+		}
+	}
+}
+
+func (g *gate) interval() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.status.State == proto.EngineReady && g.trip == nil {
+		return g.every
+	}
+	return min(probeWaiting, g.every)
+}
+
+// hurry asks for a probe soon.
+func (g *gate) hurry() {
+	select {
+	case g.kick <- struct{}{}:
+	default:
+	}
+}
+
+func (g *gate) probe(ctx context.Context) {
+	g.mu.Lock()
+	g.begun++
+	n := g.begun
+	g.mu.Unlock()
+	begun := time.Now()
+	pctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	st, err := g.engine.Probe(pctx)
+	cancel()
+	if ctx.Err() != nil {
+		return
+	}
+	g.take(begun, st, err)
+	g.mu.Lock()
+	g.ended = n
+	close(g.turn)
+	g.turn = make(chan struct{})
+	g.mu.Unlock()
+}
+
+// fresh waits for a probe that begins after the call, and returns what the gate knows then.
+func (g *gate) fresh(ctx context.Context) Status {
+	g.mu.Lock()
+	after := g.begun
+	for g.ended <= after && ctx.Err() == nil {
+		turn := g.turn
+		g.mu.Unlock()
+		g.hurry()
+		select {
+		case <-turn:
+		case <-ctx.Done():
+		}
+		g.mu.Lock()
+	}
+	defer g.mu.Unlock()
+	return g.status
+}
+
+// take digests what a probe found.
+func (g *gate) take(begun time.Time, st Status, err error) {
+	g.mu.Lock()
+	if err != nil {
+		if g.tolerate(err) {
+			g.mu.Unlock()
+			return
+		}
+		st = Status{State: proto.EngineWaiting, Reason: unreachable(g.engine.String(), err)}
+	} else {
+		g.slow = 0
+	}
+	if st.State != proto.EngineReady {
+		g.lastBad = begun
+	}
+	g.status = st
+	g.clearByProbe(begun, st)
+	hung := st.State == proto.EngineReady && g.watch(begun, st.Gauges)
+	if st.State == proto.EngineReady && g.loaded == 0 {
+		g.loaded = max(time.Since(g.started), 1)
+	}
+	g.mu.Unlock()
+	if hung {
+		g.abort()
+	}
+	if st.State == proto.EngineReady {
+		g.found(st)
+	}
+	g.show()
+}
+
+// tolerate says whether a probe that got no answer in time may be passed over: a busy frontend is slow, too.
+func (g *gate) tolerate(err error) bool {
+	if g.status.State != proto.EngineReady || !errors.Is(err, context.DeadlineExceeded) {
+		return false
+	}
+	g.slow++
+	return g.slow < slowProbes
+}
+
+func unreachable(engine string, err error) string {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Sprintf("engine at %s does not answer; still loading?", engine)
+	}
+	if strings.Contains(err.Error(), "connection refused") {
+		return fmt.Sprintf("engine at %s refuses connections; still loading?", engine)
+	}
+	return fmt.Sprintf("engine at %s cannot be reached: %v", engine, err)
+}
+
+// clearByProbe clears a trip that a probe may clear. Called with mu held.
+func (g *gate) clearByProbe(begun time.Time, st Status) {
+	t := g.trip
+	if t == nil {
+		return
+	}
+	if st.State != proto.EngineReady {
+		t.failed = true
+		return
+	}
+	if begun.Before(t.at) || begun.Before(t.until) {
+		return
+	}
+	switch t.kind {
+	case tripUnreached:
+		g.trip = nil
+	case tripDead:
+		if t.failed {
+			g.trip = nil
+		}
+	case tripHung:
+		if t.failed || g.hang.moved(t.gauges, st.Gauges) {
+			g.trip = nil
+			g.hang.reset(begun)
+		}
+	}
+}
+
+// watch says whether the engine hangs, and trips the gate if so. Called with mu held.
+func (g *gate) watch(now time.Time, gauges Gauges) bool {
+	if !g.hang.stalled(now, gauges, g.busy(), g.answers, g.stall) {
+		return false
+	}
+	if g.trip == nil || g.trip.kind != tripHung {
+		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now, gauges: gauges, until: now.Add(g.retry),
+			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", g.stall)}
+	} else {
+		g.trip.until, g.trip.gauges = now.Add(g.retry), gauges
+	}
+	g.hang.reset(now)
+	return true
+}
+
+// quota is how many lines may run at once: none, one at a time, or (-1) as many as the limit says.
+func (g *gate) quota() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case g.draining, g.status.State != proto.EngineReady, g.noModel != "":
+		return 0
+	case g.trip == nil:
+		return -1
+	case g.trip.kind == tripUnreached, time.Now().Before(g.trip.until):
+		return 0
+	}
+	return 1
+}
+
+// view is the state of the engine, why it does not run, and how long it took until it was ready first.
+func (g *gate) view() (state, reason string, st Status, loaded time.Duration) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	state, reason = g.stateLocked()
+	return state, reason, g.status, g.loaded
+}
+
+func (g *gate) stateLocked() (state, reason string) {
+	switch {
+	case g.draining:
+		return proto.EngineDraining, "worker is stopping"
+	case g.status.State == "":
+		return proto.EngineWaiting, "engine was not asked yet"
+	case g.status.State != proto.EngineReady:
+		return g.status.State, g.status.Reason
+	case g.noModel != "":
+		return proto.EngineNoModel, g.noModel
+	case g.trip != nil:
+		return g.trip.state, g.trip.reason
+	}
+	return proto.EngineReady, ""
+}
+
+// show logs a change and passes the quota on.
+func (g *gate) show() {
+	g.mu.Lock()
+	state, reason := g.stateLocked()
+	now := state + " " + reason
+	changed := now != g.shown
+	g.shown = now
+	models := g.status.Models
+	g.mu.Unlock()
+	if changed {
+		switch state {
+		case proto.EngineReady:
+			g.log.Info("engine is ready", "engine", g.engine.String(), "models", models)
+		case proto.EngineDraining:
+			g.log.Info("worker is stopping", "engine", g.engine.String())
+		default:
+			g.log.Warn("engine cannot be used", "engine", g.engine.String(), "state", state, "reason", reason)
+		}
+	}
+	g.opened()
+}
+
+// drain closes the gate for good.
+func (g *gate) drain() {
+	g.mu.Lock()
+	g.draining = true
+	g.mu.Unlock()
+	g.show()
+}
+
+// without says why there is no model to pull for; empty: there is one.
+func (g *gate) without(reason string) {
+	g.mu.Lock()
+	g.noModel = reason
+	g.mu.Unlock()
+}
+
+// close trips the gate, unless a trip of this kind is in force.
+func (g *gate) close(kind tripKind, state, reason string) {
+	now := time.Now()
+	g.mu.Lock()
+	if t := g.trip; t != nil && (t.kind == kind || t.kind == tripHung) {
+		if kind != tripUnreached && now.After(t.until) { // the line that was let through went the same way
+			t.tries++
+			t.until = now.Add(g.pause(kind))
+			t.reason = reason
+		}
+		g.mu.Unlock()
+		g.show()
+		return
+	}
+	g.trip = &trip{kind: kind, state: state, reason: reason, at: now, until: now.Add(g.pause(kind))}
+	g.mu.Unlock()
+	g.hurry()
+	g.show()
+}
+
+// pause is how long the gate stays closed at least. Called with mu held.
+func (g *gate) pause(kind tripKind) time.Duration {
+	if kind == tripDenied || kind == tripDegraded || kind == tripHung {
+		return g.retry
+	}
+	g.deaths++
+	d := 250 * time.Millisecond
+	if kind == tripDead {
+		d = time.Second // /health still says 200 for up to 0.35 s after the engine's death
+	}
+	return min(d<<min(g.deaths-1, 6), 10*time.Second, g.retry)
+}
+
+// diedSince says whether the engine was found gone at any time after t.
+func (g *gate) diedSince(t time.Time) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.lastBad.After(t) || g.trip != nil && (g.trip.kind == tripDead || g.trip.kind == tripUnreached) && g.trip.at.After(t)
+}
+
+// since is when the engine was noticed to be dead; false while it is not.
+func (g *gate) since() (time.Time, bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.trip == nil || g.trip.kind != tripDead {
+		return time.Time{}, false
+	}
+	return g.trip.at, true
+}
+
+// serves says whether the engine lists a model.
+func (st *Status) serves(model string) bool { return slices.Contains(st.Models, model) }

@@ -1,0 +1,136 @@
+package worker
+
+import (
+	"context"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"millrace/proto"
+)
+
+// The words of JetStream's acknowledgements.
+var (
+	verbAck      = []byte("+ACK")
+	verbNak      = []byte("-NAK")
+	verbProgress = []byte("+WPI")
+	verbTerm     = []byte("+TERM")
+)
+
+// held is everything that was pulled and is not acknowledged. It keeps it ours by a sign of life every third of
+// AckWait, from the receipt on: the time runs while a line waits for its slot, too.
+type held struct {
+	nc      *nats.Conn
+	journal *journal
+	ackWait func() time.Duration // the shortest of all consumers
+	over    func(*line) bool     // the line is held for longer than it may be
+
+	mu    sync.Mutex
+	lines map[key]*line
+	bytes int
+}
+
+// maxHeldBytes is how much may be held before no more is pulled: a thousand lines with images in them are large.
+const maxHeldBytes = 512 << 20
+
+// add takes a line in. A message that comes again while we hold it (its signs of life were lost) is the same line:
+// add keeps the newer delivery's reply and returns false.
+func (h *held) add(l *line) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if have, ok := h.lines[l.key]; ok {
+		h.journal.done(have.reply)
+		have.reply = l.reply
+		h.journal.received(l.reply)
+		return false
+	}
+	h.lines[l.key] = l
+	h.bytes += l.size
+	h.journal.received(l.reply)
+	return true
+}
+
+// say speaks the last word on a line. What cannot be sent now is sent when the connection is back. Words on a queue
+// that was made anew since are kept: they could hit another message of the same number.
+func (h *held) say(l *line, verb []byte) {
+	h.mu.Lock()
+	l.verb = verb
+	h.utter(l)
+	h.mu.Unlock()
+}
+
+// utter sends a line's last word. Called with mu held.
+func (h *held) utter(l *line) {
+	if !l.queue.void.Load() && h.nc.Publish(l.reply, l.verb) != nil {
+		return
+	}
+	if h.lines[l.key] == l {
+		delete(h.lines, l.key)
+		h.bytes -= l.size
+	}
+	h.journal.done(l.reply)
+}
+
+// full says whether so much is held that no more should be pulled.
+func (h *held) full() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.bytes > maxHeldBytes
+}
+
+func (h *held) len() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.lines)
+}
+
+// nak is the word that gives a message back, to be had again after a delay.
+func nak(delay time.Duration) []byte {
+	if delay <= 0 {
+		return verbNak
+	}
+	return append(append(slices.Clone(verbNak), ` {"delay":`...), strconv.FormatInt(int64(delay), 10)+"}"...)
+}
+
+// keep sends signs of life until ctx ends.
+func (h *held) keep(ctx context.Context) {
+	for {
+		every := h.ackWait() / 3
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(every):
+			h.beat(every / 2)
+		}
+	}
+}
+
+// beat sends a sign of life for every line that is held for longer than age, and the words that could not be sent.
+func (h *held) beat(age time.Duration) {
+	now := time.Now()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, l := range h.lines {
+		switch {
+		case l.verb != nil:
+			h.utter(l)
+		case now.Sub(l.pulled) >= age && !l.queue.void.Load() && !h.over(l):
+			_ = h.nc.Publish(l.reply, verbProgress) // the next one is not far
+		}
+	}
+	h.journal.alive(h.ackWait())
+}
+
+// signs is the shortest AckWait that the worker plans with.
+func signs(queues []*queue) time.Duration {
+	d := proto.DefaultAckWait
+	for _, q := range queues {
+		if q.ackWait > 0 {
+			d = min(d, q.ackWait)
+		}
+	}
+	return d
+}

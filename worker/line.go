@@ -1,0 +1,78 @@
+package worker
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"millrace/proto"
+)
+
+// line is a request from the moment it is pulled until it is acknowledged or given back. One goroutine at a time
+// owns it, and only its owner acknowledges it: the slots while it waits, its runner while it runs, the outbox while
+// its result is on the way.
+type line struct {
+	req     *proto.Request
+	subject string // it came on this, and a retry goes back on it, so that it keeps its lane
+	key     key
+	queue   *queue
+	size    int
+	pulled  time.Time
+	alone   bool // it runs while nothing else does
+
+	ctx     context.Context // ends when the line is to be let go of; set while it runs
+	cancel  context.CancelCauseFunc
+	started time.Time    // of the attempt
+	until   atomic.Int64 // Unix ns after which the attempt is overdue, and the line not kept any more; 0: it is not at the engine
+
+	// reply is where acknowledgements go, verb the last word on the message where it could not be sent yet.
+	// Guarded by held.mu.
+	reply string
+	verb  []byte
+}
+
+// key is the same for all deliveries of a message.
+type key struct {
+	queue *queue
+	seq   uint64
+}
+
+// newLine reads a message. The error says what is wrong with the record in it; the line can be given back all
+// the same, unless it is nil.
+func newLine(m *nats.Msg, q *queue, now time.Time) (*line, uint64, error) {
+	meta, err := m.Metadata()
+	if err != nil {
+		return nil, 0, err
+	}
+	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, reply: m.Reply}
+	l.req, err = proto.DecodeRequest(m.Data)
+	return l, meta.NumDelivered, err
+}
+
+// timeouts counts the attempts that ended because the engine took too long.
+func (l *line) timeouts() int {
+	n := 0
+	for i := range l.req.Attempts {
+		if l.req.Attempts[i].Code == proto.CodeRequestTimeout {
+			n++
+		}
+	}
+	return n
+}
+
+// suspect says whether an engine died while it held this line.
+func (l *line) suspect() bool { return l.req.Suspicions > 0 }
+
+// poisonous says that the line was there at two deaths: the next time it runs alone.
+func (l *line) poisonous() bool { return l.req.Suspicions >= 2 }
+
+// overdue is how long after its time a line at the engine is still kept.
+const overdue = time.Minute
+
+// over says whether a line is at the engine for longer than can be.
+func (l *line) over() bool {
+	u := l.until.Load()
+	return u != 0 && time.Now().UnixNano() > u
+}

@@ -1,0 +1,135 @@
+package worker
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"millrace/proto"
+)
+
+// about remembers what an engine says of itself and does not change while it runs.
+type about struct {
+	mu      sync.Mutex
+	version string
+	asked   bool // for the version, of this run of the engine
+}
+
+// Probe asks /health, /v1/models and /metrics, and once after each start of the engine /version. Ready means that
+// /health says 200, or is not there, and that /v1/models lists a model: while vLLM loads it answers nothing at all.
+func (h *HTTP) Probe(ctx context.Context) (Status, error) {
+	st, err := h.probe(ctx)
+	if err != nil || st.State != proto.EngineReady {
+		h.about.mu.Lock()
+		h.about.asked = false // what comes next may be another engine
+		h.about.mu.Unlock()
+	}
+	return st, err
+}
+
+func (h *HTTP) probe(ctx context.Context) (Status, error) {
+	health, err := h.get(ctx, "/health")
+	if err != nil {
+		return Status{}, err
+	}
+	if st, ok := notWell(health); !ok {
+		return st, nil
+	}
+	models, err := h.get(ctx, "/v1/models")
+	if err != nil {
+		return Status{}, err
+	}
+	st := readModels(models)
+	if st.State != proto.EngineReady {
+		return st, nil
+	}
+	if m, err := h.get(ctx, "/metrics"); err != nil {
+		return Status{}, err
+	} else if m.Status == http.StatusOK {
+		st.Gauges = readGauges(m.Body)
+	}
+	if st.Gauges.Asleep {
+		st.State, st.Reason = proto.EngineWaiting, "engine is asleep; POST /wake_up wakes it"
+	}
+	st.Version = h.version(ctx)
+	st.Simulated = strings.Contains(st.Version, "-sim")
+	return st, nil
+}
+
+func (h *HTTP) get(ctx context.Context, path string) (Answer, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, h.base+path, nil)
+	if err != nil {
+		return Answer{}, fmt.Errorf("make probe: %w", err)
+	}
+	return h.send(req)
+}
+
+// notWell judges what /health said; true: go on.
+func notWell(a Answer) (Status, bool) {
+	switch a.Status {
+	case http.StatusOK, http.StatusNotFound, http.StatusMethodNotAllowed:
+		return Status{}, true
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return denied(a), false
+	}
+	return Status{State: proto.EngineWaiting, Reason: fmt.Sprintf("engine is not well: /health says %d %s", a.Status, readError(a.Body).message)}, false
+}
+
+func denied(a Answer) Status {
+	return Status{State: proto.EngineDenied, Reason: fmt.Sprintf("engine wants a key (HTTP %d); give one with --engine-api-key", a.Status)}
+}
+
+// readModels reads an answer of /v1/models.
+func readModels(a Answer) Status {
+	switch a.Status {
+	case http.StatusOK:
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return denied(a)
+	default:
+		return Status{State: proto.EngineWaiting, Reason: fmt.Sprintf("/v1/models says %d %s; is this an OpenAI-compatible engine?", a.Status, readError(a.Body).message)}
+	}
+	var list struct {
+		Data []struct {
+			ID     string `json:"id"`
+			MaxLen int64  `json:"max_model_len"`
+		} `json:"data"`
+	}
+	if err := json.Unmarshal(a.Body, &list, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)); err != nil {
+		return Status{State: proto.EngineWaiting, Reason: "/v1/models does not answer with a list of models; is this an OpenAI-compatible engine?"}
+	}
+	st := Status{State: proto.EngineReady}
+	for _, m := range list.Data {
+		if m.ID != "" {
+			st.Models = append(st.Models, m.ID)
+			st.MaxLen = max(st.MaxLen, m.MaxLen)
+		}
+	}
+	if len(st.Models) == 0 {
+		st.State, st.Reason = proto.EngineNoModel, "engine serves no model"
+	}
+	return st
+}
+
+// version asks once; an engine without /version has none.
+func (h *HTTP) version(ctx context.Context) string {
+	h.about.mu.Lock()
+	defer h.about.mu.Unlock()
+	if h.about.asked {
+		return h.about.version
+	}
+	a, err := h.get(ctx, "/version")
+	if err != nil {
+		return h.about.version
+	}
+	var v struct {
+		Version string `json:"version"`
+	}
+	_ = json.Unmarshal(a.Body, &v) // what is not JSON has no version
+	h.about.asked, h.about.version = true, proto.Truncate(v.Version, 100)
+	return h.about.version
+}

@@ -1,0 +1,292 @@
+package worker
+
+import (
+	"context"
+	"log/slog"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"go.uber.org/goleak"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+const patient = 30 * time.Second // how long a test waits for what must come
+
+// rig is a broker with the queues of one model, and what came out of it.
+type rig struct {
+	tb     testing.TB
+	server *broker.Server
+	conn   *broker.Conn
+	model  string
+
+	mu      sync.Mutex
+	results []*proto.Result
+	came    chan struct{}
+}
+
+func newRig(tb testing.TB) *rig {
+	tb.Helper()
+	if t, ok := tb.(*testing.T); ok {
+		tb.Cleanup(func() { goleak.VerifyNone(t, goleak.IgnoreCurrent()) })
+	}
+	return newRigAt(tb, &broker.Server{Dir: tb.TempDir()}, 0)
+}
+
+// newRigAt starts the server and declares what a worker needs.
+func newRigAt(tb testing.TB, server *broker.Server, ackWait time.Duration) *rig {
+	tb.Helper()
+	r := &rig{tb: tb, server: server, model: "m", came: make(chan struct{}, 1)}
+	ctx := context.Background()
+	must(tb, server.Start(ctx))
+	tb.Cleanup(func() { r.server.Stop() })
+	conn, err := server.Connect(ctx, "test")
+	must(tb, err)
+	r.conn = conn
+	tb.Cleanup(conn.Close)
+	r.declare(ackWait)
+	r.listen()
+	return r
+}
+
+func (r *rig) declare(ackWait time.Duration) {
+	r.tb.Helper()
+	d := broker.Declarer{JS: r.conn.JS, Disk: 1 << 30, AckWait: ackWait}
+	must(r.tb, d.Base(context.Background()))
+	must(r.tb, d.Model(context.Background(), r.model))
+}
+
+// listen collects what is published as results.
+func (r *rig) listen() {
+	sub, err := r.conn.NC.Subscribe("res.>", func(m *nats.Msg) {
+		res, err := proto.DecodeResult(m.Data)
+		if err != nil {
+			r.tb.Errorf("result: %v", err)
+			return
+		}
+		r.mu.Lock()
+		r.results = append(r.results, res)
+		r.mu.Unlock()
+		select {
+		case r.came <- struct{}{}:
+		default:
+		}
+	})
+	must(r.tb, err)
+	must(r.tb, sub.SetPendingLimits(-1, -1))
+	must(r.tb, r.conn.NC.Flush())
+}
+
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// send puts requests of job "j" into the normal lane.
+func (r *rig) send(reqs ...*proto.Request) {
+	r.tb.Helper()
+	r.sendTo(proto.LaneNormal, reqs...)
+}
+
+func (r *rig) sendTo(lane proto.Lane, reqs ...*proto.Request) {
+	r.tb.Helper()
+	for _, q := range reqs {
+		b, err := q.Encode()
+		must(r.tb, err)
+		_, err = r.conn.JS.PublishAsync(proto.RequestSubject(r.model, lane, q.Job), b)
+		must(r.tb, err)
+	}
+	select {
+	case <-r.conn.JS.PublishAsyncComplete():
+	case <-time.After(patient):
+		r.tb.Fatal("requests were not stored")
+	}
+}
+
+// request makes line i of job "j".
+func request(i int) *proto.Request {
+	return &proto.Request{Job: "j", Index: int64(i), CustomID: "id-" + strconv.Itoa(i), URL: "/v1/chat/completions", Model: "m",
+		Body: []byte(`{"model":"m","messages":[{"role":"user","content":"` + strconv.Itoa(i) + `"}]}`)}
+}
+
+func requests(n int) []*proto.Request {
+	var out []*proto.Request
+	for i := range n {
+		out = append(out, request(i))
+	}
+	return out
+}
+
+// wait returns the results when there are n.
+func (r *rig) wait(n int) []*proto.Result {
+	r.tb.Helper()
+	timeout := time.After(patient)
+	for {
+		r.mu.Lock()
+		got := r.results
+		r.mu.Unlock()
+		if len(got) >= n {
+			return got
+		}
+		select {
+		case <-r.came:
+		case <-timeout:
+			r.tb.Fatalf("%d results, want %d", len(got), n)
+		}
+	}
+}
+
+// pending is how many messages of the model's queue are stored, and how many of these are handed out.
+func (r *rig) pending() (stored, out int) {
+	r.tb.Helper()
+	ctx := context.Background()
+	st, err := r.conn.JS.Stream(ctx, proto.RequestStream(r.model))
+	must(r.tb, err)
+	stored = int(st.CachedInfo().State.Msgs)
+	for _, lane := range proto.Lanes() {
+		c, err := st.Consumer(ctx, string(lane))
+		must(r.tb, err)
+		out += c.CachedInfo().NumAckPending
+	}
+	return stored, out
+}
+
+// settled waits until the queue holds so many messages, all of them to be had.
+func (r *rig) settled(want int) {
+	r.tb.Helper()
+	r.until("queue settled", func() bool {
+		stored, out := r.pending()
+		return stored == want && out == 0
+	})
+}
+
+// until waits for a condition that no event tells.
+func (r *rig) until(what string, ok func() bool) {
+	r.tb.Helper()
+	deadline := time.Now().Add(patient)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		if time.Now().After(deadline) {
+			r.tb.Fatalf("not within %s: %s", patient, what)
+		}
+		<-tick.C
+	}
+}
+
+// running is a worker that works.
+type running struct {
+	*Worker
+	leave, stop context.CancelFunc
+	done        chan error
+}
+
+// start runs a worker until the test ends.
+func (r *rig) start(e Engine, change ...func(*Worker)) *running {
+	r.tb.Helper()
+	w := &Worker{Conn: r.conn, Self: broker.Self(), Engine: e, ProbeEvery: 20 * time.Millisecond, RetryEvery: 50 * time.Millisecond,
+		grace: 200 * time.Millisecond, Log: r.log()}
+	for _, c := range change {
+		c(w)
+	}
+	take, leave := context.WithCancel(context.Background())
+	stop, cancel := context.WithCancel(context.Background())
+	run := &running{Worker: w, leave: leave, stop: cancel, done: make(chan error, 1)}
+	go func() { run.done <- w.Run(take, stop) }()
+	r.tb.Cleanup(func() {
+		leave()
+		cancel()
+		run.end(r.tb)
+	})
+	return run
+}
+
+// end waits for the worker's end.
+func (w *running) end(tb testing.TB) {
+	tb.Helper()
+	select {
+	case err := <-w.done:
+		w.done <- err
+		if err != nil {
+			tb.Errorf("worker: %v", err)
+		}
+	case <-time.After(patient):
+		tb.Fatal("worker does not end")
+	}
+}
+
+func (r *rig) log() *slog.Logger {
+	return slog.New(slog.NewTextHandler(testWriter{r.tb}, &slog.HandlerOptions{Level: slog.LevelInfo}))
+}
+
+type testWriter struct{ tb testing.TB }
+
+func (w testWriter) Write(b []byte) (int, error) {
+	if _, bench := w.tb.(*testing.B); !bench {
+		w.tb.Log(strings.TrimSpace(string(b)))
+	}
+	return len(b), nil
+}
+
+// workers returns the heartbeats.
+func (r *rig) workers() []*proto.Worker {
+	r.tb.Helper()
+	ctx := context.Background()
+	kv, err := r.conn.JS.KeyValue(ctx, proto.WorkersBucket)
+	must(r.tb, err)
+	keys, err := kv.Keys(ctx)
+	if err != nil {
+		return nil // none
+	}
+	var out []*proto.Worker
+	for _, k := range keys {
+		if e, err := kv.Get(ctx, k); err == nil {
+			w := new(proto.Worker)
+			must(r.tb, w.Decode(e.Value()))
+			out = append(out, w)
+		}
+	}
+	return out
+}
+
+// state waits until the one worker says that its engine is in a state, and returns the record.
+func (r *rig) state(want string) *proto.Worker {
+	r.tb.Helper()
+	var got *proto.Worker
+	r.until("engine "+want, func() bool {
+		for _, w := range r.workers() {
+			if w.State == want {
+				got = w
+				return true
+			}
+		}
+		return false
+	})
+	return got
+}
+
+// exactly checks that every index from 0 to n-1 has one result, and returns them by index.
+func exactly(tb testing.TB, got []*proto.Result, n int) map[int64]*proto.Result {
+	tb.Helper()
+	by := map[int64]*proto.Result{}
+	for _, r := range got {
+		if by[r.Index] != nil {
+			tb.Errorf("index %d has two results", r.Index)
+		}
+		by[r.Index] = r
+	}
+	for i := range n {
+		if by[int64(i)] == nil {
+			tb.Errorf("index %d has no result", i)
+		}
+	}
+	return by
+}
+

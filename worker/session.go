@@ -1,0 +1,387 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nuid"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// session is one Run of a Worker. It wires the parts together; what the parts do is in their files.
+type session struct {
+	*Worker
+	id    string
+	nc    *nats.Conn
+	began time.Time
+
+	taking   context.Context // ends when no more is to be pulled
+	leave    context.CancelFunc
+	stopped  context.Context // ends when everything is to be broken off
+	breakOff context.CancelCauseFunc
+
+	gate    *gate
+	limit   *limit
+	slots   *slots
+	feeder  *feeder
+	queues  *queues
+	held    *held
+	outbox  *outbox
+	control *control
+	beat    *beat
+	journal *journal
+	metrics *metrics
+	dead    []string // replies of what a dead process held
+
+	waits  sync.WaitGroup // lines that are away from their slot
+	ok     atomic.Int64
+	failed atomic.Int64
+	newer  sync.Once // says that there are records of a newer version
+
+	adjusting sync.Mutex // the slots follow the gate in order
+
+	mu       sync.Mutex
+	unserved map[string]bool // models that the engine said it does not know, until it lists them
+}
+
+// Causes with which a line's context ends.
+var (
+	errStopped   = errors.New("worker was stopped")
+	errCancelled = errors.New("job was cancelled")
+	errHung      = errors.New("engine hangs")
+	errClosed    = errors.New("connection to the broker is closed")
+)
+
+// open makes a session ready to work.
+func open(w *Worker, stop context.Context) (*session, error) {
+	s := &session{Worker: w, nc: w.Conn.NC, began: time.Now(), unserved: map[string]bool{}}
+	s.id = workerID(w.Self)
+	var err error
+	if s.metrics, err = newMetrics(w.Registry); err != nil {
+		return nil, fmt.Errorf("register metrics: %w", err)
+	}
+	if w.Dir != "" {
+		if s.journal, s.dead, err = openJournal(w.Dir, w.Log); err != nil {
+			return nil, err
+		}
+	}
+	s.stopped, s.breakOff = context.WithCancelCause(stop)
+	s.limit = newLimit(w.Concurrency)
+	s.feeder = newFeeder()
+	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
+	s.slots.back = func(l *line) { s.giveBack(l, jitter(5*time.Second), "suspect") }
+	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log, s.feeder.nudge)
+	s.held = &held{nc: s.nc, journal: s.journal, lines: map[key]*line{}, over: (*line).over,
+		ackWait: func() time.Duration { return signs(s.queues.all()) }}
+	s.outbox = &outbox{held: s.held, log: w.Log, stop: s.stopped, refuse: s.refused, missing: func() { s.queues.check(true) }}
+	if err := openOutbox(w.Conn.JS, s.outbox); err != nil {
+		s.journal.close()
+		return nil, fmt.Errorf("open JetStream: %w", err)
+	}
+	s.openWatchers()
+	return s, nil
+}
+
+// openWatchers makes the parts that look around.
+func (s *session) openWatchers() {
+	missing := func() { s.queues.check(true) }
+	s.control = newControl(s.Conn.JS, s.Log)
+	s.control.changed, s.control.missing = s.controlled, missing
+	s.beat = &beat{js: s.Conn.JS, log: s.Log, id: s.id, record: s.record, missing: missing, kick: make(chan struct{}, 1)}
+	s.gate = &gate{engine: s.Engine, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, retry: s.RetryEvery,
+		kick: make(chan struct{}, 1), turn: make(chan struct{}), started: s.began,
+		found: s.found, opened: s.adjust, busy: s.slots.inFlight, others: s.others,
+		abort: func() { s.slots.abort(errHung, all) }}
+	f := s.feeder
+	f.nc, f.queues, f.receive, f.room = s.nc, s.queues, s.receive, s.room
+	f.prefix = apiPrefix(s.Conn.JS.Options())
+	f.open = func() bool { return s.gate.quota() != 0 }
+}
+
+func all(*line) bool { return true }
+
+// workerID is the name of this worker: readable, and drawn anew for each session.
+func workerID(self proto.Owner) string {
+	host, _, _ := strings.Cut(self.Host, "/")
+	id := nuid.Next()
+	return proto.Slug(host, 32) + "-" + id[len(id)-8:]
+}
+
+// work runs the session to its end.
+func (s *session) work(take context.Context) error {
+	defer s.journal.close()
+	defer s.metrics.watch(s)()
+	s.taking, s.leave = context.WithCancel(take)
+	defer s.leave()
+	defer context.AfterFunc(s.stopped, s.leave)()
+	defer s.breakOff(nil)
+	s.giveBackDead()
+
+	life, end := context.WithCancel(context.Background())
+	var parts sync.WaitGroup
+	for _, run := range []func(context.Context){s.gate.run, s.queues.run, s.control.run, s.beat.run, s.held.keep, s.writeJournal, s.watchBroker} {
+		parts.Go(func() { run(life) })
+	}
+	s.feeder.run(s.taking)
+	s.finish()
+	end()
+	parts.Wait()
+	s.flush()
+	if errors.Is(context.Cause(s.stopped), errClosed) {
+		return fmt.Errorf("run worker: %w", errClosed)
+	}
+	return nil
+}
+
+// finish lets what was started come to its end, or to an early one when stop ends.
+func (s *session) finish() {
+	s.gate.drain()
+	s.beat.soon()
+	idle := make(chan struct{})
+	go func() {
+		defer close(idle)
+		s.slots.wg.Wait()
+		s.waits.Wait()
+	}()
+	select {
+	case <-idle:
+	case <-s.stopped.Done():
+		s.slots.abort(errStopped, all)
+		<-idle
+	}
+	select {
+	case <-s.outbox.drained():
+	case <-s.stopped.Done():
+		select {
+		case <-s.outbox.drained():
+		case <-time.After(lastGrace):
+		}
+	}
+	s.breakOff(nil)
+	if n := s.outbox.abandon(); n > 0 {
+		s.Log.Warn("gave back lines whose results could not be stored", "lines", n)
+	}
+	s.held.beat(0)
+}
+
+// lastGrace is how long results that are on their way are waited for when everything is broken off.
+const lastGrace = 2 * time.Second
+
+// flush waits until the broker has all that was said to it.
+func (s *session) flush() {
+	if err := s.nc.FlushTimeout(5 * time.Second); err != nil && !s.nc.IsClosed() {
+		s.Log.Warn("broker did not take the last words; what was held returns to its queue after the ack wait", "error", err)
+	}
+}
+
+// giveBackDead gives back what a dead process of this worker's folder held.
+func (s *session) giveBackDead() {
+	for _, reply := range s.dead {
+		_ = s.nc.Publish(reply, verbNak) // or it comes back after AckWait
+	}
+	if n := len(s.dead); n > 0 {
+		s.Log.Info("gave back requests that a dead worker held", "requests", n)
+	}
+	s.dead = nil
+}
+
+func (s *session) writeJournal(ctx context.Context) {
+	if s.journal == nil {
+		return
+	}
+	tick := time.NewTicker(journalLag)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			s.journal.flush()
+		}
+	}
+}
+
+// watchBroker looks after everything again when the connection is back: the broker may be another one.
+func (s *session) watchBroker(ctx context.Context) {
+	ch := s.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	defer s.nc.RemoveStatusListener(ch)
+	if s.nc.IsClosed() {
+		s.breakOff(errClosed)
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case st := <-ch:
+			if st == nats.CLOSED {
+				s.breakOff(errClosed)
+				return
+			}
+			s.held.beat(0)
+			s.queues.check(false)
+			s.control.restart()
+			s.beat.soon()
+			s.feeder.nudge()
+		}
+	}
+}
+
+// receive takes a message in.
+func (s *session) receive(m *nats.Msg, q *queue) {
+	l, delivered, err := newLine(m, q, time.Now())
+	if l == nil {
+		s.Log.Warn("message in a queue was not delivered by JetStream, passing it over", "subject", m.Subject, "error", err)
+		return
+	}
+	if delivered > 1 {
+		s.metrics.redelivered.Inc()
+	}
+	if !s.held.add(l) {
+		return // we have it already
+	}
+	broker.CrashPoint("worker.after-fetch")
+	switch {
+	case errors.Is(err, proto.ErrNewerVersion):
+		s.newer.Do(func() {
+			s.Log.Warn("requests of a newer millrace are given back; upgrade this worker", "subject", m.Subject)
+		})
+		s.giveBack(l, 30*time.Second, "newer")
+	case err != nil:
+		s.metrics.undecodable.Inc()
+		s.Log.Error("message is no request and is removed; the owner of the job will send the line again", "subject", m.Subject, "error", err)
+		s.held.say(l, verbTerm)
+	default:
+		s.accept(l)
+	}
+}
+
+// accept puts a line into the slots, unless its job is not to run.
+func (s *session) accept(l *line) {
+	if s.unwanted(l) {
+		return
+	}
+	if s.limit.expects(l.req.Body) {
+		s.adjust()
+	}
+	s.slots.offer(l)
+	if s.taking.Err() != nil || s.gate.quota() == 0 {
+		s.adjust()
+	}
+}
+
+// unwanted lets go of a line whose job is cancelled (the owner ends it) or paused (the owner sends it again).
+func (s *session) unwanted(l *line) bool {
+	switch s.control.want(l.req.Job) {
+	case proto.WantCancel:
+		s.drop(l)
+	case proto.WantPause:
+		s.giveBack(l, jitter(5*time.Second), "paused")
+	default:
+		return false
+	}
+	return true
+}
+
+// controlled follows what a user wants of a job now.
+func (s *session) controlled(job, want string) {
+	if want == proto.WantRun {
+		return
+	}
+	ours := func(l *line) bool { return l.req.Job == job }
+	for _, l := range s.slots.takeReady(ours) {
+		s.unwanted(l)
+	}
+	if want != proto.WantCancel {
+		return // what is in flight is finished
+	}
+	if n := s.slots.abort(errCancelled, ours); n > 0 {
+		s.Log.Info("job was cancelled, aborting its requests", "job", job, "requests", n)
+	}
+}
+
+// adjust makes the slots follow the gate and the limit.
+func (s *session) adjust() {
+	s.adjusting.Lock()
+	defer s.adjusting.Unlock()
+	n, quota := s.limit.get(), s.gate.quota()
+	if quota >= 0 {
+		n = min(n, quota)
+	}
+	if s.taking.Err() != nil {
+		n = 0
+	}
+	s.slots.setLimit(n)
+	if n == 0 {
+		for _, l := range s.slots.takeReady(all) {
+			s.giveBack(l, 0, "closed")
+		}
+	}
+	s.beat.changed()
+}
+
+// room is what the feeder may pull.
+func (s *session) room() (room, chunk int) {
+	room, chunk = s.slots.room()
+	if s.outbox.full() || s.held.full() {
+		return 0, 1
+	}
+	return room, chunk
+}
+
+// found follows what a probe found of a ready engine.
+func (s *session) found(st Status) {
+	s.limit.observe(st, time.Now())
+	models := s.Models
+	if models == nil {
+		models = st.Models
+	}
+	s.mu.Lock()
+	var serves, lacks []string
+	for _, m := range models {
+		if s.unserved[m] && !st.serves(m) {
+			lacks = append(lacks, m)
+			continue
+		}
+		delete(s.unserved, m)
+		serves = append(serves, m)
+	}
+	s.mu.Unlock()
+	why := ""
+	if len(serves) == 0 {
+		why = fmt.Sprintf("engine does not know %s; it serves %s", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
+	}
+	s.gate.without(why)
+	s.queues.want(serves)
+}
+
+// others asks whether another ready worker serves a model.
+func (s *session) others(model string, then func(bool)) {
+	s.waits.Go(func() { then(s.beat.others(s.stopped, model)) })
+}
+
+// record is what the others see of this worker.
+func (s *session) record() *proto.Worker {
+	state, reason, st, loaded := s.gate.view()
+	host, _, _ := strings.Cut(s.Self.Host, "/")
+	var models []string
+	for _, q := range s.queues.all() {
+		if !slices.Contains(models, q.model) {
+			models = append(models, q.model)
+		}
+	}
+	return &proto.Worker{
+		ID: s.id, Host: host, PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: models,
+		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
+		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
+		KVTokens: st.Gauges.KVTokens, MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
+	}
+}

@@ -1,0 +1,356 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// outcome is how one attempt at a line went.
+type outcome struct {
+	*line
+	verdict
+	answer Answer
+	took   time.Duration
+}
+
+// attempt runs a line once and does what follows. When it returns, the line's slot is free.
+func (s *session) attempt(l *line) {
+	if s.unwanted(l) {
+		return
+	}
+	timeout := s.timeout(l)
+	l.started = time.Now()
+	l.until.Store(l.started.Add(timeout + overdue).UnixNano())
+	ctx, cancel := context.WithTimeout(l.ctx, timeout)
+	a, err := s.Engine.Do(ctx, l.req)
+	cancel()
+	l.until.Store(0)
+	took := time.Since(l.started)
+	broker.CrashPoint("worker.after-engine")
+	if err != nil && l.ctx.Err() != nil {
+		s.interrupted(l, context.Cause(l.ctx))
+		return
+	}
+	if err == nil {
+		s.metrics.seconds.WithLabelValues(l.queue.model).Observe(took.Seconds())
+	}
+	s.settle(&outcome{line: l, verdict: classify(l.req.URL, a, err), answer: a, took: took})
+}
+
+// timeout is the time for one attempt. A line that took too long once gets twice the time.
+func (s *session) timeout(l *line) time.Duration {
+	d := s.RequestTimeout
+	if l.req.TimeoutMS > 0 {
+		d = time.Duration(l.req.TimeoutMS) * time.Millisecond
+	}
+	if l.timeouts() > 0 {
+		d *= 2
+	}
+	return d
+}
+
+// interrupted deals with a line whose attempt was broken off from this side.
+func (s *session) interrupted(l *line, cause error) {
+	switch {
+	case errors.Is(cause, errCancelled):
+		s.drop(l)
+	case errors.Is(cause, errHung):
+		s.suspect(l, "the engine made no progress while it had this line")
+	default:
+		s.giveBack(l, 0, "stopped")
+	}
+}
+
+// settle does what follows from an attempt.
+func (s *session) settle(o *outcome) {
+	switch o.class {
+	case classDone:
+		s.done(o)
+	case classPermanent:
+		s.blame(o)
+		s.publish(o.line, s.result(o))
+	case classRetry:
+		s.blame(o)
+		s.retry(o)
+	case classTimeout:
+		s.retry(o)
+	case classBusy, classLost:
+		s.limit.refused(time.Now())
+		s.adjust()
+		s.giveBack(o.line, jitter(max(o.delay, time.Second)), reasonOf(o.class))
+	case classDenied:
+		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
+		s.giveBack(o.line, 0, reasonOf(o.class))
+	case classUnreached:
+		s.unreached(o)
+	case classDead:
+		s.died(o)
+	case classNoModel:
+		s.away(func() { s.noModel(o) })
+	case classBroken:
+		s.away(func() { s.broken(o) })
+	}
+}
+
+// reasonOf names a class in metrics.
+func reasonOf(c class) string {
+	switch c {
+	case classBusy:
+		return "busy"
+	case classLost:
+		return "aborted"
+	case classDenied:
+		return "denied"
+	case classNoModel:
+		return "no-model"
+	}
+	return "engine"
+}
+
+func (s *session) done(o *outcome) {
+	s.gate.success()
+	s.limit.finished(o.usage)
+	s.metrics.answered(o.queue.model, o.usage)
+	s.publish(o.line, s.result(o))
+}
+
+// blame tells the gate of an error. An answer that is only too long is no fault of the engine.
+func (s *session) blame(o *outcome) {
+	if o.code == proto.CodeResponseTooLarge {
+		s.gate.success()
+		return
+	}
+	s.gate.failed(o.same, o.queue.model, o.message)
+}
+
+// result makes the record of how a line ended.
+func (s *session) result(o *outcome) *proto.Result {
+	_, _, _, loaded := s.gate.view()
+	r := &proto.Result{
+		Job: o.req.Job, Index: o.req.Index, CustomID: o.req.CustomID, Model: o.req.Model, URL: o.req.URL,
+		OK: o.class == classDone, Status: int64(o.answer.Status), RequestID: o.id, Body: o.answer.Body,
+		Code: o.code, Message: o.message, Finish: o.finish, Usage: o.usage, Attempts: o.req.Attempts,
+		Worker: s.id, StartUS: o.started.Sub(s.began).Microseconds(), DurationUS: o.took.Microseconds(), LoadUS: loaded.Microseconds(),
+	}
+	if o.class == classBroken || o.class == classTimeout { // what came of an answer is not one
+		r.Status, r.Body = 0, nil
+	}
+	return r
+}
+
+// publish sends a line's result; the line is acknowledged when it is stored.
+func (s *session) publish(l *line, r *proto.Result) {
+	data, err := r.Encode()
+	switch limit := s.nc.MaxPayload(); {
+	case err != nil: // msgpack writes any of our records
+		s.Log.Error("cannot encode a result", "job", r.Job, "index", r.Index, "error", err)
+		s.giveBack(l, 30*time.Second, "encode")
+		return
+	case int64(len(data))+payloadSlack > limit && r.Code != proto.CodeResponseTooLarge:
+		s.publish(l, tooLarge(r, limit))
+		return
+	}
+	p := &parcel{line: l, msg: &nats.Msg{Subject: proto.ResultSubject(r.Job), Data: data}}
+	p.sent = func() { s.published(l.queue.model, r.OK, r.Code) }
+	if r.Code != proto.CodeResponseTooLarge {
+		p.instead = func() { s.publish(l, tooLarge(r, int64(len(data)))) }
+	}
+	s.outbox.send(p)
+}
+
+// payloadSlack is left free in a message.
+const payloadSlack = 1 << 10
+
+// tooLarge is what is published instead of a result that fits no message.
+func tooLarge(r *proto.Result, limit int64) *proto.Result {
+	t := *r
+	t.OK, t.Code, t.Finish = false, proto.CodeResponseTooLarge, ""
+	t.Message = fmt.Sprintf("the answer has %d bytes and does not fit a message of %d bytes", len(r.Body), limit)
+	t.Body = nil
+	return &t
+}
+
+func (s *session) published(model string, ok bool, code string) {
+	broker.CrashPoint("worker.after-puback")
+	if ok {
+		s.ok.Add(1)
+		code = "ok"
+	} else {
+		s.failed.Add(1)
+	}
+	s.metrics.requests.WithLabelValues(model, code).Inc()
+}
+
+// refused takes over a parcel that the broker does not take at this size.
+func (s *session) refused(p *parcel) {
+	if p.instead != nil {
+		p.instead()
+		return
+	}
+	s.Log.Error("broker refuses even a short result", "subject", p.msg.Subject, "bytes", len(p.msg.Data))
+	s.giveBack(p.line, 30*time.Second, "refused")
+}
+
+// retry charges an attempt: the line goes back to its queue with its history, or ends by it.
+func (s *session) retry(o *outcome) {
+	most := o.req.MaxAttempts
+	if most <= 0 {
+		most = int64(s.MaxAttempts)
+	}
+	if int64(len(o.req.Attempts))+1 >= most || o.class == classTimeout && o.timeouts() > 0 {
+		s.publish(o.line, s.result(o))
+		return
+	}
+	s.metrics.retries.WithLabelValues(o.code).Inc()
+	next := *o.req
+	next.Attempts = append(slices.Clone(o.req.Attempts), proto.Attempt{Worker: s.id, Code: o.code,
+		Status: int64(o.answer.Status), Message: o.message, DurationUS: o.took.Microseconds()})
+	s.away(func() {
+		s.sleep(backoff(len(next.Attempts)))
+		s.resend(o.line, &next, func() { s.publish(o.line, s.result(o)) })
+	})
+}
+
+// resend puts a line into its queue anew. A history that fits no message any more ends the line by instead.
+func (s *session) resend(l *line, next *proto.Request, instead func()) {
+	data, err := next.Encode()
+	if err != nil {
+		s.Log.Error("cannot encode a request", "job", next.Job, "index", next.Index, "error", err)
+		s.giveBack(l, 30*time.Second, "encode")
+		return
+	}
+	s.outbox.send(&parcel{line: l, msg: &nats.Msg{Subject: l.subject, Data: data}, retry: true, instead: instead,
+		sent: func() { broker.CrashPoint("worker.after-republish") }})
+}
+
+// unreached deals with a line that the engine never had.
+func (s *session) unreached(o *outcome) {
+	if o.answer.Status != 0 { // it answers, but takes nothing in
+		s.gate.close(tripDead, proto.EngineWaiting, "engine is stopping: "+o.message)
+	} else {
+		s.gate.close(tripUnreached, proto.EngineWaiting, unreachable(s.Engine.String(), errors.New(o.message)))
+	}
+	s.giveBack(o.line, 0, "engine")
+}
+
+// died deals with a line that was in an engine when it died.
+func (s *session) died(o *outcome) {
+	at, known := s.gate.since()
+	s.gate.close(tripDead, proto.EngineWaiting, "engine died: "+o.message)
+	if known && o.started.After(at) {
+		s.giveBack(o.line, 0, "engine") // it was dead before
+		return
+	}
+	s.suspect(o.line, "the engine died while it had this line: "+o.message)
+}
+
+// suspect sends a line back with one more death to its name. A line that was alone with the engine is the cause.
+func (s *session) suspect(l *line, what string) {
+	next := *l.req
+	next.Suspicions++
+	guilty := func() {
+		o := &outcome{line: l, verdict: verdict{class: classPermanent, code: proto.CodeEngineCrash,
+			message: proto.Truncate(fmt.Sprintf("%s; the %d. time, and alone", what, next.Suspicions), proto.MaxMessage)}, took: time.Since(l.started)}
+		s.publish(l, s.result(o))
+	}
+	if l.alone && l.poisonous() {
+		s.Log.Warn("a line stops its engine even alone", "job", l.req.Job, "index", l.req.Index, "suspicions", next.Suspicions)
+		guilty()
+		return
+	}
+	s.metrics.givenBack.WithLabelValues("suspect").Inc()
+	s.resend(l, &next, guilty)
+}
+
+// noModel deals with a line whose model the engine does not know. Where it does list the model, it is the line that
+// is wrong: its body names another one.
+func (s *session) noModel(o *outcome) {
+	st := s.gate.fresh(s.stopped)
+	if st.State == proto.EngineReady && st.serves(o.queue.model) {
+		s.retry(o)
+		return
+	}
+	s.mu.Lock()
+	s.unserved[o.queue.model] = true
+	s.mu.Unlock()
+	if st.State == proto.EngineReady {
+		s.found(st)
+		s.gate.show()
+	}
+	s.giveBack(o.line, 0, reasonOf(o.class))
+}
+
+// brokenGrace is for how long the engine must look well after a connection broke, until that is thought an accident:
+// a dying engine answers probes for a while.
+const brokenGrace = 3 * time.Second
+
+// broken deals with a line whose answer did not come whole, and decides whether the engine died.
+func (s *session) broken(o *outcome) {
+	for until := time.Now().Add(s.grace); ; {
+		s.gate.fresh(s.stopped)
+		switch {
+		case s.gate.diedSince(o.started):
+			s.died(o)
+			return
+		case s.stopped.Err() != nil:
+			s.giveBack(o.line, 0, "stopped")
+			return
+		case time.Now().After(until), !s.sleep(s.grace / 6):
+			s.retry(o)
+			return
+		}
+	}
+}
+
+// away does something with a line that takes time, while its slot is free.
+func (s *session) away(do func()) {
+	s.slots.stepAway(1)
+	s.waits.Go(func() {
+		defer s.slots.stepAway(-1)
+		do()
+	})
+}
+
+// sleep waits. It says whether it was not interrupted: a worker that stops does not wait.
+func (s *session) sleep(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-s.taking.Done():
+		return false
+	}
+}
+
+// drop acknowledges a line without a result: its owner ends it.
+func (s *session) drop(l *line) {
+	s.metrics.givenBack.WithLabelValues("cancelled").Inc()
+	s.held.say(l, verbAck)
+}
+
+// giveBack lets others have a line, after a delay.
+func (s *session) giveBack(l *line, delay time.Duration, reason string) {
+	s.metrics.givenBack.WithLabelValues(reason).Inc()
+	s.held.say(l, nak(delay))
+}
+
+// apiPrefix is what the subjects of the JetStream API begin with.
+func apiPrefix(o jetstream.JetStreamOptions) string {
+	switch {
+	case o.Domain != "":
+		return "$JS." + o.Domain + ".API."
+	case o.APIPrefix != "":
+		return o.APIPrefix + "."
+	}
+	return "$JS.API."
+}

@@ -1,0 +1,97 @@
+// Package worker pulls requests, keeps one engine full with them, and publishes results. It owns the client of the
+// engine, the watch over its health, and the limit of what is in flight.
+//
+// A request goes through these hands:
+//
+//	tap, feeder     pull it, when the gate is open and there is room            pull.go, feeder.go
+//	held            keeps it ours by signs of life, until the last word on it   held.go, journal.go
+//	slots           give it a place at the engine                               slots.go
+//	Engine          answers                                                     http.go, probe.go
+//	classify        says what the answer means                                  classify.go, body.go
+//	session.settle  does what follows from it                                   settle.go
+//	outbox          publishes the result, then acknowledges the request         outbox.go
+//
+// and beside them gate (gate.go, degraded.go, hang.go) says whether the engine can be used, limit how much at once,
+// queues declares streams, control knows what users want of jobs, beat tells the others that we are here.
+package worker
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// Worker runs the requests for the models of one engine. Its fields may be set until Run.
+type Worker struct {
+	Conn   *broker.Conn
+	Self   proto.Owner // of the process; several workers may share it
+	Engine Engine
+
+	Models         []string      // pulled for, whatever the engine lists; nil: what it lists
+	Concurrency    int           // requests in flight; 0: found out
+	RequestTimeout time.Duration // of one attempt, where the request does not say; 0: 30 min
+	MaxAttempts    int           // charged attempts, where the request does not say; 0: 4
+	AckWait        time.Duration // set on consumers; 0: what they have
+	Dir            string        // of the journal of held requests, one worker each; empty: none
+	StallTimeout   time.Duration // without a token until an engine with requests is thought hung; 0: 2 min
+	ProbeEvery     time.Duration // between looks at an engine that is ready; 0: 2 s
+	RetryEvery     time.Duration // between lines let through to a degraded, hung or denying engine; 0: 30 s
+
+	Log      *slog.Logger          // nil: none
+	Registry prometheus.Registerer // nil: none
+	Program  string                // version of the program, for the heartbeat
+
+	grace time.Duration // see brokenGrace
+}
+
+// Run works until take ends and what had been started is finished, or until stop ends. When take ends, no more is
+// pulled and what has not been started is given back. When stop ends, everything is broken off and given back. Run
+// returns when the broker has all of that, and returns an error only when it could not begin or lost the broker for
+// good.
+func (w *Worker) Run(take, stop context.Context) error {
+	c := *w
+	if err := c.complete(); err != nil {
+		return err
+	}
+	s, err := open(&c, stop)
+	if err != nil {
+		return err
+	}
+	return s.work(take)
+}
+
+// complete checks the fields and fills in what is not set.
+func (w *Worker) complete() error {
+	switch {
+	case w.Conn == nil:
+		return errors.New("run worker: no connection to a broker")
+	case w.Engine == nil:
+		return errors.New("run worker: no engine")
+	case w.Concurrency < 0:
+		return errors.New("run worker: concurrency below zero; 0 finds it out")
+	case w.MaxAttempts < 0:
+		return errors.New("run worker: attempts below zero")
+	}
+	orDefault(&w.RequestTimeout, 30*time.Minute)
+	orDefault(&w.MaxAttempts, 4)
+	orDefault(&w.StallTimeout, 2*time.Minute)
+	orDefault(&w.ProbeEvery, 2*time.Second)
+	orDefault(&w.RetryEvery, 30*time.Second)
+	orDefault(&w.grace, brokenGrace)
+	if w.Log == nil {
+		w.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+func orDefault[T int | time.Duration](v *T, d T) {
+	if *v <= 0 {
+		*v = d
+	}
+}
