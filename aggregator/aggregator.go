@@ -109,7 +109,7 @@ func (a *Aggregator) Run(ctx context.Context) error {
 
 func (a *Aggregator) newTenure(m *meter) *tenure {
 	return &tenure{
-		a: a, log: a.Log, m: m,
+		a: a, log: a.Log, m: m, lookups: lookups{},
 		silent: make(chan struct{}, 1), wake: make(chan struct{}, 1), finish: make(chan struct{}, 1),
 	}
 }

@@ -83,7 +83,7 @@ func (f *finisher) one(ctx context.Context, j *job) error {
 	switch {
 	case err == nil:
 		f.log.Info("job is finished", "job", j.spec.ID, "ok", m.Counts.OK, "failed", m.Counts.Failed, "verdict", m.Verdict, "output", to.Output)
-	case ctx.Err() != nil:
+	case ctx.Err() != nil || j.ctx.Err() != nil:
 		err = nil
 	case f.s.setJobNote(j, err.Error()):
 		f.log.Error("job cannot be finished; trying again", "job", j.spec.ID, "error", err)

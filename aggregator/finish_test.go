@@ -108,7 +108,7 @@ func TestFilesAreInInputOrder(t *testing.T) {
 
 // More lines than are read at a time, so that batches meet.
 func TestManyLines(t *testing.T) {
-	_, f, to := finished(t, 3*batchLines+50)
+	_, f, to := finished(t, 3*batchLines+51)
 	finish(t, f)
 	if _, reasons, err := Verify(to.Manifest); err != nil || len(reasons) > 0 {
 		t.Fatalf("%v %v", reasons, err)

@@ -271,11 +271,16 @@ func (t *tenure) fold(ctx context.Context, m message) error {
 	if !errors.Is(err, errUnknownJob) {
 		return err
 	}
-	found, err := t.lookup(ctx, proto.JobOfSubject(m.subject))
+	id := proto.JobOfSubject(m.subject)
+	if t.lookups.recent(id) {
+		return t.s.setAside(m)
+	}
+	found, err := t.lookup(ctx, id)
 	if err != nil {
 		return err
 	}
 	if !found {
+		t.lookups.miss(id)
 		return t.s.setAside(m)
 	}
 	if err = t.s.fold(m); errors.Is(err, errUnknownJob) { // deleted in this instant

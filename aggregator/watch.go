@@ -32,7 +32,7 @@ func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jet
 		case <-ctx.Done():
 			return nil
 		case e, ok := <-w.Updates():
-			if !ok {
+			if !ok && ctx.Err() == nil {
 				return errWatchEnded
 			}
 			if e != nil {
@@ -82,41 +82,32 @@ func (t *tenure) deleted(ctx context.Context, id string, when int64) {
 	}
 }
 
-// lookups remembers for a moment that a job is unknown to the broker too.
-type lookups struct {
-	mu   sync.Mutex
-	none map[string]time.Time
-}
+// lookups remembers for a moment that a job is unknown to the broker too: there may be many results of a job that was
+// removed. The reader's alone. The moment is short: a job may be created in it.
+type lookups map[string]time.Time
 
-const unknownFor = time.Second
+const unknownFor = 200 * time.Millisecond
 
-func (l *lookups) recent(id string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return time.Since(l.none[id]) < unknownFor
-}
+func (l lookups) recent(id string) bool { return time.Since(l[id]) < unknownFor }
 
-func (l *lookups) miss(id string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.none == nil || len(l.none) > 1<<12 {
-		l.none = map[string]time.Time{}
+func (l lookups) miss(id string) {
+	if len(l) > 1<<12 {
+		clear(l)
 	}
-	l.none[id] = time.Now()
+	l[id] = time.Now()
 }
 
 var errLookup = errors.New("the broker cannot be asked")
 
 // lookup asks the broker for a job, and says whether there is one now. Its errors are errLookup, or of the disk.
 func (t *tenure) lookup(ctx context.Context, id string) (bool, error) {
-	if !validID(id) || t.lookups.recent(id) {
+	if !validID(id) {
 		return false, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
 	defer cancel()
 	e, err := t.kv.Get(ctx, proto.JobKey(id))
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		t.lookups.miss(id)
 		return false, nil
 	}
 	if err != nil {
@@ -124,7 +115,6 @@ func (t *tenure) lookup(ctx context.Context, id string) (bool, error) {
 	}
 	err = t.created(id, e)
 	if errors.Is(err, errBadJob) {
-		t.lookups.miss(id)
 		return false, nil
 	}
 	return err == nil, err

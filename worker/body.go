@@ -64,14 +64,14 @@ func text(v jsontext.Value) string {
 
 // reply is what an answer with HTTP status 200 holds, as far as the worker looks into it.
 type reply struct {
-	id       string
-	choices  int    // -1: no choices
-	finish   string // of the first choice
-	abort    bool   // a choice ended because the engine gave it up
-	failed   bool   // a choice or the whole answer ended by an error inside the engine
-	whole    bool   // choices, data, output or results are there
-	refusal  jsontext.Value
-	hasUsage bool
+	id      string
+	choices int    // -1: no choices
+	finish  string // of the first choice
+	abort   bool   // a choice ended because the engine gave it up
+	failed  bool   // a choice or the whole answer ended by an error inside the engine
+	whole   bool   // choices, data, output or results are there
+	refusal jsontext.Value
+	usage   []byte // {"usage":…}, or nil
 }
 
 var errNotJSON = errors.New("not a JSON object")
@@ -114,7 +114,11 @@ func (r *reply) member(d *jsontext.Decoder, name string) error {
 	case "data", "results", "output":
 		r.whole = r.whole || kind == '['
 	case "usage":
-		r.hasUsage = kind == '{'
+		if kind == '{' {
+			v, err := d.ReadValue()
+			r.usage = append(append(append(make([]byte, 0, len(v)+10), `{"usage":`...), v...), '}')
+			return err
+		}
 	case "error":
 		if kind != 'n' {
 			v, err := d.ReadValue()

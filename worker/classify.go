@@ -119,12 +119,12 @@ func classifyReply(url string, a Answer) verdict {
 		return bad("the engine ended the answer with an error")
 	case !r.whole:
 		return bad("HTTP %d without choices, data, output or results, from %s", a.Status, url)
-	case r.choices >= 0 && r.finish == "" && !r.hasUsage:
+	case r.choices >= 0 && r.finish == "" && r.usage == nil:
 		return bad("HTTP %d without finish_reason and usage", a.Status)
 	}
 	v := verdict{class: classDone, finish: r.finish, id: r.id}
-	if r.hasUsage {
-		v.usage = proto.ReadUsage(a.Body)
+	if r.usage != nil { // the rest of a long answer need not be read twice
+		v.usage = proto.ReadUsage(r.usage)
 	}
 	return v
 }

@@ -56,7 +56,7 @@ func newRigAt(tb testing.TB, server *broker.Server, ackWait time.Duration) *rig 
 
 func (r *rig) declare(ackWait time.Duration) {
 	r.tb.Helper()
-	d := broker.Declarer{JS: r.conn.JS, Disk: 1 << 30, AckWait: ackWait}
+	d := broker.Declarer{JS: r.conn.JS, Disk: 8 << 30, AckWait: ackWait}
 	must(r.tb, d.Base(context.Background()))
 	must(r.tb, d.Model(context.Background(), r.model))
 }
@@ -289,4 +289,3 @@ func exactly(tb testing.TB, got []*proto.Result, n int) map[int64]*proto.Result 
 	}
 	return by
 }
-

@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -14,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"millrace/broker"
 	"millrace/sim"
 )
 
@@ -280,4 +283,70 @@ func (f *fleet) output() string {
 		f.t.Fatalf("%d manifests in %s, want one", len(dirs), f.path("out"))
 	}
 	return filepath.Dir(dirs[0])
+}
+
+func (f *fleet) serve() *proc {
+	p := f.start("serve", "serve", "--addr", f.addr, "--data", f.path("serve"), "--output", f.path("out"), "--ack-wait", testAckWait)
+	p.says("broker ready")
+	return p
+}
+
+// until follows the only job until is says so.
+func (f *fleet) until(is func(*broker.JobView) bool) broker.JobView {
+	f.t.Helper()
+	ctx, cancel := context.WithTimeout(f.t.Context(), hangLimit)
+	defer cancel()
+	conn, err := broker.Connect(ctx, broker.Access{URL: "nats://" + f.addr}, "test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	defer conn.Close()
+	for {
+		jobs, err := broker.Jobs(ctx, conn.JS)
+		if err == nil && len(jobs) == 1 && is(&jobs[0]) {
+			return jobs[0]
+		}
+		select {
+		case <-ctx.Done():
+			f.t.Fatalf("the job does not come so far: %d jobs, %v, last %+v", len(jobs), err, jobs)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// finished waits until the only job of n lines is.
+func (f *fleet) finished(n int64) broker.JobView {
+	f.t.Helper()
+	v := f.until(func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+	if v.Ended() != n {
+		f.t.Errorf("%d lines ended, want %d", v.Ended(), n)
+	}
+	return v
+}
+
+// holds waits until the workers together hold n requests.
+func (f *fleet) holds(n int64) {
+	f.t.Helper()
+	ctx, cancel := context.WithTimeout(f.t.Context(), hangLimit)
+	defer cancel()
+	conn, err := broker.Connect(ctx, broker.Access{URL: "nats://" + f.addr}, "test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	defer conn.Close()
+	for {
+		var held int64
+		qs, err := broker.Queues(ctx, conn.JS)
+		for _, q := range qs {
+			held += q.HandedTo
+		}
+		if err == nil && held >= n {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			f.t.Fatalf("the workers hold %d requests, want %d: %v", held, n, err)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }

@@ -1,0 +1,360 @@
+package aggregator
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+func TestBrokerRestarts(t *testing.T) {
+	r := newNetRig(t)
+	r.start()
+	r.job("j", 20)
+	r.await("j", folding(r.send(all("j", 0, 10)...)))
+	r.restart(r.srv.Dir)
+	r.send(all("j", 10, 20)...)
+	if p := r.await("j", done); p.OK != 20 || p.Duplicates != 0 {
+		t.Errorf("%+v", p)
+	}
+	r.verify("j")
+}
+
+// The broker comes back with an empty disk: the aggregator still knows the job and what it has of it.
+func TestBrokerLosesItsDisk(t *testing.T) {
+	r := newNetRig(t)
+	r.start()
+	r.job("j", 20)
+	old := r.await("j", folding(r.send(all("j", 0, 10)...)))
+	r.restart(t.TempDir())
+	p := r.await("j", func(p *proto.Progress) bool { return p.OK == 10 && p.Stream != old.Stream })
+	if p.Failed != 0 {
+		t.Errorf("%+v", p)
+	}
+	r.send(good("j", 4, 99)) // under the sequence 1, that the old stream had too
+	r.send(all("j", 10, 20)...)
+	if p := r.await("j", done); p.OK != 20 || p.Duplicates != 1 {
+		t.Errorf("%+v", p)
+	}
+	r.verify("j")
+}
+
+// The broker comes back with an older copy of its disk: some of what was folded is not there, and the sequences that
+// it had are given again.
+func TestBrokerIsRolledBack(t *testing.T) {
+	r := newNetRig(t)
+	r.start()
+	r.job("j", 20)
+	r.await("j", folding(r.send(all("j", 0, 5)...)))
+	r.conn.Close()
+	r.srv.Stop()
+	old := filepath.Join(t.TempDir(), "old")
+	copyDir(t, r.srv.Dir, old)
+	r.restart(r.srv.Dir)
+	r.await("j", folding(r.send(all("j", 5, 12)...)))
+	r.restart(old)
+	r.send(all("j", 10, 20)...) // the first of them under sequences that were folded already
+	if p := r.await("j", done); p.OK != 20 || p.Duplicates != 2 {
+		t.Errorf("%+v", p)
+	}
+	r.verify("j")
+}
+
+// The stream is deleted and made anew while the connection stands.
+func TestStreamIsReplaced(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	r.job("j", 20)
+	old := r.await("j", folding(r.send(all("j", 0, 10)...)))
+	if err := r.conn.JS.DeleteStream(t.Context(), proto.ResultStream); err != nil {
+		t.Fatal(err)
+	}
+	r.await("j", func(p *proto.Progress) bool { return p.Stream != old.Stream })
+	r.send(all("j", 10, 20)...)
+	r.await("j", done)
+	r.verify("j")
+}
+
+// Someone deletes the newest results before they are folded. The fold must not wait for them for ever: the owner of
+// the job waits for the fold.
+func TestTailIsDeleted(t *testing.T) {
+	r := newRig(t)
+	a := r.start()
+	r.job("j", 3)
+	r.await("j", folding(r.send(good("j", 0, 0))))
+	a.stop()
+	seq := r.send(good("j", 1, 1), good("k", 0, 1))
+	s, err := r.conn.JS.Stream(t.Context(), proto.ResultStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"j", "k"} {
+		if err := s.Purge(t.Context(), jetstream.WithPurgeSubject(proto.ResultSubject(id))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.start()
+	for {
+		var a proto.MissingAnswer
+		r.ask(proto.SubjectMissing, &proto.MissingQuestion{Job: "j"}, &a)
+		if a.Seq >= seq {
+			break
+		}
+	}
+}
+
+// And while it runs: nothing tells it then but that it stands still.
+func TestTailIsDeletedUnderway(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	r.job("j", 3)
+	r.await("j", folding(r.send(good("j", 0, 0))))
+	s, err := r.conn.JS.Stream(t.Context(), proto.ResultStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seq := uint64(5) // sequences 2 to 4 go without ever being there to read
+	if err := s.Purge(t.Context(), jetstream.WithPurgeSequence(seq)); err != nil {
+		t.Fatal(err)
+	}
+	r.await("j", folding(r.send(good("j", 1, 1))))
+}
+
+func TestSecondAggregatorWaits(t *testing.T) {
+	r := newRig(t)
+	a := r.start()
+	r.job("j", 20)
+	r.await("j", folding(r.send(all("j", 0, 5)...)))
+	r.start(func(b *Aggregator) { b.Dir = t.TempDir(); b.SharedDisk = false })
+	r.await("j", folding(r.send(all("j", 5, 10)...)))
+	a.stop() // lets go of the lease; what the other did not see was purged, and is sent again
+	r.send(all("j", 0, 20)...)
+	if p := r.await("j", done); p.OK != 20 {
+		t.Errorf("%+v", p)
+	}
+	r.verify("j")
+}
+
+// The holder falls silent without letting go. It must stop when it finds out, and the other go on.
+func TestLeaseIsTakenFromASilentHolder(t *testing.T) {
+	r := newRig(t)
+	// A holder that never renews: its process is on a machine that went dark.
+	owner := proto.Owner{ID: "dark", Host: "elsewhere"}
+	dark := newLease(r.kv(), owner, time.Second)
+	var w broker.Watch
+	if _, err := dark.Try(t.Context(), &w); err != nil {
+		t.Fatal(err)
+	}
+	r.job("j", 1)
+	r.send(good("j", 0, 1))
+	r.start()
+	r.await("j", done)
+	if err := dark.Renew(t.Context()); err == nil {
+		t.Error("the old holder could renew")
+	}
+}
+
+// Another process takes the lease though we are there: we stop, wait, and go on when it is gone.
+func TestLeaseIsLost(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	r.job("j", 20)
+	r.await("j", folding(r.send(all("j", 0, 10)...)))
+	other := proto.Owner{ID: "other", Host: "elsewhere"}
+	b, err := other.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.kv().Put(t.Context(), proto.LeaseKey, b); err != nil {
+		t.Fatal(err)
+	}
+	r.send(all("j", 10, 20)...)
+	r.await("j", done) // the other never renews: the lease comes back after its time
+	r.verify("j")
+}
+
+func TestSameFolderTwice(t *testing.T) {
+	r := newRig(t)
+	lock, err := broker.LockDir(filepath.Join(r.dir, "jobs"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.job("j", 1)
+	r.send(good("j", 0, 1))
+	r.start()
+	var w broker.Watch
+	probe := newLease(r.kv(), proto.Owner{ID: "probe", Host: "x"}, time.Minute)
+	for { // it has the lease, and waits for the folder
+		if _, err := probe.Try(t.Context(), &w); err != nil {
+			break
+		}
+		if err := probe.Release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lock.Unlock()
+	r.await("j", done)
+}
+
+// The state on disk turns out to be damaged while it is used: it is read again, and the line is missing.
+func TestDamageIsMendedUnderway(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	r.job("j", 3)
+	r.await("j", folding(r.send(good("j", 0, 0), good("j", 1, 1))))
+	path := filepath.Join(r.dir, "jobs", "j", fileSpool)
+	at := int64(len(spoolMagic)) + recordHeader + int64(len(wire(t, good("j", 0, 0))))
+	flip(t, path, at+recordHeader+5)
+	r.send(good("j", 2, 2))
+	p := r.await("j", func(p *proto.Progress) bool { return p.OK == 2 && p.State == proto.FoldFolding && p.Seq == 3 })
+	if p.Verdict != "" {
+		t.Errorf("%+v", p)
+	}
+	var a proto.MissingAnswer
+	for len(a.Ranges) == 0 || a.Seq < 3 {
+		r.ask(proto.SubjectMissing, &proto.MissingQuestion{Job: "j"}, &a)
+	}
+	if len(a.Ranges) != 1 || a.Ranges[0] != (proto.Range{From: 1, To: 2}) {
+		t.Errorf("%+v", a)
+	}
+	r.send(good("j", 1, 1))
+	r.await("j", done)
+	r.verify("j")
+}
+
+func TestResultOfANewerProgram(t *testing.T) {
+	r := newRig(t)
+	a := r.start()
+	r.job("j", 1)
+	if _, err := r.conn.JS.Publish(t.Context(), proto.ResultSubject("j"), []byte{0x91, 0x63}); err != nil {
+		t.Fatal(err)
+	}
+	seq := r.send(good("j", 0, 0))
+	p := r.await("j", func(p *proto.Progress) bool { return p.Note != "" })
+	if p.Seq >= seq || !strings.Contains(p.Note, "newer") {
+		t.Errorf("%+v", p)
+	}
+	a.stop() // in the middle of waiting
+}
+
+func TestMetrics(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	r := newRig(t)
+	a := r.start(func(a *Aggregator) { a.Registry = reg })
+	r.job("j", 3)
+	r.send(good("nobody", 0, 1), good("j", 0, 1), good("j", 0, 2), good("j", 1, 1), bad("j", 2, "odd"))
+	r.await("j", done)
+	r.await("j", func(p *proto.Progress) bool { r.send(good("j", 2, 1)); return p.Late > 0 })
+	problems, err := testutil.GatherAndLint(reg)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("%v %v", problems, err)
+	}
+	got := map[string]float64{}
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			name := f.GetName()
+			for _, l := range m.Label {
+				name += " " + l.GetValue()
+			}
+			got[name] = m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
+		}
+	}
+	for name, want := range map[string]float64{
+		"millrace_requests_total ok org/model":           2,
+		"millrace_requests_total org/model other":        1,
+		"millrace_duplicates_total":                      1,
+		"millrace_unknown_results_total":                 1,
+		"millrace_tokens_total prompt org/model":         21,
+		"millrace_tokens_total completion org/model":     202,
+		"millrace_request_duration_seconds org/model":    2,
+		"millrace_jobs done":                             1,
+		"millrace_jobs folding":                          0,
+		"millrace_requests_total engine_error org/model": 0,
+	} {
+		if v, ok := got[name]; !ok || v != want {
+			t.Errorf("%s is %v, want %v", name, v, want)
+		}
+	}
+	for _, name := range []string{"millrace_late_results_total", "millrace_tokens_total wasted org/model"} {
+		if got[name] == 0 {
+			t.Errorf("%s is 0", name)
+		}
+	}
+	for _, name := range []string{"millrace_checkpoint_age_seconds", "millrace_fold_lag_messages"} {
+		if _, ok := got[name]; !ok {
+			t.Errorf("%s is not there", name)
+		}
+	}
+	a.stop()
+	if left, err := reg.Gather(); err != nil || len(left) > 0 {
+		t.Errorf("after Run: %v %v", left, err)
+	}
+}
+
+func TestModelsInMetricsAreBounded(t *testing.T) {
+	m := newMeter()
+	for i := range 2 * maxModels {
+		v := good("j", int64(i), 1)
+		v.Model = strings.Repeat("m", i)
+		m.result(v, fateFirst)
+	}
+	if n := testutil.CollectAndCount(m.seconds); n != maxModels+1 {
+		t.Errorf("%d models", n)
+	}
+}
+
+func TestEnginesAreInTheManifest(t *testing.T) {
+	r := newRig(t)
+	kv, err := r.conn.JS.KeyValue(t.Context(), proto.WorkersBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []proto.Worker{{ID: "w0", Version: "0.11.0", Simulated: true, KVTokens: 7}, {ID: "other", Version: "0.11.0"}} {
+		b, err := w.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := kv.Put(t.Context(), w.ID, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.start()
+	r.job("j", 3)
+	r.send(good("j", 0, 0), good("j", 1, 0))
+	about := filepath.Join(r.dir, "jobs", "j", fileAbout)
+	for { // what was heard is on disk before the job is whole
+		if b, err := os.ReadFile(about); err == nil && strings.Contains(string(b), "0.11.0") {
+			break
+		}
+		r.await("j", func(p *proto.Progress) bool { r.send(good("j", 0, 1)); return p.OK == 2 })
+	}
+	r.send(good("j", 2, 0))
+	r.await("j", done)
+	e := r.verify("j").Engines
+	if len(e) != 1 || e[0].Worker != "w0" || !e[0].Simulated || e[0].KVTokens != 7 {
+		t.Errorf("%+v", e)
+	}
+}
+
+// Run must end at once, also when it waits for the lease.
+func TestStopWhileWaiting(t *testing.T) {
+	r := newRig(t)
+	a := r.start()
+	r.job("j", 1)
+	r.await("j", func(*proto.Progress) bool { return true })
+	b := r.start(func(b *Aggregator) { b.Dir = t.TempDir() })
+	b.stop()
+	a.stop()
+}

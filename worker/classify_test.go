@@ -1,0 +1,256 @@
+package worker
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"millrace/proto"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func (c class) String() string {
+	return [...]string{"done", "permanent", "retry", "timeout", "busy", "lost", "no-model", "denied", "unreached", "dead", "broken"}[c]
+}
+
+// recorded is one exchange with a real engine.
+type recorded struct {
+	File    string            `json:"-"`
+	Name    string            `json:"name"`
+	Method  string            `json:"method"`
+	Path    string            `json:"path"`
+	Request string            `json:"request"`
+	Status  int               `json:"status"`
+	Headers map[string]string `json:"headers"`
+	Body    string            `json:"body"`
+}
+
+func (r *recorded) answer() Answer {
+	h := http.Header{}
+	for k, v := range r.Headers {
+		h.Set(k, v)
+	}
+	return Answer{Status: r.Status, Header: h, Body: []byte(r.Body)}
+}
+
+// recordings returns all that was recorded from real engines.
+func recordings(tb testing.TB) []recorded {
+	tb.Helper()
+	files, err := filepath.Glob("../testdata/vllm/*.jsonl")
+	must(tb, err)
+	if len(files) != 3 {
+		tb.Fatalf("%d files of recordings, want 3", len(files))
+	}
+	var out []recorded
+	for _, name := range files {
+		f, err := os.Open(name)
+		must(tb, err)
+		sc := bufio.NewScanner(f)
+		sc.Buffer(nil, 1<<20)
+		for sc.Scan() {
+			var r recorded
+			must(tb, json.Unmarshal(sc.Bytes(), &r))
+			r.File = strings.TrimSuffix(filepath.Base(name), ".jsonl")
+			out = append(out, r)
+		}
+		must(tb, sc.Err())
+		f.Close()
+	}
+	return out
+}
+
+// recording returns the exchange of that name.
+func recording(tb testing.TB, file, name string) recorded {
+	tb.Helper()
+	all := recordings(tb)
+	i := slices.IndexFunc(all, func(r recorded) bool { return r.File == file && r.Name == name })
+	if i < 0 {
+		tb.Fatalf("no recording %s of %s", name, file)
+	}
+	return all[i]
+}
+
+// TestClassifyRecordings judges every recorded answer, byte for byte, and compares with what a person has read over.
+func TestClassifyRecordings(t *testing.T) {
+	var b strings.Builder
+	for _, r := range recordings(t) {
+		if r.Method != http.MethodPost {
+			continue
+		}
+		v := classify(r.Path, r.answer(), nil)
+		fmt.Fprintf(&b, "%s\t%s\t%d\t%v\t%s\t%s", r.File, r.Name, r.Status, v.class, v.code, v.finish)
+		if v.class == classDone {
+			fmt.Fprintf(&b, "\t%d+%d", v.usage.Prompt, v.usage.Completion)
+			if want := proto.ReadUsage([]byte(r.Body)); v.usage != want {
+				t.Errorf("%s %s: usage %+v, proto reads %+v", r.File, r.Name, v.usage, want)
+			}
+			if v.id == "" {
+				t.Errorf("%s %s: no id", r.File, r.Name)
+			}
+		} else if v.message == "" {
+			t.Errorf("%s %s: no message", r.File, r.Name)
+		}
+		b.WriteString("\n")
+	}
+	const golden = "testdata/classified.tsv"
+	if *update {
+		must(t, os.WriteFile(golden, []byte(b.String()), 0o644))
+	}
+	want, err := os.ReadFile(golden)
+	must(t, err)
+	if got := b.String(); got != string(want) {
+		t.Errorf("verdicts differ from %s; got\n%s", golden, got)
+	}
+}
+
+const (
+	coreDied  = `{"error":{"message":"EngineCore encountered an issue. See stack trace (above) for the root cause.","type":"InternalServerError","param":null,"code":500}}`
+	stopping  = `{"error":{"message":"cannot schedule new futures after shutdown","type":"InternalServerError","param":null,"code":500}}`
+	overload  = `{"error":{"message":"The engine is currently busy and cannot accept new requests. Please try again later or on a different instance.","type":"Service Unavailable","param":null,"code":503}}`
+	aborted   = `{"id":"c","choices":[{"index":0,"message":{"content":"par"},"finish_reason":"abort"}],"usage":{"prompt_tokens":1,"completion_tokens":1}}`
+	unauthStr = `{"error":"Unauthorized"}`
+)
+
+func TestClassify(t *testing.T) {
+	tests := []struct {
+		name   string
+		status int
+		body   string
+		err    error
+		class  class
+		code   string
+	}{
+		{"core died", 500, coreDied, nil, classDead, proto.CodeEngineError},
+		{"core stopping", 500, stopping, nil, classUnreached, proto.CodeEngineError},
+		{"other 500", 500, `{"error":{"message":"boom","type":"InternalServerError","code":500}}`, nil, classRetry, proto.CodeEngineError},
+		{"500 empty", 500, ``, nil, classRetry, proto.CodeEngineError},
+		{"500 text", 500, `Internal Server Error`, nil, classRetry, proto.CodeEngineError},
+		{"bad gateway", 502, `<html>`, nil, classDead, proto.CodeEngineError},
+		{"gateway timeout", 504, `<html>`, nil, classRetry, proto.CodeEngineError},
+		{"overload", 503, overload, nil, classBusy, ""},
+		{"too many", 429, `{}`, nil, classBusy, ""},
+		{"request timeout", 408, ``, nil, classBusy, ""},
+		{"conflict", 409, ``, nil, classBusy, ""},
+		{"too early", 425, ``, nil, classBusy, ""},
+		{"Dynamo overload", 529, ``, nil, classBusy, ""},
+		{"llama.cpp loading", 503, `{"error":{"code":503,"message":"Loading model","type":"unavailable_error"}}`, nil, classBusy, ""},
+		{"unauthorized", 401, unauthStr, nil, classDenied, ""},
+		{"forbidden", 403, ``, nil, classDenied, ""},
+		{"flat old error", 400, `{"object":"error","message":"This model's maximum context length is 2048 tokens","type":"BadRequestError","param":null,"code":400}`, nil, classPermanent, proto.CodeContextLength},
+		{"You passed", 400, `{"error":{"message":"You passed 27905 input tokens and requested 4096 output tokens. However, the model's context length is only 32000 tokens, resulting in …","type":"BadRequestError","param":"input_tokens","code":400}}`, nil, classPermanent, proto.CodeContextLength},
+		{"input text", 400, `{"error":{"message":"You passed 900000 input characters","param":"input_text"}}`, nil, classPermanent, proto.CodeContextLength},
+		{"llama.cpp context", 400, `{"error":{"code":400,"message":"the request exceeds the available context size","type":"exceed_context_size_error"}}`, nil, classPermanent, proto.CodeContextLength},
+		{"unprocessable", 422, `{"detail":[{"loc":["body"],"msg":"x"}]}`, nil, classPermanent, proto.CodeInvalidRequest},
+		{"too large", 413, ``, nil, classPermanent, proto.CodeInvalidRequest},
+		{"not implemented", 501, `{}`, nil, classPermanent, proto.CodeInvalidRequest},
+		{"teapot", 418, ``, nil, classPermanent, proto.CodeInvalidRequest},
+		{"old 404 model", 404, `{"object":"error","message":"The model x does not exist.","type":"NotFoundError","param":null,"code":404}`, nil, classNoModel, proto.CodeInvalidRequest},
+		{"404 route", 404, `{"detail":"Not Found"}`, nil, classPermanent, proto.CodeInvalidRequest},
+		{"404 empty", 404, ``, nil, classPermanent, proto.CodeInvalidRequest},
+		{"redirect", 307, ``, nil, classRetry, proto.CodeEngineError},
+		{"abort", 200, aborted, nil, classLost, ""},
+		{"second choice aborted", 200, `{"choices":[{"finish_reason":"stop"},{"finish_reason":"abort"}],"usage":{}}`, nil, classLost, ""},
+		{"responses cancelled", 200, `{"id":"r","status":"cancelled","output":[]}`, nil, classLost, ""},
+		{"responses failed", 200, `{"id":"r","status":"failed","error":{"message":"x"},"output":[]}`, nil, classRetry, proto.CodeBadResponse},
+		{"finish error", 200, `{"choices":[{"finish_reason":"error"}],"usage":{}}`, nil, classRetry, proto.CodeBadResponse},
+		{"empty", 200, ``, nil, classRetry, proto.CodeBadResponse},
+		{"half", 200, `{"id":"c","choices":[{"index":0,"mess`, nil, classRetry, proto.CodeBadResponse},
+		{"two documents", 200, `{"choices":[{"finish_reason":"stop"}]}{}`, nil, classRetry, proto.CodeBadResponse},
+		{"no choices", 200, `{"id":"c","usage":{}}`, nil, classRetry, proto.CodeBadResponse},
+		{"empty choices", 200, `{"choices":[],"usage":{}}`, nil, classRetry, proto.CodeBadResponse},
+		{"choices are no list", 200, `{"choices":7,"usage":{}}`, nil, classRetry, proto.CodeBadResponse},
+		{"array", 200, `[]`, nil, classRetry, proto.CodeBadResponse},
+		{"html", 200, `<html></html>`, nil, classRetry, proto.CodeBadResponse},
+		{"no usage", 200, `{"choices":[{"finish_reason":"stop"}]}`, nil, classDone, ""},
+		{"no finish", 200, `{"choices":[{"finish_reason":null}],"usage":{"prompt_tokens":1}}`, nil, classDone, ""},
+		{"neither", 200, `{"choices":[{"finish_reason":null}]}`, nil, classRetry, proto.CodeBadResponse},
+		{"embeddings", 200, `{"object":"list","data":[{"embedding":[1]}],"usage":{"prompt_tokens":1}}`, nil, classDone, ""},
+		{"rerank", 200, `{"id":"r","results":[{"index":0}]}`, nil, classDone, ""},
+		{"SGLang overload", 200, `{"error":{"message":"The request queue is full.","code":503}}`, nil, classBusy, ""},
+		{"SGLang bad request", 200, `{"error":{"message":"bad","code":400}}`, nil, classPermanent, proto.CodeInvalidRequest},
+		{"error without code", 200, `{"error":{"message":"bad"}}`, nil, classRetry, proto.CodeBadResponse},
+		{"error null", 200, `{"error":null,"choices":[{"finish_reason":"stop"}],"usage":{}}`, nil, classDone, ""},
+		{"refused", 0, ``, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}, classUnreached, proto.CodeTransport},
+		{"no such host", 0, ``, &net.DNSError{}, classUnreached, proto.CodeTransport},
+		{"reset", 0, ``, &net.OpError{Op: "read", Err: syscall.ECONNRESET}, classBroken, proto.CodeTransport},
+		{"end of file", 0, ``, io.EOF, classBroken, proto.CodeTransport},
+		{"torn", 200, `{"id"`, io.ErrUnexpectedEOF, classBroken, proto.CodeTransport},
+		{"late", 0, ``, context.DeadlineExceeded, classTimeout, proto.CodeRequestTimeout},
+		{"late in the body", 200, `{`, fmt.Errorf("read: %w", context.DeadlineExceeded), classTimeout, proto.CodeRequestTimeout},
+		{"unknown", 0, ``, errors.New("malformed HTTP response"), classBroken, proto.CodeTransport},
+	}
+	for _, tt := range tests {
+		v := classify("/v1/chat/completions", Answer{Status: tt.status, Body: []byte(tt.body)}, tt.err)
+		if v.class != tt.class || v.code != tt.code {
+			t.Errorf("%s: %v %q, want %v %q", tt.name, v.class, v.code, tt.class, tt.code)
+		}
+		if v.class != classDone && v.message == "" {
+			t.Errorf("%s: no message", tt.name)
+		}
+		if (v.same != "") != (v.class == classPermanent || v.class == classRetry) {
+			t.Errorf("%s: same %q", tt.name, v.same)
+		}
+	}
+}
+
+func TestClassifyTooLarge(t *testing.T) {
+	v := classify("", Answer{Status: 200, TooLarge: true}, nil)
+	if v.class != classPermanent || v.code != proto.CodeResponseTooLarge {
+		t.Errorf("%v %q", v.class, v.code)
+	}
+}
+
+func TestRetryAfter(t *testing.T) {
+	for in, want := range map[string]time.Duration{"": 0, "2": 2 * time.Second, " 0.5 ": 500 * time.Millisecond, "-1": 0, "9999999": 5 * time.Minute, "Fri, 31 Dec 1999 23:59:59 GMT": 0} {
+		h := http.Header{"Retry-After": {in}}
+		if got := retryAfter(h); got != want {
+			t.Errorf("%q: %v, want %v", in, got, want)
+		}
+	}
+}
+
+// TestAlike makes sure that the same mistake in two lines is one mistake, and two mistakes are two.
+func TestAlike(t *testing.T) {
+	same := func(a, b string) bool {
+		v := func(m string) string { return classify("", Answer{Status: 400, Body: []byte(m)}, nil).same }
+		return v(a) == v(b)
+	}
+	if !same(`{"error":{"message":"max_tokens=5000 cannot be greater than max_model_len=2048."}}`, `{"error":{"message":"max_tokens=777 cannot be greater than max_model_len=2048."}}`) {
+		t.Error("numbers make a difference")
+	}
+	if !same("{\"error\":{\"message\":\"'input': 'a'\"}}", "{\"error\":{\"message\":\"'input': 'b'\"}}") {
+		t.Error("quoted text makes a difference")
+	}
+	if same(`{"error":{"message":"temperature must be in range"}}`, `{"error":{"message":"top_p must be in range"}}`) {
+		t.Error("two mistakes are one")
+	}
+}
+
+func FuzzReadReply(f *testing.F) {
+	for _, r := range recordings(f) {
+		f.Add([]byte(r.Body))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		v := classify("/v1/completions", Answer{Status: 200, Body: b}, nil)
+		if v.class == classDone && v.usage != proto.ReadUsage(b) && !strings.Contains(string(b), `"usage"`) {
+			t.Errorf("usage %+v", v.usage)
+		}
+		readError(b)
+		readGauges(b)
+	})
+}
