@@ -183,7 +183,13 @@ func (t *tenure) release(why error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
-	if err := t.lease.Release(ctx); err != nil {
+	err := t.lease.Release(ctx)
+	if err != nil { // a renewal that was cut short may have been written all the same: learn its revision
+		if err = t.lease.Renew(ctx); err == nil {
+			err = t.lease.Release(ctx)
+		}
+	}
+	if err != nil {
 		t.log.Warn("the lease of the aggregator ends by itself", "error", err)
 	}
 }

@@ -254,16 +254,25 @@ func (f *finisher) done(j *job, to Files, m *Manifest) error {
 	if err := writeDurable(filepath.Join(j.dir, fileDone), b); err != nil {
 		return hint(j.dir, err)
 	}
-	f.s.mu.Lock()
-	defer f.s.mu.Unlock()
+	if f.s.finish(j, p, f.linger) {
+		f.s.dropSpool(j)
+	}
+	return nil
+}
+
+// finish closes a job in memory, and says whether its spool may go: nobody is reading on in it.
+func (s *state) finish(j *job, p *proto.Progress, linger time.Duration) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	j.finished, j.state, j.doneAt = p, proto.FoldDone, time.Now()
 	j.touch()
 	j.urgent = true
-	if time.Since(j.followed) >= f.linger {
-		f.s.release(j)
+	s.kick()
+	if time.Since(j.followed) < linger {
+		return false
 	}
-	f.s.kick()
-	return nil
+	j.release()
+	return true
 }
 
 // final is the progress of a job that is done, without what comes late.
@@ -277,25 +286,33 @@ func (s *state) final(j *job) *proto.Progress {
 	return p
 }
 
-// release deletes the spool of a finished job: the files hold all of it.
-func (s *state) release(j *job) {
-	broker.CrashPoint("agg.before-spool-delete")
+// release lets go of the spool of a finished job in memory; dropSpool deletes it. That takes a while where it is large,
+// and needs no lock.
+func (j *job) release() {
 	j.spool.close()
 	j.at, j.spool.flushed, j.durable = nil, 0, 0
+}
+
+func (s *state) dropSpool(j *job) {
+	broker.CrashPoint("agg.before-spool-delete")
 	if err := remove(j.spool.path); err != nil {
 		s.log.Warn("the spool of a finished job stays on disk", "job", j.spec.ID, "error", err)
 	}
 }
 
-// loadDone reads that the job is finished.
+// loadDone reads that the job is finished, and since when by the clock of this machine, which wrote it.
 func (j *job) loadDone() bool {
-	b, err := os.ReadFile(filepath.Join(j.dir, fileDone))
+	path := filepath.Join(j.dir, fileDone)
+	b, err := os.ReadFile(path)
 	if err != nil {
 		return false
 	}
 	p := new(proto.Progress)
 	if p.Decode(b) != nil || p.State != proto.FoldDone {
 		return false
+	}
+	if st, err := os.Stat(path); err == nil {
+		j.doneAt = st.ModTime()
 	}
 	j.finished, j.state, j.left = p, proto.FoldDone, 0
 	return true

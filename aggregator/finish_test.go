@@ -178,8 +178,17 @@ func TestDoneSurvivesARestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	save(t, s)
+	if err := os.WriteFile(s.job("j").spool.path, nil, 0o644); err != nil { // the crash came before it was deleted
+		t.Fatal(err)
+	}
 	s = reopen(t, s)
 	j := s.job("j")
+	if old, _ := s.aged(time.Now(), time.Hour, 0); len(old) > 0 {
+		t.Error("the restart made it old")
+	}
+	if _, err := os.Stat(j.spool.path); err == nil {
+		t.Error("the spool is still there")
+	}
 	p := j.progress(s.pos, "host", "")
 	if p.State != proto.FoldDone || p.Late != 1 || p.Wasted.Completion != 109 || p.Manifest != to.Manifest {
 		t.Errorf("%+v", p)
@@ -215,6 +224,37 @@ func TestFolderThatCannotBeWritten(t *testing.T) {
 	finish(t, f)
 	if _, reasons, err := Verify(to.Manifest); err != nil || len(reasons) > 0 || j.note != "" {
 		t.Errorf("%v %v %q", reasons, err, j.note)
+	}
+}
+
+// A manifest that is there from before must not stand beside files that it does not speak of.
+func TestOldManifestGoesFirst(t *testing.T) {
+	s, f, to := finished(t, 11)
+	if err := os.MkdirAll(filepath.Join(to.Errors, "in the way"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to.Manifest, []byte("{}"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.one(context.Background(), s.job("j")); err == nil {
+		t.Fatal("it was written")
+	}
+	if _, err := os.Stat(to.Manifest); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the old manifest: %v", err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(to.Output), ".*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestOnlyWhatIsOnDiskIsFinished(t *testing.T) {
+	s, _ := folded(t, t.TempDir(), 1, good("j", 0, 1))
+	if len(s.finishable()) > 0 {
+		t.Error("before the checkpoint")
+	}
+	save(t, s)
+	if len(s.finishable()) != 1 {
+		t.Error("after it")
 	}
 }
 

@@ -185,7 +185,8 @@ func (s *state) due(now time.Time) []news {
 			continue
 		}
 		p := j.progress(s.kept, s.host, s.why())
-		j.urgent, j.unshown, j.shown, j.moving = false, false, now, p.RateLines > 0
+		// What came since the checkpoint is in the numbers and not in Seq: it is told again after the next one.
+		j.urgent, j.unshown, j.shown, j.moving = false, j.unsaved, now, p.RateLines > 0
 		out = append(out, news{j, id, p})
 	}
 	return out
@@ -201,29 +202,31 @@ func (s *state) showAgain() {
 	s.kick()
 }
 
-func (s *state) unshow(n news) {
+func (s *state) unshow(due []news) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n.j.unshown, n.j.urgent = true, true
+	for _, n := range due {
+		n.j.unshown, n.j.urgent = true, true
+	}
 }
 
-// aged lists the jobs that finished more than keep ago, and lets go of the spools that nobody reads any more.
-func (s *state) aged(now time.Time, keep, linger time.Duration) []*job {
+// aged lists the jobs that finished more than keep ago, and those whose spools nobody reads any more.
+func (s *state) aged(now time.Time, keep, linger time.Duration) (old, left []*job) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var out []*job
 	for _, j := range s.jobs {
 		if j.finished == nil {
 			continue
 		}
 		if j.at != nil && now.Sub(j.followed) > linger {
-			s.release(j)
+			j.release()
+			left = append(left, j)
 		}
 		if keep > 0 && now.Sub(j.doneAt) > keep {
-			out = append(out, j)
+			old = append(old, j)
 		}
 	}
-	return out
+	return old, left
 }
 
 // keeper does what is done every second: the checkpoint, what is told of it, and what need not be kept for it.
@@ -233,7 +236,7 @@ type keeper struct {
 	said   said
 }
 
-// run works until ctx ends, or the state on disk must be read again (errReload).
+// run works until ctx ends, the state on disk must be read again (errReload), or the lease is lost.
 func (k *keeper) run(ctx context.Context) error {
 	tick := time.NewTicker(k.t.a.checkpointEvery())
 	defer tick.Stop()
@@ -244,24 +247,56 @@ func (k *keeper) run(ctx context.Context) error {
 		case <-tick.C:
 		case <-k.t.wake:
 		}
-		if err := k.once(ctx); err != nil {
+		if err := k.once(); err != nil {
 			return err
 		}
 	}
 }
 
-func (k *keeper) once(ctx context.Context) error {
+func (k *keeper) once() error {
 	if err := k.save(); err != nil {
 		return err
 	}
-	if !k.t.holding.Load() {
+	ctx, ok := k.t.linked()
+	if !ok || !k.t.holding.Load() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
 	defer cancel()
-	k.show(ctx)
-	k.purge(ctx)
-	k.expire(ctx)
+	return k.tell(ctx)
+}
+
+// tell brings the broker up to date. A holder of the lease that slept through the end of its time must not do that: so
+// the lease is renewed right before. The only error is ErrLeaseLost.
+func (k *keeper) tell(ctx context.Context) error {
+	s := k.t.s
+	now := time.Now()
+	due := s.due(now)
+	old, left := s.aged(now, k.t.a.KeepFor, k.t.a.linger())
+	for _, j := range left {
+		s.dropSpool(j)
+	}
+	to := s.purgeable(k.t.a.SharedDisk || k.t.full.Load())
+	if to.Seq <= 1 || to.Stream == k.purged.Stream && to.Seq <= k.purged.Seq {
+		to = position{}
+	}
+	if len(due) == 0 && len(old) == 0 && to.Stream == 0 {
+		return nil
+	}
+	err := k.t.lease.Renew(ctx)
+	if errors.Is(err, broker.ErrLeaseLost) {
+		return err
+	}
+	k.said.warn(k.t.log, "the lease of the aggregator cannot be renewed; trying again", err)
+	if err != nil {
+		s.unshow(due)
+		return nil
+	}
+	k.show(ctx, due)
+	if to.Stream != 0 {
+		k.purge(ctx, to)
+	}
+	k.expire(ctx, old)
 	return nil
 }
 
@@ -283,32 +318,25 @@ func (k *keeper) save() error {
 	return nil
 }
 
-func (k *keeper) show(ctx context.Context) {
-	for _, n := range k.t.s.due(time.Now()) {
+func (k *keeper) show(ctx context.Context, due []news) {
+	for i, n := range due {
 		b, err := n.value.Encode()
 		if err == nil && n.j.ctx.Err() == nil {
 			_, err = k.t.kv.Put(ctx, proto.ProgressKey(n.id), b)
 		}
-		if err != nil {
-			k.t.s.unshow(n)
-		}
 		k.said.warn(k.t.log, "progress cannot be told; trying again", err)
+		if err != nil {
+			k.t.s.unshow(due[i:])
+			return
+		}
 	}
 }
 
-// purge drops results that are in the checkpoint. A holder of the lease that slept through the end of its time must
-// not: so the lease is renewed right before, and the stream is looked at again.
-func (k *keeper) purge(ctx context.Context) {
-	to := k.t.s.purgeable(k.t.a.SharedDisk || k.t.full.Load())
-	if to.Stream == 0 || to.Seq <= 1 || to.Stream == k.purged.Stream && to.Seq <= k.purged.Seq {
-		return
-	}
-	err := k.t.lease.Renew(ctx)
-	if err == nil {
-		broker.CrashPoint("agg.before-purge")
-		err = purge(ctx, k.t.a.Conn.JS, to)
-		broker.CrashPoint("agg.after-purge")
-	}
+// purge drops results that are in the checkpoint.
+func (k *keeper) purge(ctx context.Context, to position) {
+	broker.CrashPoint("agg.before-purge")
+	err := purge(ctx, k.t.a.Conn.JS, to)
+	broker.CrashPoint("agg.after-purge")
 	if err == nil {
 		k.purged = to
 	}
@@ -316,8 +344,8 @@ func (k *keeper) purge(ctx context.Context) {
 }
 
 // expire forgets jobs that are finished for long.
-func (k *keeper) expire(ctx context.Context) {
-	for _, j := range k.t.s.aged(time.Now(), k.t.a.KeepFor, k.t.a.linger()) {
+func (k *keeper) expire(ctx context.Context, old []*job) {
+	for _, j := range old {
 		err := broker.Remove(ctx, k.t.a.Conn.JS, broker.JobView{Job: *j.spec})
 		k.said.warn(k.t.log, "a finished job cannot be forgotten; trying again", err)
 		if err == nil {

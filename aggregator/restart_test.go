@@ -103,6 +103,9 @@ func TestRestartCutsATornTail(t *testing.T) {
 	if s.position().Seq != 1 {
 		t.Errorf("a torn tail behind the checkpoint makes it fold again: %+v", s.position())
 	}
+	if st, err := os.Stat(path); err != nil || st.Size() != s.job("j").durable {
+		t.Errorf("%d bytes are left of %d: %v", st.Size(), s.job("j").durable, err)
+	}
 	if err := s.fold(st.add(t, good("j", 1, 2))); err != nil {
 		t.Fatal(err)
 	}
@@ -237,12 +240,13 @@ func TestAnotherStreamIsFoldedFromItsFirst(t *testing.T) {
 	s, _ := folded(t, t.TempDir(), 5, good("j", 0, 1), good("j", 1, 2))
 	save(t, s)
 	st := &stream{created: 9_000_000}
-	st.add(t, good("j", 1, 7)) // it was sent again: a duplicate
+	st.add(t, good("j", -1, 7)) // of no line
+	st.add(t, good("j", 1, 7))  // it was sent again: a duplicate
 	st.add(t, good("j", 2, 8))
 	catchUp(t, s, st)
 	wantLines(t, s, "ok req-1", "ok req-2", "ok req-8")
 	j := s.job("j")
-	if j.drops.Duplicates != 1 || j.first != 1 || s.position().Stream != 9_000_000 {
+	if j.drops.Duplicates != 1 || j.first != 2 || s.position().Stream != 9_000_000 {
 		t.Errorf("%+v, first %d, at %+v", j.drops, j.first, s.position())
 	}
 	s = reopen(t, s) // the checkpoint is of the old stream

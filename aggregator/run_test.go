@@ -28,6 +28,7 @@ type rig struct {
 	conn *broker.Conn
 	dir  string // of the aggregators, unless they are told another
 	out  string
+	runs []func() // stop those that were started
 }
 
 // patience is how long a test waits for what must come.
@@ -75,6 +76,9 @@ func (r *rig) restart(dir string) {
 	r.srv.Stop()
 	r.srv = &broker.Server{Dir: dir, Addr: r.srv.Addr}
 	r.up()
+	for _, stop := range r.runs { // before their broker
+		r.t.Cleanup(stop)
+	}
 }
 
 func (r *rig) connect(role string) *broker.Conn {
@@ -124,6 +128,7 @@ func (r *rig) start(change ...func(*Aggregator)) *runner {
 		})
 	}}
 	r.t.Cleanup(n.stop)
+	r.runs = append(r.runs, n.stop)
 	return n
 }
 

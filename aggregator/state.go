@@ -128,7 +128,7 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 	s.jobs[id] = j
 	mark := s.mark(j)
 	if j.loadDone() {
-		return nil
+		return remove(j.spool.path)
 	}
 	if lost {
 		mark.Length = -1

@@ -28,6 +28,7 @@ type tenure struct {
 	s     *state
 
 	holding atomic.Bool   // the lease is ours, as far as we know
+	link    atomic.Value  // of the last session
 	silent  chan struct{} // the lease could not be renewed for its time: another may have it
 	wake    chan struct{} // of the keeper
 	finish  chan struct{} // of the finisher
@@ -136,7 +137,7 @@ func (t *tenure) part(k *keeper, ours bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	t.s.hurry()
-	k.show(ctx)
+	_ = k.tell(ctx) // the lease is another's: then it tells
 }
 
 // hurry makes the progress of all jobs that changed due.
@@ -192,12 +193,13 @@ func (t *tenure) session(ctx context.Context) error {
 		t.log.Info("results are folded again from the first there is", "sequence", to.Seq+1)
 	}
 	t.s.moveTo(to, again)
-	t.s.showAgain()
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel(nil)
+	t.link.Store(link{ctx})
+	t.s.showAgain()
 	wg.Go(func() { t.attend(ctx, cancel) })
 	wg.Go(func() { t.watchJobs(ctx, cancel) })
 	wg.Go(func() { t.watchWorkers(ctx, cancel) })
@@ -206,6 +208,15 @@ func (t *tenure) session(ctx context.Context) error {
 		return cause
 	}
 	return err
+}
+
+// link is how the keeper reaches the broker: as long as the session lasts that found the stream to be the right one.
+type link struct{ context.Context }
+
+// linked returns a context for talking to the broker; false where there is no session.
+func (t *tenure) linked() (context.Context, bool) {
+	l, ok := t.link.Load().(link)
+	return l.Context, ok && l.Err() == nil
 }
 
 // confirm makes sure that the streams are there and that the lease is ours.
@@ -390,6 +401,9 @@ func (s said) warn(log *slog.Logger, what string, err error) {
 	if err == nil {
 		delete(s, what)
 		return
+	}
+	if errors.Is(err, context.Canceled) {
+		return // it was told to stop
 	}
 	text := err.Error()
 	if i := strings.IndexByte(text, '\n'); i > 0 {

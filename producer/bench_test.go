@@ -2,11 +2,16 @@ package producer
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"millrace/broker"
+	"millrace/proto"
 )
 
 // writeLines makes an input of n lines of about 1 KB, of which each hundred share the beginning of their prompts.
@@ -48,4 +53,48 @@ func BenchmarkScan(b *testing.B) {
 		d.Close()
 	}
 	b.ReportMetric(float64(lines)*float64(b.N)/b.Elapsed().Seconds(), "lines/s")
+}
+
+// BenchmarkEnqueue runs an owner with a window for all lines, on a broker in the same process, until all are queued.
+func BenchmarkEnqueue(b *testing.B) {
+	for name, always := range map[string]bool{"sync=1s": false, "sync=always": true} {
+		b.Run(name, func(b *testing.B) {
+			const lines = 100_000
+			d := scanned(b, Input{Path: writeLines(b, lines), Limit: lines})
+			b.SetBytes(d.Bytes)
+			for b.Loop() {
+				b.StopTimer()
+				enqueueAll(b, d, always)
+			}
+			b.ReportMetric(float64(lines)*float64(b.N)/b.Elapsed().Seconds(), "lines/s")
+		})
+	}
+}
+
+func enqueueAll(b *testing.B, d *Dataset, always bool) {
+	b.Helper()
+	srv := &broker.Server{Dir: b.TempDir(), SyncAlways: always}
+	if err := srv.Start(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	defer srv.Stop()
+	conn, err := srv.Connect(b.Context(), "bench")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithCancelCause(b.Context())
+	done := errors.New("all are enqueued")
+	o := &Owner{Conn: conn, Dataset: d, Job: d.Job(), Window: d.Lines, Disk: 8 << 30, Report: func(f proto.Feed) {
+		if f.Enqueued == d.Lines {
+			cancel(done)
+		}
+	}}
+	b.StartTimer()
+	err = o.Run(ctx)
+	b.StopTimer()
+	if !errors.Is(err, done) {
+		b.Fatal(err)
+	}
+	b.StartTimer()
 }

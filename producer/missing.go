@@ -154,13 +154,12 @@ func (r *run) silent(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	a, err := r.ask(ctx, 0)
+	if ctx.Err() == nil {
+		r.note(noteAggregator, text(err))
+	}
 	if err != nil {
-		if ctx.Err() == nil {
-			r.note(noteAggregator, err.Error())
-		}
 		return false, nil
 	}
-	r.note(noteAggregator, "")
 	return !a.Done && a.Stream == created && a.Seq >= last, nil
 }
 

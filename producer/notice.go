@@ -18,9 +18,13 @@ const (
 	noticeFirst = 2 * time.Second
 )
 
-// notice learns from the workers' heartbeats how much they run at once, and says when nobody runs a model.
+// notice learns from the workers' heartbeats how much they run at once, and says when nobody runs a model, or nobody
+// folds results.
 func (r *run) notice(ctx context.Context) {
 	for wait := noticeFirst; sleep(ctx, wait) == nil; wait = noticeEvery {
+		if _, err := r.ask(ctx, r.job.Lines); ctx.Err() == nil { // nothing lies behind the last line
+			r.note(noteAggregator, text(err))
+		}
 		cctx, cancel := context.WithTimeout(ctx, callTimeout)
 		ws, err := broker.Workers(cctx, r.o.Conn.JS)
 		cancel()
@@ -30,6 +34,13 @@ func (r *run) notice(ctx context.Context) {
 		}
 		r.note(noteWorkers, r.staff(ws))
 	}
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
 }
 
 // staff notes what the workers of each model may have in flight, and returns what is missing.

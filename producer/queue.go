@@ -135,12 +135,16 @@ func (q *queue) judge(ctx context.Context, l level) error {
 }
 
 // behind says whether the consumer of a lane will never hand out what the stream holds of the job in it: it has nothing
-// to hand out or handed out at all, or it counts what comes first of the job among what was acknowledged.
+// to hand out or handed out at all, or it counts what comes first of the job among what it is through with.
 func (q *queue) behind(ctx context.Context, c *jetstream.ConsumerInfo, lane string, first uint64) (bool, error) {
 	if c.NumPending == 0 && c.NumAckPending == 0 {
 		return true, nil
 	}
-	if c.AckFloor.Stream < first {
+	through := c.AckFloor.Stream
+	if c.NumAckPending == 0 {
+		through = c.Delivered.Stream
+	}
+	if through < first {
 		return false, nil
 	}
 	m, err := q.stream.GetMsg(ctx, 1, jetstream.WithGetMsgSubject(proto.RequestSubject(q.model, proto.Lane(lane), q.job)))
@@ -150,7 +154,7 @@ func (q *queue) behind(ctx context.Context, c *jetstream.ConsumerInfo, lane stri
 	if err != nil {
 		return false, fmt.Errorf("look at the first request for %s: %w", q.model, err)
 	}
-	return m.Sequence <= c.AckFloor.Stream, nil
+	return m.Sequence <= through, nil
 }
 
 // dead says whether the queue has been stuck for as long as a worker may be silent about what it holds.

@@ -18,12 +18,12 @@ import (
 // the next owner if this one dies.
 const saveEvery = 250 * time.Millisecond
 
-// noteKind is a reason why nothing moves; of several the first is shown.
+// noteKind is a reason why nothing moves, or not as it should; they are shown in this order.
 type noteKind int
 
 const (
-	noteBroker noteKind = iota
-	noteInput
+	noteEnd noteKind = iota
+	noteBroker
 	noteAggregator
 	noteWorkers
 	noteFull
@@ -48,12 +48,13 @@ func (r *run) snapshot() proto.Feed {
 		f.Models = append(f.Models, proto.ModelLines{Model: q.model, Lines: r.first[i]})
 		f.Enqueued += r.first[i]
 	}
-	f.Note = ""
+	var notes []string
 	for k := range noteKinds {
-		if f.Note = r.notes[k]; f.Note != "" {
-			break
+		if s := r.notes[k]; s != "" {
+			notes = append(notes, s)
 		}
 	}
+	f.Note = strings.Join(notes, "; ")
 	return f
 }
 
@@ -78,6 +79,13 @@ func (r *run) note(k noteKind, text string) {
 	if !same {
 		r.report()
 	}
+}
+
+// unnote clears all reasons; nobody sees to them any more.
+func (r *run) unnote() {
+	r.mu.Lock()
+	clear(r.notes)
+	r.mu.Unlock()
 }
 
 // state says what the owner does now, in the job's record too.
@@ -135,25 +143,47 @@ func (r *run) save(ctx context.Context, must bool) error {
 	return nil // else Keep sees it too, and says so
 }
 
-// watchEvery is how often control and progress are read, and baseEvery how often the job's own key is looked for.
+// watchEvery is how often control and progress are read, and keyEvery how often the job's own key is looked for.
 // Reading again and again is cheap, and unlike a subscription it survives a broker that came back empty.
 const (
 	watchEvery = 250 * time.Millisecond
-	baseEvery  = 8 // times watchEvery
+	keyEvery   = 8 // times watchEvery
 )
 
 // watch turns what is wanted, and what became of the job so far, into demands.
 func (r *run) watch(ctx context.Context) {
 	for n := 1; sleep(ctx, watchEvery) == nil; n++ {
 		err := r.read(ctx)
-		if err != nil || n%baseEvery == 0 {
-			cctx, cancel := context.WithTimeout(ctx, callTimeout)
-			err = errors.Join(err, r.base(cctx))
-			cancel()
+		if err == nil && n%keyEvery == 0 {
+			err = r.uphold(ctx)
 		}
 		if err != nil && ctx.Err() == nil {
 			r.log.Debug("read the job's keys", "error", err)
+			r.restore(ctx)
 		}
+	}
+}
+
+// errKeyGone is returned when the broker does not know the job any more.
+var errKeyGone = errors.New("the job's key is gone")
+
+// uphold looks whether the job's key is there.
+func (r *run) uphold(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	_, err := r.kv.Get(ctx, proto.JobKey(r.job.ID))
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return errKeyGone
+	}
+	return err
+}
+
+// restore puts what a broker that came back with an empty disk does not have.
+func (r *run) restore(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if err := r.base(ctx); err != nil {
+		r.log.Debug("restore the job's keys", "error", err)
 	}
 }
 

@@ -121,8 +121,7 @@ func (r *run) drive(ctx context.Context) error {
 		if want == wantDone {
 			return r.finished()
 		}
-		err := r.do(pctx, want)
-		if err != nil && !errors.Is(context.Cause(pctx), errTurn) {
+		if err := r.do(pctx, want); !errors.Is(context.Cause(pctx), errTurn) {
 			return err
 		}
 	}
@@ -187,6 +186,7 @@ func (r *run) demand(want demand) {
 	}
 }
 
+// do does one thing until it is done or ctx ends; it returns the cause then.
 func (r *run) do(ctx context.Context, want demand) error {
 	switch want {
 	case wantPause:
@@ -229,15 +229,17 @@ func (r *run) leave(err error) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout) // ours may be over
 	defer cancel()
+	r.unnote()
 	switch {
 	case err == nil, errors.Is(err, ErrCancelled), errors.Is(err, ErrExpired):
 		r.purge(ctx) // duplicates of lines that have ended
 		r.state(proto.FeedFinished)
 	case errors.Is(err, ErrHalted):
+		r.note(noteEnd, err.Error())
 		r.state(proto.FeedHalted)
 	case errors.Is(err, ErrChanged):
 		r.purge(ctx) // it cannot end; its requests would only stand before those of the job that follows it
-		r.note(noteInput, err.Error())
+		r.note(noteEnd, err.Error())
 		r.state(proto.FeedHalted)
 	}
 	for _, q := range r.queues {

@@ -33,7 +33,7 @@ type parsed struct {
 // and in which order they are enqueued. Where lines are invalid its error is an *InvalidInput, unless they are to be
 // skipped. It calls progress, where not nil, with what it has read so far, from one goroutine.
 //
-// Memory is bounded: about 100 MB whatever the length of the input. Disk: 36 bytes a line, and the plain text of an
+// Memory is bounded: below 150 MB whatever the length of the input. Disk: 36 bytes a line, and the plain text of an
 // input that cannot be read twice (compressed, or not a regular file).
 func Scan(ctx context.Context, in Input, progress func(bytes, lines int64)) (*Dataset, error) {
 	if err := in.check(); err != nil {

@@ -19,7 +19,6 @@ import (
 	"millrace/producer"
 	"millrace/proto"
 	"millrace/sim"
-	"millrace/worker"
 )
 
 // runFlags are those of `millrace run`.
@@ -178,7 +177,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		return v, err
 	}
 	defer wconn.Close()
-	ws, err := a.workers(wconn, &r.engineFlags, reg, r.ackWait, filepath.Join(p.dir, "worker"))
+	ws, err := a.workers(wconn, &r.engineFlags, modelsOf(&job), reg, r.ackWait, filepath.Join(p.dir, "worker"))
 	if err != nil {
 		return v, err
 	}
@@ -268,7 +267,7 @@ func (a *app) engines(ctx context.Context, r *runFlags, job *proto.Job) error {
 	}
 	served := map[string]bool{}
 	for _, u := range r.urls {
-		eng, err := worker.NewHTTP(u, key)
+		eng, err := newEngineClient(u, key, modelsOf(job))
 		if err != nil {
 			return coded{err, exitUsage}
 		}
@@ -283,6 +282,14 @@ func (a *app) engines(ctx context.Context, r *runFlags, job *proto.Job) error {
 		}
 	}
 	return unservedModels(job, served)
+}
+
+func modelsOf(job *proto.Job) []string {
+	var out []string
+	for _, m := range job.Models {
+		out = append(out, m.Model)
+	}
+	return out
 }
 
 func unservedModels(job *proto.Job, served map[string]bool) error {

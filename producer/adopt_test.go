@@ -1,0 +1,231 @@
+package producer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// adopter starts one with times for tests.
+func (w *world) adopter(dir string) (a *Adopter, stop func()) {
+	a = &Adopter{Conn: w.connect(), Dir: dir, AckWait: testAckWait, LeaseTTL: time.Second, Disk: 1 << 30, Every: 20 * time.Millisecond,
+		Registry: prometheus.NewRegistry()}
+	return a, w.background(func(ctx context.Context) {
+		if err := a.Run(ctx); !errors.Is(err, context.Canceled) {
+			w.t.Errorf("adopter: %v", err)
+		}
+	})
+}
+
+// left counts what lies in the object store.
+func (w *world) left() int {
+	w.t.Helper()
+	store, err := w.conn.JS.ObjectStore(w.t.Context(), proto.InputsBucket)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	l, err := store.List(w.t.Context())
+	if errors.Is(err, jetstream.ErrNoObjectsFound) {
+		return 0
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return len(l)
+}
+
+func (w *world) detach(in Input) proto.Job {
+	w.t.Helper()
+	d := scanned(w.t, in)
+	job, _, err := Create(w.t.Context(), w.conn, d.Job(), false)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for range 2 { // the second time finds it there
+		if err := Detach(w.t.Context(), w.conn, d, job); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	return job
+}
+
+// TestDetachAdopt: an input that was left with the broker is run by an adopter, from its first line to its last, and
+// nothing is left of it.
+func TestDetachAdopt(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	text := linesOf(100, "m") + "{broken\n" + strings.Repeat(line("same", "m", strings.Repeat("x", 50_000))+"\n", 3)
+	name := file(t, text)
+	job := w.detach(Input{Path: name, SkipInvalid: true, Limit: 102, Override: "m2", MaxAttempts: 3})
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	if w.left() != 1 {
+		t.Fatalf("%d objects", w.left())
+	}
+	a := w.aggregate(job)
+	w.work("m2", okay)
+	dir := t.TempDir()
+	ad, stop := w.adopter(dir)
+	until(t, "the job is done and its input gone", func() bool { return a.folded() == 102 && w.left() == 0 })
+	until(t, "it is let go", func() bool { return w.feed(job.ID).State == proto.FeedFinished })
+	if p, err := testutil.GatherAndLint(ad.Registry.(prometheus.Gatherer)); err != nil || len(p) > 0 {
+		t.Errorf("metrics: %v, %v", p, err)
+	}
+	until(t, "nothing lies in its folder", func() bool { l, _ := filepath.Glob(filepath.Join(dir, "*")); return len(l) == 0 })
+	for i := range job.Lines {
+		if n := len(a.of(i)); n != 1 || a.of(i)[0].OK != (i != 100) {
+			t.Errorf("line %d: %+v", i, a.of(i))
+		}
+	}
+	stop()
+}
+
+// TestAdoptTakesOver: when an adopter goes, another one goes on; when it died with half of the input laid down, its
+// leftovers do no harm.
+func TestAdoptTakesOver(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	job := w.detach(Input{Path: file(t, linesOf(100, "m"))})
+	a := w.aggregate(job)
+	dir := t.TempDir()
+	if err := writeFile(filepath.Join(dir, "adopted-"+job.ID+".jsonl"), "half"); err != nil {
+		t.Fatal(err)
+	}
+	_, stop := w.adopter(dir) // sees that the file is not the job's, removes it, and tries again later
+	until(t, "the leftover is gone", func() bool {
+		b, _ := os.ReadFile(filepath.Join(dir, "adopted-"+job.ID+".jsonl"))
+		return string(b) != "half"
+	})
+	stop()
+	_, stop = w.adopter(dir)
+	until(t, "the first feeds it", func() bool { return w.queued(&job) == 100 })
+	stop()
+	_, _ = w.adopter(t.TempDir())
+	w.work("m", okay)
+	until(t, "the second ends it", func() bool { return a.folded() == 100 && w.left() == 0 })
+}
+
+// TestAdoptLeavesAlone: jobs that another process feeds, and halted ones that nobody asked to go on.
+func TestAdoptLeavesAlone(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	job := w.detach(Input{Path: file(t, linesOf(10, "m")), MaxErrors: "0"})
+	a := w.aggregate(job)
+	bad := true
+	w.work("m", func(q *proto.Request) *proto.Result {
+		r := okay(q)
+		if bad && q.Index == 0 {
+			bad = false
+			r.OK, r.Code = false, proto.CodeEngineError
+			return r
+		}
+		if q.Index > 5 {
+			return nil
+		}
+		return r
+	})
+	ad, _ := w.adopter(t.TempDir())
+	until(t, "it is halted", func() bool { f := w.feed(job.ID); return f.State == proto.FeedHalted && f.Owner.ID == "" })
+	until(t, "the adopter knows", func() bool { ad.mu.Lock(); defer ad.mu.Unlock(); return len(ad.next) > 0 && len(ad.busy) == 0 })
+	if _, todo, err := ad.judge(t.Context(), mustKV(t, w), job.ID); todo != adoptNot || err != nil {
+		t.Errorf("to do for a halted job: %d, %v", todo, err)
+	}
+	w.want(job.ID, proto.WantRun)
+	if _, todo, err := ad.judge(t.Context(), mustKV(t, w), job.ID); todo != adoptIt || err != nil {
+		t.Errorf("to do for one that is to go on: %d, %v", todo, err)
+	}
+	w.work("m", okay)
+	until(t, "it is done", func() bool { return a.folded() == 10 && w.left() == 0 })
+}
+
+func mustKV(t *testing.T, w *world) jetstream.KeyValue {
+	t.Helper()
+	kv, err := jobs(t.Context(), w.conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kv
+}
+
+// TestAdoptEndsOrphans: a cancelled job ends although nobody has its input any more.
+func TestAdoptEndsOrphans(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(20, "m"))}))
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 20 })
+	_, _ = w.adopter(t.TempDir())
+	s.stop()
+	if err := s.end(); err == nil {
+		t.Fatal("no error")
+	}
+	w.want(o.Job.ID, proto.WantCancel)
+	until(t, "all have ended", func() bool { return a.folded() == 20 })
+	until(t, "it is let go", func() bool { return w.feed(o.Job.ID).State == proto.FeedFinished })
+	if r := a.of(7)[0]; r.OK || r.Code != proto.CodeCancelled || r.CustomID != "" || r.Index != 7 {
+		t.Errorf("result %+v", r)
+	}
+}
+
+// TestDetachChanged: what is copied is what was scanned, or nothing.
+func TestDetachChanged(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	text := linesOf(10, "m")
+	name := file(t, text)
+	d := scanned(t, Input{Path: name})
+	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := writeFile(name, strings.ToUpper(text)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Detach(t.Context(), w.conn, d, job); !errors.Is(err, ErrChanged) {
+		t.Errorf("error %v", err)
+	}
+	if w.left() > 0 {
+		t.Error("an object is left")
+	}
+}
+
+// TestDetachLarge: an input of many chunks comes back as it was.
+func TestDetachLarge(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	var b strings.Builder
+	for i := range 3000 {
+		fmt.Fprintln(&b, line(fmt.Sprint(i), "m", strings.Repeat(fmt.Sprintf("%x", uint64(i)*0x9e3779b97f4a7c15), 40)))
+	}
+	d := scanned(t, Input{Path: file(t, b.String())})
+	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Detach(t.Context(), w.conn, d, job); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(t.TempDir(), "copy")
+	if err := download(t.Context(), w.conn, job.ID, name); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(name); err != nil || string(got) != b.String() {
+		t.Errorf("%d bytes came back of %d, %v", len(got), b.Len(), err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := download(ctx, w.conn, job.ID, name+"2"); err == nil {
+		t.Error("no error")
+	}
+	if err := download(t.Context(), w.conn, "no such job", name+"2"); !errors.Is(err, jetstream.ErrObjectNotFound) {
+		t.Errorf("error %v", err)
+	}
+}

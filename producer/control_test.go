@@ -1,0 +1,219 @@
+package producer
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// TestCancel: what was done stays, the rest ends as cancelled, the queue is empty.
+func TestCancel(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(100, "m", "n"))}
+	o := w.owner(scanned(t, in))
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	w.work("m", okay)
+	until(t, "half is done", func() bool { return a.folded() == 50 })
+	w.want(o.Job.ID, proto.WantCancel)
+	if err := s.end(); !errors.Is(err, ErrCancelled) {
+		t.Fatalf("error %v", err)
+	}
+	for i := range o.Job.Lines {
+		r := best(a.of(i))
+		if r.OK != (i%2 == 0) || r.CustomID != fmt.Sprint("id-", i) || !r.OK && (r.Code != proto.CodeCancelled || r.Model != "n" || r.Line != i+1) {
+			t.Errorf("line %d: %+v", i, r)
+		}
+	}
+	if f := w.feed(o.Job.ID); f.State != proto.FeedFinished || f.Ended < 50 || w.queued(&o.Job) > 0 {
+		t.Errorf("record %+v, %d queued", f, w.queued(&o.Job))
+	}
+	if err := w.run(w.owner(scanned(t, in))).end(); !errors.Is(err, ErrCancelled) {
+		t.Errorf("the same command again: %v", err)
+	}
+}
+
+// TestPause: nothing waits while the job is paused, and what is missing is sent when it goes on. A new owner of a
+// paused job keeps it paused.
+func TestPause(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(100, "m"))}
+	o := w.owner(scanned(t, in))
+	o.Window = 40
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "the window is full", func() bool { return w.queued(&o.Job) == 40 })
+	w.want(o.Job.ID, proto.WantPause)
+	until(t, "the job is paused", func() bool { return w.feed(o.Job.ID).State == proto.FeedPaused && w.queued(&o.Job) == 0 })
+	s.stop()
+	if err := s.end(); err == nil {
+		t.Fatal("no error")
+	}
+	o2 := w.owner(scanned(t, in))
+	s = w.run(o2)
+	until(t, "the second owner has it", func() bool { return w.feed(o.Job.ID).Owner.ID != "" })
+	if f := w.feed(o.Job.ID); f.State != proto.FeedPaused || w.queued(&o.Job) > 0 {
+		t.Errorf("record %+v, %d queued", f, w.queued(&o.Job))
+	}
+	w.want(o.Job.ID, proto.WantRun)
+	until(t, "it goes on", func() bool { return w.queued(&o.Job) > 0 })
+	w.work("m", okay)
+	if err := s.end(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range o.Job.Lines {
+		if n := len(a.of(i)); n != 1 {
+			t.Errorf("line %d has %d results", i, n)
+		}
+	}
+	if f := w.feed(o.Job.ID); f.Enqueued != 100 || f.Resent != 40 {
+		t.Errorf("record %+v", f)
+	}
+}
+
+func TestExpire(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(20, "m")), LifetimeMS: 300}))
+	a := w.aggregate(o.Job)
+	if err := w.run(o).end(); !errors.Is(err, ErrExpired) {
+		t.Fatalf("error %v", err)
+	}
+	for i := range o.Job.Lines {
+		if r := best(a.of(i)); r.Code != proto.CodeExpired || r.Message != "This request could not be executed before the completion window expired." {
+			t.Errorf("line %d: %+v", i, r)
+		}
+	}
+}
+
+// TestHalt: too many failures stop the job, with the commonest as the reason; run again, it may fail as often again.
+func TestHalt(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(200, "m")), MaxErrors: "10"}
+	o := w.owner(scanned(t, in))
+	o.Window = 10
+	a := w.aggregate(o.Job)
+	var healthy atomic.Bool
+	w.work("m", func(q *proto.Request) *proto.Result {
+		r := okay(q)
+		if !healthy.Load() {
+			r.OK, r.Status, r.Code, r.Message = false, 500, proto.CodeEngineError, "boom"
+		}
+		return r
+	})
+	err := w.run(o).end()
+	if !errors.Is(err, ErrHalted) || !strings.Contains(err.Error(), proto.CodeEngineError) || !strings.Contains(err.Error(), "--max-errors") {
+		t.Fatalf("error %v", err)
+	}
+	if f := w.feed(o.Job.ID); f.State != proto.FeedHalted || f.Owner.ID != "" || w.queued(&o.Job) > 0 {
+		t.Errorf("record %+v, %d queued", f, w.queued(&o.Job))
+	}
+	if n := a.folded(); n >= 200 {
+		t.Errorf("%d lines ended, the halt came too late", n)
+	}
+	healthy.Store(true)
+	if err := w.run(w.owner(scanned(t, in))).end(); err != nil {
+		t.Errorf("run again: %v", err)
+	}
+}
+
+// tcpWorld is a broker that can be started anew at the same address.
+func tcpWorld(t *testing.T) *world {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := ln.Addr().String()
+	ln.Close()
+	return newWorld(t, &broker.Server{Addr: addr, Dir: filepath.Join(t.TempDir(), "broker")})
+}
+
+// restart stops the broker, lets change do something to its folder, and starts it anew.
+func (w *world) restart(change func(dir string)) {
+	w.t.Helper()
+	w.srv.Stop()
+	if change != nil {
+		change(w.srv.Dir)
+	}
+	next := &broker.Server{Addr: w.srv.Addr, Dir: w.srv.Dir, Log: w.srv.Log}
+	if err := next.Start(w.t.Context()); err != nil {
+		w.t.Fatal(err)
+	}
+	w.srv = next
+}
+
+// TestBrokerRestarts: an owner lives through a broker that goes and comes back as it was.
+func TestBrokerRestarts(t *testing.T) {
+	w := tcpWorld(t)
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(300, "m"))}))
+	o.Window = 50
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "the window is full", func() bool { return w.queued(&o.Job) == 50 })
+	w.restart(nil)
+	w.work("m", okay)
+	if err := s.end(); err != nil || a.folded() != 300 {
+		t.Errorf("%d folded, %v", a.folded(), err)
+	}
+}
+
+// TestOlderDisk: a broker that comes back with an older copy of its disk costs resending, not lines.
+func TestOlderDisk(t *testing.T) {
+	w := tcpWorld(t)
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(200, "m"))}))
+	a := w.aggregate(o.Job)
+	w.restart(func(dir string) { copyDir(t, dir, dir+".old") }) // the job is there, its requests are not
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 200 })
+	w.restart(func(dir string) { copyDir(t, dir+".old", dir) })
+	w.work("m", okay)
+	if err := s.end(); err != nil || a.folded() != 200 {
+		t.Errorf("%d folded, %v", a.folded(), err)
+	}
+}
+
+// TestEmptyDisk: so does a broker that comes back with nothing; the job's own key is put again.
+func TestEmptyDisk(t *testing.T) {
+	w := tcpWorld(t)
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(200, "m"))}))
+	o.Window = 50
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	stop := w.work("m", okay)
+	until(t, "some are done", func() bool { return a.folded() > 20 })
+	stop()
+	w.restart(func(dir string) { copyDir(t, t.TempDir(), dir) })
+	until(t, "the job is put again", func() bool { return w.feed(o.Job.ID).Owner.ID != "" })
+	w.work("m", okay)
+	if err := s.end(); err != nil || a.folded() != 200 {
+		t.Errorf("%d folded, %v", a.folded(), err)
+	}
+	if v, err := broker.Get(t.Context(), w.conn.JS, o.Job.ID); err != nil || v.Job.SHA256 != o.Job.SHA256 {
+		t.Errorf("job %+v, %v", v.Job, err)
+	}
+}
+
+// TestNoProgressRecord: where the aggregator writes no progress, its word that every line has ended does.
+func TestNoProgressRecord(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	for name, cancelled := range map[string]bool{"m": false, "n": true} {
+		o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, name))}))
+		a := w.aggregate(o.Job)
+		a.set(func(a *aggregator) { a.noKey = true })
+		if cancelled {
+			w.want(o.Job.ID, proto.WantCancel)
+		} else {
+			w.work(name, okay)
+		}
+		if err := w.run(o).end(); cancelled != errors.Is(err, ErrCancelled) || !cancelled && err != nil {
+			t.Errorf("cancelled %v: %v", cancelled, err)
+		}
+	}
+}

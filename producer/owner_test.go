@@ -1,0 +1,404 @@
+package producer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// TestRun: every line ends once, requests carry the bytes of the input, and the record says how far it is.
+func TestRun(t *testing.T) {
+	for name, always := range map[string]bool{"default": false, "always": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, &broker.Server{SyncAlways: always})
+			text := linesOf(300, "a", "b/c", "d")
+			d := scanned(t, Input{Path: file(t, text)})
+			o := w.owner(d)
+			reg := prometheus.NewPedanticRegistry()
+			o.Registry = reg
+			var reports atomic.Int64
+			o.Report = func(f proto.Feed) { reports.Add(1) }
+			a := w.aggregate(o.Job)
+			for _, m := range o.Job.Models {
+				w.work(m.Model, func(q *proto.Request) *proto.Result {
+					if !strings.Contains(text, fmt.Sprintf(`{"custom_id":%q,"method":"POST","url":%q,"body":%s}`, q.CustomID, q.URL, q.Body)) {
+						t.Errorf("request %+v is not of the input", q)
+					}
+					return okay(q)
+				})
+			}
+			s := w.run(o)
+			until(t, "metrics", func() bool { n, _ := testutil.GatherAndCount(reg); return n > 0 })
+			if p, err := testutil.GatherAndLint(reg); err != nil || len(p) > 0 {
+				t.Errorf("metrics: %v, %v", p, err)
+			}
+			if err := s.end(); err != nil {
+				t.Fatal(err)
+			}
+			for i := range o.Job.Lines {
+				if n := len(a.of(i)); n != 1 {
+					t.Errorf("line %d has %d results", i, n)
+				}
+			}
+			f := w.feed(o.Job.ID)
+			if f.State != proto.FeedFinished || f.Enqueued != 300 || f.Resent != 0 || f.Owner.ID != "" || fmt.Sprint(f.Models) != "[{a 100} {b/c 100} {d 100}]" {
+				t.Errorf("record %+v", f)
+			}
+			if n, err := testutil.GatherAndCount(reg); n > 0 || err != nil {
+				t.Errorf("%d metrics left, %v", n, err)
+			}
+			if reports.Load() == 0 {
+				t.Error("nothing reported")
+			}
+			// The same command again finds it finished.
+			if err := w.run(o).end(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestWindow: no more requests wait than the window takes, and no model waits for another.
+func TestWindow(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(400, "a", "b"))}))
+	o.Window = 20
+	a := w.aggregate(o.Job)
+	var most atomic.Int64
+	w.run(o)
+	until(t, "both windows are full", func() bool { most.Store(max(most.Load(), w.queued(&o.Job))); return w.queued(&o.Job) == 40 })
+	w.work("b", func(q *proto.Request) *proto.Result {
+		most.Store(max(most.Load(), w.queued(&o.Job)))
+		return okay(q)
+	})
+	until(t, "model b is served", func() bool { return a.folded() == 200 })
+	if most.Load() > 40 {
+		t.Errorf("%d requests queued, more than 2 windows of 20", most.Load())
+	}
+	w.work("a", okay)
+	until(t, "all are served", func() bool { return a.folded() == 400 })
+}
+
+// TestFullQueue: beyond 80 % of a stream nothing is sent, and it says so.
+func TestFullQueue(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	const mb = 1 << 20
+	if _, err := w.conn.JS.CreateStream(t.Context(), proto.RequestStreamConfig("m", 2*mb)); err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for i := range 100 {
+		b.WriteString(line(fmt.Sprint(i), "m", strings.Repeat("x", 50_000)) + "\n")
+	}
+	o := w.owner(scanned(t, Input{Path: file(t, b.String())}))
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "the queue is full", func() bool { return strings.Contains(w.feed(o.Job.ID).Note, "no worker") && w.queued(&o.Job) > 0 })
+	if n := w.queued(&o.Job); n > 34 {
+		t.Errorf("%d requests of 50 KB in a queue of 2 MB", n)
+	}
+	w.work("m", okay)
+	if err := s.end(); err != nil || a.folded() != 100 {
+		t.Errorf("%d folded, %v", a.folded(), err)
+	}
+}
+
+// TestResend: what was dropped behind everybody's back is sent again.
+func TestResend(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(50, "m"))}))
+	a := w.aggregate(o.Job)
+	a.page = 3
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 50 })
+	var n atomic.Int64
+	stop := w.work("m", func(q *proto.Request) *proto.Result {
+		if n.Add(1)%2 == 0 {
+			return nil
+		}
+		return okay(q)
+	})
+	until(t, "half of them are done", func() bool { return a.folded() == 25 })
+	stop()
+	if err := broker.Purge(t.Context(), w.conn.JS, proto.RequestStream("m"), proto.RequestFilter("m", o.Job.ID)); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the missing half is sent again", func() bool { return w.queued(&o.Job) == 25 })
+	w.work("m", okay)
+	if err := s.end(); err != nil {
+		t.Fatal(err)
+	}
+	if f := w.feed(o.Job.ID); f.Resent != 25 || f.Enqueued != 50 {
+		t.Errorf("record %+v", f)
+	}
+}
+
+// TestNotQuietYet: while a worker holds a request, or the aggregator is silent or behind, nothing is sent again.
+func TestNotQuietYet(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "m"))}))
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	a.set(func(a *aggregator) { a.mute, a.behind = true, true })
+	w.work("m", okay)
+	until(t, "all are done", func() bool { return w.queued(&o.Job) == 0 })
+	a.set(func(a *aggregator) { a.mute = false })
+	const looks = 20 // the owner looks eight times in AckWait
+	before := a.questions()
+	until(t, "the owner has asked often", func() bool { return a.questions() >= before+looks })
+	if n := w.queued(&o.Job); n > 0 {
+		t.Errorf("%d sent again", n)
+	}
+	a.set(func(a *aggregator) { a.behind = false })
+	if err := s.end(); err != nil {
+		t.Fatal(err)
+	}
+	if f := w.feed(o.Job.ID); f.Resent != 0 {
+		t.Errorf("record %+v", f)
+	}
+}
+
+// TestContinue: an owner that stopped half way goes on where it was, and what has results is not sent again.
+func TestContinue(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(200, "a", "b"))}
+	o := w.owner(scanned(t, in))
+	o.Window = 50
+	a := w.aggregate(o.Job)
+	first := w.run(o)
+	until(t, "both windows are full", func() bool { return w.queued(&o.Job) == 100 })
+	first.stop()
+	if err := first.end(); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	f := w.feed(o.Job.ID)
+	if f.Enqueued != 100 || f.Owner.ID != "" || f.State != proto.FeedFeeding {
+		t.Errorf("record %+v", f)
+	}
+	o2 := w.owner(scanned(t, in))
+	if o2.Job.ID != o.Job.ID {
+		t.Fatalf("job %s, was %s", o2.Job.ID, o.Job.ID)
+	}
+	o2.Window = 50
+	second := w.run(o2)
+	w.work("a", okay)
+	w.work("b", okay)
+	if err := second.end(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range o.Job.Lines {
+		if n := len(a.of(i)); n != 1 {
+			t.Errorf("line %d has %d results", i, n)
+		}
+	}
+	if f := w.feed(o.Job.ID); f.Enqueued != 200 || f.Resent != 0 {
+		t.Errorf("record %+v", f)
+	}
+}
+
+// TestLease: a second owner learns who the first is, and takes over when that one falls silent.
+func TestLease(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(10, "m"))}
+	o := w.owner(scanned(t, in))
+	o.Self = proto.Owner{ID: "first", Host: "elsewhere", PID: 7}
+	a := w.aggregate(o.Job)
+	first := w.run(o)
+	until(t, "the first owns it", func() bool { return w.feed(o.Job.ID).Owner.ID == "first" })
+	o2 := w.owner(scanned(t, in))
+	err := w.run(o2).end()
+	var held *HeldError
+	if !errors.Is(err, broker.ErrLeaseHeld) || !errors.As(err, &held) || held.Holder.PID != 7 || !strings.Contains(err.Error(), "process 7 on elsewhere") {
+		t.Fatalf("error %v", err)
+	}
+	o.Conn.NC.Close() // it cannot renew any more
+	second := w.run(o2)
+	until(t, "the second owns it", func() bool { id := w.feed(o.Job.ID).Owner.ID; return id != "first" && id != "" })
+	first.stop()
+	if err := first.end(); !errors.Is(err, context.Canceled) {
+		t.Errorf("first: %v", err)
+	}
+	w.work("m", okay)
+	if err := second.end(); err != nil || a.folded() != 10 {
+		t.Errorf("second: %v, %d folded", err, a.folded())
+	}
+}
+
+// TestLeaseTaken: an owner whose lease another one has stops.
+func TestLeaseTaken(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "m"))}))
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	kv, err := w.conn.JS.KeyValue(t.Context(), proto.JobsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	thief := proto.Feed{Owner: proto.Owner{ID: "thief"}}
+	b, err := thief.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kv.Put(t.Context(), proto.FeedKey(o.Job.ID), b); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.end(); !errors.Is(err, broker.ErrLeaseLost) {
+		t.Errorf("error %v", err)
+	}
+	if f := w.feed(o.Job.ID); f.Owner.ID != "thief" {
+		t.Errorf("record %+v", f)
+	}
+}
+
+// TestChanged: an edited input stops the job, with its queue empty and the reason in its record.
+func TestChanged(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	text := linesOf(100, "m")
+	name := file(t, text)
+	o := w.owner(scanned(t, Input{Path: name}))
+	o.Window = 10
+	s := w.run(o)
+	until(t, "the window is full", func() bool { return w.queued(&o.Job) == 10 })
+	if err := writeFile(name, strings.ReplaceAll(text, "POST", "PUT ")); err != nil {
+		t.Fatal(err)
+	}
+	w.work("m", okay)
+	if err := s.end(); !errors.Is(err, ErrChanged) {
+		t.Fatalf("error %v", err)
+	}
+	if f := w.feed(o.Job.ID); f.State != proto.FeedHalted || !strings.Contains(f.Note, "changed") || w.queued(&o.Job) > 0 {
+		t.Errorf("record %+v, %d queued", f, w.queued(&o.Job))
+	}
+	// What it holds now is another job, and the old one is named.
+	if err := writeFile(name, linesOf(100, "m2")); err != nil {
+		t.Fatal(err)
+	}
+	job, changed, err := Create(t.Context(), w.conn, scanned(t, Input{Path: name}).Job(), false)
+	if err != nil || job.ID == o.Job.ID || changed == nil || changed.ID != o.Job.ID {
+		t.Errorf("job %s, changed %+v, %v", job.ID, changed, err)
+	}
+}
+
+// TestNotes: why nothing moves is said, and unsaid.
+func TestNotes(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "org/m"))}))
+	s := w.run(o)
+	noted := func(what string) {
+		t.Helper()
+		until(t, what, func() bool { return strings.Contains(w.feed(o.Job.ID).Note, what) })
+	}
+	noted("no worker serves model org/m; no worker is there")
+	noted("no aggregator answers")
+	kv, err := w.conn.JS.KeyValue(t.Context(), proto.WorkersBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	beat := func(v proto.Worker) {
+		t.Helper()
+		b, err := v.Encode()
+		if err == nil {
+			_, err = kv.Put(t.Context(), v.ID, b)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	beat(proto.Worker{ID: "w1", State: proto.EngineWaiting, Reason: "loading weights"})
+	noted("w1 (waiting: loading weights)")
+	beat(proto.Worker{ID: "w1", State: proto.EngineReady, Models: []string{"org/m"}, Limit: 9})
+	until(t, "a worker serves", func() bool { return !strings.Contains(w.feed(o.Job.ID).Note, "no worker") })
+	w.aggregate(o.Job)
+	until(t, "nothing is amiss", func() bool { return w.feed(o.Job.ID).Note == "" })
+	w.work("org/m", okay)
+	if err := s.end(); err != nil {
+		t.Error(err)
+	}
+	if f := w.feed(o.Job.ID); f.Note != "" {
+		t.Errorf("note %q at the end", f.Note)
+	}
+}
+
+// TestSkipInvalidRuns: invalid lines end as errors, once, and the job ends.
+func TestSkipInvalidRuns(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	text := "{\n" + linesOf(5, "m") + line("id-0", "m", "") + "\n"
+	o := w.owner(scanned(t, Input{Path: file(t, text), SkipInvalid: true, MaxErrors: "0"}))
+	a := w.aggregate(o.Job)
+	w.work("m", okay)
+	if err := w.run(o).end(); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range map[int64]string{0: "malformed", 6: "already"} {
+		if rs := a.of(i); len(rs) != 1 || rs[0].OK || rs[0].CustomID != "" || rs[0].Line != i+1 || !strings.Contains(rs[0].Message, want) {
+			t.Errorf("line %d: %+v", i, rs)
+		}
+	}
+	if f := w.feed(o.Job.ID); f.Ended != 2 || f.Enqueued != 5 {
+		t.Errorf("record %+v", f)
+	}
+}
+
+// TestAllInvalid: a job without a line that can run ends too.
+func TestAllInvalid(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, "{\n{\n"), SkipInvalid: true}))
+	a := w.aggregate(o.Job)
+	if err := w.run(o).end(); err != nil || a.folded() != 2 {
+		t.Errorf("%d folded, %v", a.folded(), err)
+	}
+}
+
+func TestCreate(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	spec := scanned(t, Input{Path: file(t, linesOf(2, "m")), Name: "n"}).Job()
+	for _, c := range []struct {
+		again bool
+		id    string
+	}{{false, spec.ID}, {false, spec.ID}, {true, spec.ID + "-r2"}, {true, spec.ID + "-r3"}, {false, spec.ID}} {
+		job, _, err := Create(t.Context(), w.conn, spec, c.again)
+		if err != nil || job.ID != c.id {
+			t.Errorf("job %s, want %s, %v", job.ID, c.id, err)
+		}
+	}
+	more := spec
+	more.MaxErrors, more.Lane, more.CreatedMS = "7", "high", 0
+	if job, _, err := Create(t.Context(), w.conn, more, false); err != nil || job.MaxErrors != "7" || job.CreatedMS != spec.CreatedMS {
+		t.Errorf("job %+v, %v", job, err)
+	}
+	if v, err := broker.Get(t.Context(), w.conn.JS, spec.ID); err != nil || v.Job.MaxErrors != "7" || v.Job.Lane != "high" {
+		t.Errorf("job %+v, %v", v.Job, err)
+	}
+	other := spec
+	other.SHA256 = strings.Repeat("0", 64)
+	if _, _, err := Create(t.Context(), w.conn, other, false); err == nil {
+		t.Error("one id for two inputs")
+	}
+	named := scanned(t, Input{Path: file(t, linesOf(3, "m")), Name: "n"}).Job()
+	if _, changed, err := Create(t.Context(), w.conn, named, false); err != nil || changed == nil || changed.Name != "n" {
+		t.Errorf("changed %+v, %v", changed, err)
+	}
+}
+
+func TestPreflight(t *testing.T) {
+	job := proto.Job{Lines: 1000, Bytes: 1 << 20}
+	dir := t.TempDir()
+	if err := Preflight(&job, map[string]string{"--data": dir + "/not/there", "--output": dir}); err != nil {
+		t.Error(err)
+	}
+	job.Lines, job.Bytes = 1<<50, 1<<60
+	err := Preflight(&job, map[string]string{"--data": dir, "--output": dir})
+	if err == nil || !strings.Contains(err.Error(), "EB") || !strings.Contains(err.Error(), "--data or --output") {
+		t.Errorf("error %v", err)
+	}
+}
