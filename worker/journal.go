@@ -20,8 +20,9 @@ import (
 )
 
 // journal notes where the acknowledgements of held requests go, so that a worker that was killed and is started
-// again gives back at once what its dead process held, instead of leaving it for AckWait. It is a help, not a
-// promise: it is written behind by up to journalLag and never synced. A nil journal does nothing.
+// again gives back at once what its dead process held, instead of leaving it for AckWait. What is received is written
+// before it runs, the rest behind by up to journalLag (giving back what was acknowledged does nothing); nothing is
+// synced: what the system has outlives a kill -9, and after a power cut AckWait serves. A nil journal does nothing.
 //
 // One record a line: "+reply" was received, "-reply" is done with, "~n" the process lived on, with an AckWait of n
 // nanoseconds.
@@ -161,6 +162,9 @@ func (j *journal) note(kind byte, arg string) {
 	_, _ = j.w.WriteString(arg)
 	_ = j.w.WriteByte('\n')
 	j.size += int64(len(arg)) + 2
+	if kind == '+' {
+		_ = j.w.Flush() // as above
+	}
 }
 
 // flush hands what was noted to the system, which keeps it when this process is killed.

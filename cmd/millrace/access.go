@@ -17,7 +17,6 @@ import (
 // natsFlags say how to reach the broker.
 type natsFlags struct {
 	url, token, tokenFile, creds, cert, key, ca string
-	wait                                        time.Duration
 }
 
 const defaultNATS = "nats://127.0.0.1:4222"

@@ -89,7 +89,7 @@ func (a *app) prepare(cmd *cobra.Command) error {
 	if a.verbose {
 		level = slog.LevelDebug
 	}
-	a.log = slog.New(tint.NewHandler(a.std.err, &tint.Options{Level: level, TimeFormat: time.TimeOnly, NoColor: !terminal(a.std.err)}))
+	a.log = slog.New(tint.NewTextHandler(a.std.err, &tint.Options{Level: level, TimeFormat: time.TimeOnly, NoColor: !terminal(a.std.err)}))
 	return nil
 }
 

@@ -1,0 +1,151 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"millrace/broker"
+)
+
+// hourAckWait is longer than any test: what passes with it does not wait AckWait out.
+const hourAckWait = "1h"
+
+// TestDetached: the input lies with the broker, the producer is gone, and the fleet feeds and finishes the job.
+func TestDetached(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, 100, nil)
+	f.serve()
+	f.worker(1, newEngine(t, slow()))
+	if code := f.produce(input, "--detach").wait(); code != exitOK {
+		t.Fatalf("produce --detach ended with %d", code)
+	}
+	f.finished(100)
+	oracleDir(t, input, f.output())
+}
+
+// TestTwoAggregators: the second waits for the lease, and takes over with an empty disk when the first dies.
+func TestTwoAggregators(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, killLines, nil)
+	e := newEngine(t, slow())
+	f.broker()
+	first := f.aggregate()
+	first.says("results are folded")
+	second := f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator2"))
+	f.worker(1, e)
+	p := f.produce(input)
+	answered(t, killLines/2, e)
+	first.kill()
+	if code := p.wait(); code != exitOK {
+		t.Fatalf("the producer ended with %d\n%s", code, second.err)
+	}
+	oracleDir(t, input, f.output())
+}
+
+// TestWorkerRestartGivesBackAtOnce: a worker that was killed and is started again gives back what its dead process
+// held; AckWait is an hour.
+func TestWorkerRestartGivesBackAtOnce(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, 100, nil)
+	e := newEngine(t, slow())
+	f.broker()
+	f.aggregate()
+	args := []string{"worker", "--engine", e.url, "--data", f.path("worker1"), "--concurrency", "8", "--ack-wait", hourAckWait}
+	w := f.start("worker", args...)
+	p := f.start("producer", "produce", input, "--data", f.path("producer"))
+	answered(t, 30, e)
+	w.kill()
+	f.start("worker again", args...)
+	if code := p.wait(); code != exitOK {
+		t.Fatalf("the producer ended with %d\n%s", code, p.err)
+	}
+	oracleDir(t, input, f.output())
+}
+
+// TestWorkerDrains: a worker that is asked to stop finishes or gives back all that it holds, and another one goes on;
+// AckWait is an hour.
+func TestWorkerDrains(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, 100, nil)
+	e1, e2 := newEngine(t, slow()), newEngine(t, slow())
+	f.broker()
+	f.aggregate()
+	worker := func(name string, e *testEngine) *proc {
+		return f.start(name, "worker", "--engine", e.url, "--data", f.path(name), "--concurrency", "8", "--ack-wait", hourAckWait)
+	}
+	w := worker("first", e1)
+	p := f.start("producer", "produce", input, "--data", f.path("producer"))
+	answered(t, 30, e1)
+	if code := w.term(); code != exitOK {
+		t.Errorf("the worker that was asked to stop ended with %d", code)
+	}
+	worker("second", e2)
+	if code := p.wait(); code != exitOK {
+		t.Fatalf("the producer ended with %d\n%s", code, p.err)
+	}
+	oracleDir(t, input, f.output())
+	n1, _ := e1.count()
+	n2, _ := e2.count()
+	if n1+n2 != 100 {
+		t.Errorf("%d + %d calls for 100 lines", n1, n2)
+	}
+}
+
+// TestRunTwiceWatches: the same run started a second time watches the first.
+func TestRunTwiceWatches(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, 100, nil)
+	e := newEngine(t, slow())
+	args := []string{"run", input, "--engine", e.url, "--data", f.path("data"), "-o", f.path("r.jsonl"), "--concurrency", "4"}
+	first := f.start("first", args...)
+	answered(t, 10, e)
+	second := f.start("second", args...)
+	second.says("watching it")
+	if a, b := first.wait(), second.wait(); a != exitOK || b != exitOK {
+		t.Errorf("ended with %d and %d\n%s", a, b, second.err)
+	}
+	if n, _ := e.count(); n != 100 {
+		t.Errorf("%d calls for 100 lines", n)
+	}
+	oracle(t, input, f.path("r.jsonl"), f.path("r.errors.jsonl"), f.path("r.manifest.json"))
+}
+
+// TestCancelKeepsWhatWasDone: what ran stays, the rest ends as batch_cancelled, each line once.
+func TestCancelKeepsWhatWasDone(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, killLines, nil)
+	e := newEngine(t, slow())
+	f.serve()
+	f.worker(1, e)
+	p := f.produce(input)
+	answered(t, 40, e)
+	v := f.until(func(v *broker.JobView) bool { return v.Job.ID != "" })
+	if code := f.start("cancel", "cancel", v.Job.ID).wait(); code != exitOK {
+		t.Fatalf("cancel ended with %d", code)
+	}
+	if code := p.wait(); code != exitEnded {
+		t.Errorf("the producer ended with %d\n%s", code, p.err)
+	}
+	f.finished(killLines)
+	if c := oracleDir(t, input, f.output()); c.ok < 20 || c.failed == 0 {
+		t.Errorf("%d ok, %d failed", c.ok, c.failed)
+	}
+}
+
+// TestNobodyServes: that no worker serves the model of a job is said, by the producer and by status.
+func TestNobodyServes(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, 5, nil)
+	f.serve()
+	p := f.produce(input)
+	p.says("no worker serves model m")
+	st := f.start("status", "status")
+	if code := st.wait(); code != exitOK || !strings.Contains(st.out.String(), "no worker serves model m") {
+		t.Errorf("status ended with %d and printed\n%s", code, st.out)
+	}
+	f.worker(1, newEngine(t, slow()))
+	if code := p.wait(); code != exitOK {
+		t.Errorf("the producer ended with %d\n%s", code, p.err)
+	}
+	oracleDir(t, input, f.output())
+}
