@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -112,37 +113,25 @@ func entries(ctx context.Context, js jetstream.JetStream, bucket, keys string) (
 }
 
 // Jobs lists all jobs, the newest first.
-func Jobs(ctx context.Context, js jetstream.JetStream) ([]JobView, error) { return jobs(ctx, js, ">") }
-
-func jobs(ctx context.Context, js jetstream.JetStream, keys string) ([]JobView, error) {
-	es, err := entries(ctx, js, proto.JobsBucket, keys)
-	if err != nil {
+func Jobs(ctx context.Context, js jetstream.JetStream) ([]JobView, error) {
+	es, err := entries(ctx, js, proto.JobsBucket, proto.JobKey("*"))
+	if err != nil || len(es) == 0 {
 		return nil, err
 	}
-	by := map[string]*JobView{}
+	var out []JobView
 	for _, e := range es {
-		kind, id := proto.SplitKey(e.Key())
-		if kind == "lease" {
+		_, id := proto.SplitKey(e.Key())
+		v, err := Get(ctx, js, id)
+		if errors.Is(err, ErrNoJob) { // removed meanwhile
 			continue
 		}
-		if by[id] == nil {
-			by[id] = &JobView{}
+		if err != nil {
+			return nil, err
 		}
-		if err := by[id].set(kind, e.Value()); err != nil {
-			return nil, fmt.Errorf("read %s: %w", e.Key(), err)
-		}
-	}
-	var out []JobView
-	for id, v := range by {
-		if v.Job.ID == id { // a job without its spec is the remains of one that was removed
-			out = append(out, *v)
-		}
+		out = append(out, v)
 	}
 	slices.SortFunc(out, func(a, b JobView) int {
-		if d := b.Job.CreatedMS - a.Job.CreatedMS; d != 0 {
-			return int(max(min(d, 1), -1))
-		}
-		return strings.Compare(a.Job.ID, b.Job.ID)
+		return cmp.Or(cmp.Compare(b.Job.CreatedMS, a.Job.CreatedMS), strings.Compare(a.Job.ID, b.Job.ID))
 	})
 	return out, nil
 }
@@ -150,16 +139,34 @@ func jobs(ctx context.Context, js jetstream.JetStream, keys string) ([]JobView, 
 // ErrNoJob is returned when no job, or more than one, goes by a name.
 var ErrNoJob = errors.New("no such job")
 
-// Get reads one job by its id.
-func Get(ctx context.Context, js jetstream.JetStream, id string) (JobView, error) {
-	vs, err := jobs(ctx, js, "*."+id)
+// Get reads one job by its id. Each key is asked for by itself: a listing of the bucket passes over a key that is
+// being written at that moment, and two of them are written several times a second.
+func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err error) {
+	none := fmt.Errorf("%w: %s", ErrNoJob, id)
+	kv, err := js.KeyValue(ctx, proto.JobsBucket)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		return v, none
+	}
 	if err != nil {
-		return JobView{}, err
+		return v, explain("open bucket "+proto.JobsBucket, err)
 	}
-	if len(vs) == 0 {
-		return JobView{}, fmt.Errorf("%w: %s", ErrNoJob, id)
+	for _, key := range []string{proto.JobKey(id), proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id)} {
+		e, err := kv.Get(ctx, key)
+		if errors.Is(err, jetstream.ErrKeyNotFound) {
+			if key == proto.JobKey(id) {
+				return v, none
+			}
+			continue
+		}
+		if err != nil {
+			return v, explain("read "+key, err)
+		}
+		kind, _ := proto.SplitKey(key)
+		if err := v.set(kind, e.Value()); err != nil {
+			return v, fmt.Errorf("read %s: %w", key, err)
+		}
 	}
-	return vs[0], nil
+	return v, nil
 }
 
 // Find reads the job whose id or name is what, or the only one whose id begins so.
