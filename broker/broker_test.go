@@ -287,6 +287,13 @@ func TestLeaseSurvivesEmptyBroker(t *testing.T) {
 	if err := a.Renew(t.Context()); err != nil {
 		t.Fatalf("renew our own at another revision: %v", err)
 	}
+	// A renewal whose answer we did not wait for: letting go works all the same.
+	if _, err := a.KV.Put(t.Context(), a.Key, v); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Release(t.Context()); err != nil {
+		t.Fatalf("release our own at another revision: %v", err)
+	}
 }
 
 func TestJobs(t *testing.T) {

@@ -126,15 +126,19 @@ func (l *Lease) revision() uint64 {
 // Renew writes the lease's present value. It returns ErrLeaseLost when another process holds it, and other errors
 // when the broker does not answer. A broker that came back with an older or an empty disk has another revision or
 // none: where the holder is still us, or nobody, we go on.
-func (l *Lease) Renew(ctx context.Context) error {
-	err := l.put(ctx, l.Self, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, l.revision()) })
+func (l *Lease) Renew(ctx context.Context) error { return l.write(ctx, l.Self) }
+
+// write writes the lease as held by owner: us, or nobody. The revision that we know may be another one than the key
+// has although the key is ours: after a broker that came back, and after a renewal whose answer we did not wait for.
+func (l *Lease) write(ctx context.Context, owner proto.Owner) error {
+	err := l.put(ctx, owner, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, l.revision()) })
 	var je jetstream.JetStreamError
 	if err == nil || !errors.Is(err, jetstream.ErrKeyExists) && !errors.As(err, &je) {
 		return err
 	}
 	e, gerr := l.KV.Get(ctx, l.Key)
 	if errors.Is(gerr, jetstream.ErrKeyNotFound) {
-		return l.put(ctx, l.Self, func(v []byte) (uint64, error) { return l.KV.Create(ctx, l.Key, v) })
+		return l.put(ctx, owner, func(v []byte) (uint64, error) { return l.KV.Create(ctx, l.Key, v) })
 	}
 	if gerr != nil {
 		return err
@@ -142,7 +146,7 @@ func (l *Lease) Renew(ctx context.Context) error {
 	if holder, herr := l.Holder(e.Value()); herr != nil || holder.ID != l.Self.ID {
 		return ErrLeaseLost
 	}
-	return l.put(ctx, l.Self, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, e.Revision()) })
+	return l.put(ctx, owner, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, e.Revision()) })
 }
 
 // Keep renews the lease until ctx ends, and calls lost when it is not ours any more: because another process has
@@ -180,8 +184,7 @@ func (l *Lease) Keep(ctx context.Context, lost func(error), regained func()) err
 
 // Release lets go of the lease so that another process need not wait.
 func (l *Lease) Release(ctx context.Context) error {
-	err := l.put(ctx, proto.Owner{}, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, l.revision()) })
-	if err != nil {
+	if err := l.write(ctx, proto.Owner{}); err != nil {
 		return fmt.Errorf("release: %w", err)
 	}
 	return nil
