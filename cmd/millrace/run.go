@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -148,7 +149,9 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		return v, err
 	}
 	defer stopMetrics()
-	if err := a.engines(take, r, &job); err != nil {
+	stopEngines, err := a.engines(take, r, &job)
+	defer stopEngines()
+	if err != nil {
 		return v, err
 	}
 	srv := &broker.Server{Dir: filepath.Join(p.dir, "broker"), Addr: "127.0.0.1:0", Token: newToken(), SyncAlways: r.sync == "always", Log: a.log}
@@ -251,16 +254,24 @@ func (a *app) ownRun(ctx context.Context, conn *broker.Conn, o *producer.Owner) 
 	return v, err
 }
 
-// engines starts simulated engines where they are asked for, and refuses models that no engine serves.
-func (a *app) engines(ctx context.Context, r *runFlags, job *proto.Job) error {
+// engines starts simulated engines where they are asked for, and refuses models that no engine serves. The function it
+// returns, which is never nil, stops the simulated ones: after the workers, which finish what they have in flight.
+func (a *app) engines(ctx context.Context, r *runFlags, job *proto.Job) (stop func(), err error) {
+	stop = func() {}
 	if slices.Contains(r.urls, "sim") {
-		urls, err := a.simulate(ctx, job)
+		var urls []string
+		urls, stop, err = a.simulate(ctx, job)
 		if err != nil {
-			return err
+			return stop, err
 		}
 		r.urls = append(slices.DeleteFunc(r.urls, func(u string) bool { return u == "sim" }), urls...)
 		fmt.Fprintln(a.std.err, "note: --engine sim answers with simulated text; no model runs")
 	}
+	return stop, a.served(ctx, r, job)
+}
+
+// served refuses models of the job that no engine serves.
+func (a *app) served(ctx context.Context, r *runFlags, job *proto.Job) error {
 	key, err := r.apiKey()
 	if err != nil {
 		return err
@@ -310,23 +321,28 @@ func unservedModels(job *proto.Job, served map[string]bool) error {
 		strings.Join(miss, ", "), strings.Join(have, ", ")), exitInvalid}
 }
 
-// simulate starts one simulated engine for each model of the job. They end with ctx.
-func (a *app) simulate(ctx context.Context, job *proto.Job) ([]string, error) {
-	var urls []string
+// simulate starts one simulated engine for each model of the job. stop, which is never nil, ends them.
+func (a *app) simulate(ctx context.Context, job *proto.Job) (urls []string, stop func(), err error) {
+	live, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var wg sync.WaitGroup
+	stop = func() {
+		cancel()
+		wg.Wait()
+	}
 	for _, m := range job.Models {
 		eng, err := sim.New(sim.Config{Models: []string{m.Model}, StepTime: 5 * time.Millisecond, DecodeTime: 20 * time.Microsecond, PrefillTime: 10 * time.Microsecond})
 		if err != nil {
-			return nil, fmt.Errorf("start the simulated engine: %w", err)
+			return nil, stop, fmt.Errorf("start the simulated engine: %w", err)
 		}
 		up := make(chan net.Addr, 1)
 		failed := make(chan error, 1)
-		go func() { failed <- eng.ListenAndServe(ctx, "127.0.0.1:0", func(at net.Addr) { up <- at }) }()
+		wg.Go(func() { failed <- eng.ListenAndServe(live, "127.0.0.1:0", func(at net.Addr) { up <- at }) })
 		select {
 		case at := <-up:
 			urls = append(urls, "http://"+at.String())
 		case err := <-failed:
-			return nil, fmt.Errorf("start the simulated engine: %w", err)
+			return nil, stop, fmt.Errorf("start the simulated engine: %w", err)
 		}
 	}
-	return urls, nil
+	return urls, stop, nil
 }
