@@ -111,7 +111,7 @@ func writeCheckpoint(path string, c *checkpoint) error {
 		return fmt.Errorf("write checkpoint: %w", err)
 	}
 	broker.CrashPoint("agg.checkpoint-after-rename")
-	return syncDir(filepath.Dir(path))
+	return broker.SyncDir(filepath.Dir(path))
 }
 
 // writeDurable replaces a small file of the state.
@@ -120,20 +120,7 @@ func writeDurable(path string, b []byte) error {
 	if err := renameio.WriteFile(path, b, 0o644, renameio.WithTempDir(dir)); err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Base(path), err)
 	}
-	return syncDir(dir)
-}
-
-// syncDir makes the names in a folder durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("sync folder: %w", err)
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil {
-		return fmt.Errorf("sync folder %s: %w", dir, err)
-	}
-	return nil
+	return broker.SyncDir(dir)
 }
 
 // validID says whether id can name a folder and a token of a subject.

@@ -180,10 +180,10 @@ func commit(out, failed *partFile, to Files) error {
 		return hint(to.Errors, err)
 	}
 	broker.CrashPoint("agg.errors-after-rename")
-	if err := syncDir(filepath.Dir(to.Output)); err != nil {
+	if err := broker.SyncDir(filepath.Dir(to.Output)); err != nil {
 		return hint(to.Output, err)
 	}
-	return hint(to.Errors, syncDir(filepath.Dir(to.Errors)))
+	return hint(to.Errors, broker.SyncDir(filepath.Dir(to.Errors)))
 }
 
 // check reads the files again, completes the manifest with what it finds, and sets the verdict.
@@ -237,7 +237,7 @@ func putManifest(m *Manifest, path string) error {
 		return err
 	}
 	broker.CrashPoint("agg.manifest-after-rename")
-	return syncDir(filepath.Dir(path))
+	return broker.SyncDir(filepath.Dir(path))
 }
 
 // done makes it known, durably, that the files are whole.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -100,7 +101,7 @@ func (j *job) create() error {
 	if err := writeDurable(filepath.Join(j.dir, fileSpec), b); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(j.dir))
+	return broker.SyncDir(filepath.Dir(j.dir))
 }
 
 // about renders what saveAbout writes.

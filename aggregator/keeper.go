@@ -129,7 +129,7 @@ func (s *state) write(v *saved) error {
 		}
 	}
 	for _, d := range v.dirs {
-		if err := syncDir(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := broker.SyncDir(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}

@@ -160,15 +160,15 @@ func (d Declarer) size(ctx context.Context, most, share int64) int64 {
 	return min(max(free/share, minStream), most)
 }
 
-// Redelivered makes every request that was handed out and not acknowledged available at once, by making the
-// consumers anew. Only for a broker whose clients are all gone: the requests that someone still works on would
+// Redelivered declares the queue of a model as Model does, and makes every request that was handed out and not
+// acknowledged available at once, by making the consumers anew. Only for a broker whose clients are all gone: the requests that someone still works on would
 // run twice.
 func (d Declarer) Redelivered(ctx context.Context, model string) error {
 	stream := proto.RequestStream(model)
 	for _, lane := range proto.Lanes() {
 		err := d.JS.DeleteConsumer(ctx, stream, string(lane))
 		if errors.Is(err, jetstream.ErrStreamNotFound) {
-			return nil
+			break // nothing was handed out
 		}
 		if err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
 			return explain("give back what a dead process held", err)

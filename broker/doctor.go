@@ -94,12 +94,12 @@ func (d *doctor) jetStream() bool {
 	}
 	limit := "no account limit"
 	if a.Limits.MaxStore > 0 {
-		limit = fmt.Sprintf("account limit %s", size(a.Limits.MaxStore))
+		limit = fmt.Sprintf("account limit %s", Size(a.Limits.MaxStore))
 		if left := a.Limits.MaxStore - int64(a.Store); left < 1<<30 {
-			d.bad("disk", "raise the account's max file storage", "%s left of %s", size(left), limit)
+			d.bad("disk", "raise the account's max file storage", "%s left of %s", Size(left), limit)
 		}
 	}
-	d.ok("jetstream", "on, %d streams, %s stored, %s", a.Streams, size(int64(a.Store)), limit)
+	d.ok("jetstream", "on, %d streams, %s stored, %s", a.Streams, Size(int64(a.Store)), limit)
 	if a.Limits.MaxConsumers > 0 && a.Limits.MaxConsumers < 8 {
 		d.bad("consumers", "allow at least 3 consumers per model and 4 more", "account limit %d", a.Limits.MaxConsumers)
 	}
@@ -137,11 +137,11 @@ func (d *doctor) stream(info *jetstream.StreamInfo, want jetstream.StreamConfig)
 	used := float64(info.State.Bytes) / float64(max(info.Config.MaxBytes, 1))
 	switch {
 	case info.Config.MaxBytes > 0 && used > 0.8:
-		d.bad(check, fmt.Sprintf("raise it: nats stream edit %s --max-bytes=…", info.Config.Name), "%.0f %% of its %s are used", 100*used, size(info.Config.MaxBytes))
+		d.bad(check, fmt.Sprintf("raise it: nats stream edit %s --max-bytes=…", info.Config.Name), "%.0f %% of its %s are used", 100*used, Size(info.Config.MaxBytes))
 	case info.Config.Replicas > 1:
-		d.ok(check, "%d messages, %s, %d replicas", info.State.Msgs, size(int64(info.State.Bytes)), info.Config.Replicas)
+		d.ok(check, "%d messages, %s, %d replicas", info.State.Msgs, Size(int64(info.State.Bytes)), info.Config.Replicas)
 	default:
-		d.ok(check, "%d messages, %s of %s, 1 replica", info.State.Msgs, size(int64(info.State.Bytes)), size(info.Config.MaxBytes))
+		d.ok(check, "%d messages, %s of %s, 1 replica", info.State.Msgs, Size(int64(info.State.Bytes)), Size(info.Config.MaxBytes))
 	}
 	if info.Config.Storage != jetstream.FileStorage {
 		d.bad(check, "delete it while no job runs; millrace declares it on disk", "is kept in memory only")
@@ -196,18 +196,4 @@ func (d *doctor) workers() {
 		}
 		d.ok("worker "+w.ID, "%s serves %s, %d in flight of %d", w.Engine, strings.Join(w.Models, ", "), w.InFlight, w.Limit)
 	}
-}
-
-// size renders bytes for people.
-func size(n int64) string {
-	const unit = 1024
-	if n < unit {
-		return fmt.Sprintf("%d B", n)
-	}
-	f, i := float64(n)/unit, 0
-	for f >= unit && i < 5 {
-		f /= unit
-		i++
-	}
-	return fmt.Sprintf("%.1f %ciB", f, "KMGTPE"[i])
 }

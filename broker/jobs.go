@@ -81,8 +81,8 @@ func (v *JobView) set(kind string, value []byte) error {
 	return nil
 }
 
-// entries reads a bucket as it is now.
-func entries(ctx context.Context, js jetstream.JetStream, bucket, keys string) ([]jetstream.KeyValueEntry, error) {
+// entries reads the values of a bucket, or its keys alone, as they are now.
+func entries(ctx context.Context, js jetstream.JetStream, bucket, keys string, opts ...jetstream.WatchOpt) ([]jetstream.KeyValueEntry, error) {
 	kv, err := js.KeyValue(ctx, bucket)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
 		return nil, nil
@@ -90,7 +90,7 @@ func entries(ctx context.Context, js jetstream.JetStream, bucket, keys string) (
 	if err != nil {
 		return nil, explain("open bucket "+bucket, err)
 	}
-	w, err := kv.Watch(ctx, keys, jetstream.IgnoreDeletes())
+	w, err := kv.Watch(ctx, keys, append(opts, jetstream.IgnoreDeletes())...)
 	if err != nil {
 		return nil, explain("read bucket "+bucket, err)
 	}
@@ -114,13 +114,12 @@ func entries(ctx context.Context, js jetstream.JetStream, bucket, keys string) (
 
 // Jobs lists all jobs, the newest first.
 func Jobs(ctx context.Context, js jetstream.JetStream) ([]JobView, error) {
-	es, err := entries(ctx, js, proto.JobsBucket, proto.JobKey("*"))
-	if err != nil || len(es) == 0 {
+	ids, err := jobIDs(ctx, js)
+	if err != nil {
 		return nil, err
 	}
 	var out []JobView
-	for _, e := range es {
-		_, id := proto.SplitKey(e.Key())
+	for _, id := range ids {
 		v, err := Get(ctx, js, id)
 		if errors.Is(err, ErrNoJob) { // removed meanwhile
 			continue
@@ -134,6 +133,15 @@ func Jobs(ctx context.Context, js jetstream.JetStream) ([]JobView, error) {
 		return cmp.Or(cmp.Compare(b.Job.CreatedMS, a.Job.CreatedMS), strings.Compare(a.Job.ID, b.Job.ID))
 	})
 	return out, nil
+}
+
+func jobIDs(ctx context.Context, js jetstream.JetStream) (ids []string, err error) {
+	es, err := entries(ctx, js, proto.JobsBucket, proto.JobKey("*"), jetstream.MetaOnly())
+	for _, e := range es {
+		_, id := proto.SplitKey(e.Key())
+		ids = append(ids, id)
+	}
+	return ids, err
 }
 
 // ErrNoJob is returned when no job, or more than one, goes by a name.

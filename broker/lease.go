@@ -45,27 +45,6 @@ func (l *Lease) ttl() time.Duration {
 	return l.TTL
 }
 
-// Acquire waits until the lease is ours. It calls held, where not nil, once for each new holder it meets.
-func (l *Lease) Acquire(ctx context.Context, held func(proto.Owner)) error {
-	var w Watch
-	var said string
-	for {
-		owner, err := l.try(ctx, &w)
-		if err == nil {
-			return nil
-		}
-		if errors.Is(err, ErrLeaseHeld) && held != nil && owner.ID != said {
-			said = owner.ID
-			held(owner)
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(l.ttl() / 12):
-		}
-	}
-}
-
 // Watch remembers since when a key has not changed. Its zero value has seen nothing.
 type Watch struct {
 	rev   uint64
@@ -82,12 +61,10 @@ func (w *Watch) stale(rev uint64, d time.Duration) bool {
 
 // Try takes the lease if it is free, and else returns its holder and ErrLeaseHeld. To see that a holder fell silent
 // it must be called again with the same Watch.
-func (l *Lease) Try(ctx context.Context, w *Watch) (proto.Owner, error) { return l.try(ctx, w) }
-
-func (l *Lease) try(ctx context.Context, w *Watch) (proto.Owner, error) {
+func (l *Lease) Try(ctx context.Context, w *Watch) (proto.Owner, error) {
 	e, err := l.KV.Get(ctx, l.Key)
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return proto.Owner{}, l.put(ctx, l.Self, func(v []byte) (uint64, error) { return l.KV.Create(ctx, l.Key, v) })
+		return proto.Owner{}, l.put(l.Self, func(v []byte) (uint64, error) { return l.KV.Create(ctx, l.Key, v) })
 	}
 	if err != nil {
 		return proto.Owner{}, fmt.Errorf("read lease %s: %w", l.Key, err)
@@ -99,10 +76,10 @@ func (l *Lease) try(ctx context.Context, w *Watch) (proto.Owner, error) {
 	if holder.ID != "" && holder.ID != l.Self.ID && !dead(holder, l.Self) && !w.stale(e.Revision(), l.ttl()) {
 		return holder, ErrLeaseHeld
 	}
-	return holder, l.put(ctx, l.Self, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, e.Revision()) })
+	return holder, l.put(l.Self, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, e.Revision()) })
 }
 
-func (l *Lease) put(_ context.Context, owner proto.Owner, write func([]byte) (uint64, error)) error {
+func (l *Lease) put(owner proto.Owner, write func([]byte) (uint64, error)) error {
 	v, err := l.Value(owner)
 	if err != nil {
 		return err
@@ -131,14 +108,14 @@ func (l *Lease) Renew(ctx context.Context) error { return l.write(ctx, l.Self) }
 // write writes the lease as held by owner: us, or nobody. The revision that we know may be another one than the key
 // has although the key is ours: after a broker that came back, and after a renewal whose answer we did not wait for.
 func (l *Lease) write(ctx context.Context, owner proto.Owner) error {
-	err := l.put(ctx, owner, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, l.revision()) })
+	err := l.put(owner, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, l.revision()) })
 	var je jetstream.JetStreamError
 	if err == nil || !errors.Is(err, jetstream.ErrKeyExists) && !errors.As(err, &je) {
 		return err
 	}
 	e, gerr := l.KV.Get(ctx, l.Key)
 	if errors.Is(gerr, jetstream.ErrKeyNotFound) {
-		return l.put(ctx, owner, func(v []byte) (uint64, error) { return l.KV.Create(ctx, l.Key, v) })
+		return l.put(owner, func(v []byte) (uint64, error) { return l.KV.Create(ctx, l.Key, v) })
 	}
 	if gerr != nil {
 		return err
@@ -146,7 +123,7 @@ func (l *Lease) write(ctx context.Context, owner proto.Owner) error {
 	if holder, herr := l.Holder(e.Value()); herr != nil || holder.ID != l.Self.ID {
 		return ErrLeaseLost
 	}
-	return l.put(ctx, owner, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, e.Revision()) })
+	return l.put(owner, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, e.Revision()) })
 }
 
 // Keep renews the lease until ctx ends, and calls lost when it is not ours any more: because another process has

@@ -140,7 +140,7 @@ func download(ctx context.Context, conn *broker.Conn, object, name string) (err 
 	if err := os.Rename(f.Name(), name); err != nil {
 		return fmt.Errorf("lay down the input: %w", err)
 	}
-	return syncDir(filepath.Dir(name))
+	return broker.SyncDir(filepath.Dir(name))
 }
 
 // object reads an object chunk by chunk. The library's own reader cannot be interrupted while nothing comes.

@@ -154,19 +154,7 @@ func (src *source) keep(sum string) error {
 		return fmt.Errorf("lay down the input: %w", err)
 	}
 	src.laid, src.kept = name, true
-	return errors.Join(syncDir(dir), syncDir(filepath.Dir(dir)))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("open folder: %w", err)
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil {
-		return fmt.Errorf("sync folder %s: %w", dir, err)
-	}
-	return nil
+	return errors.Join(broker.SyncDir(dir), broker.SyncDir(filepath.Dir(dir)))
 }
 
 // close lets go of the file. A copy stays only where it is all there is of a job that has not ended.

@@ -43,7 +43,7 @@ func Preflight(job *proto.Job, folders map[string]string) error {
 			disks = append(disks, v)
 		}
 		v.sum += n.bytes
-		v.parts = append(v.parts, n.what+" "+size(n.bytes))
+		v.parts = append(v.parts, n.what+" "+broker.Size(n.bytes))
 		if !strings.Contains(v.flags, n.flag) {
 			v.flags = strings.TrimPrefix(v.flags+" or "+n.flag, " or ")
 		}
@@ -51,7 +51,7 @@ func Preflight(job *proto.Job, folders map[string]string) error {
 	for _, v := range disks {
 		if v.sum > v.free {
 			return fmt.Errorf("the job needs about %s on the disk of %s (%s), %s are free; make room or choose another %s",
-				size(v.sum), v.dir, strings.Join(v.parts, ", "), size(v.free), v.flags)
+				broker.Size(v.sum), v.dir, strings.Join(v.parts, ", "), broker.Size(v.free), v.flags)
 		}
 	}
 	return nil
@@ -88,17 +88,4 @@ func device(dir string) uint64 {
 			return 0
 		}
 	}
-}
-
-// size writes a number of bytes for people.
-func size(n int64) string {
-	const units = "kMGTPE"
-	if n < 1000 {
-		return fmt.Sprintf("%d B", n)
-	}
-	v, u := float64(n)/1000, 0
-	for v >= 999.95 && u < len(units)-1 {
-		v, u = v/1000, u+1
-	}
-	return fmt.Sprintf("%.1f %cB", v, units[u])
 }

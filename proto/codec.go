@@ -45,64 +45,36 @@ func (c *codec) next() bool {
 	return true
 }
 
-func (c *codec) str(p *string) {
+// field writes or reads one plain value.
+func field[T any](c *codec, p *T, enc func(*msgpack.Encoder, T) error, dec func(*msgpack.Decoder) (T, error)) {
 	switch {
 	case c.enc != nil:
-		c.fail(c.enc.EncodeString(*p))
+		c.fail(enc(c.enc, *p))
 	case c.dec == nil:
 		c.n++
 	case c.next():
-		v, err := c.dec.DecodeString()
-		*p, c.err = v, err
+		*p, c.err = dec(c.dec)
 	}
+}
+
+func (c *codec) str(p *string) {
+	field(c, p, (*msgpack.Encoder).EncodeString, (*msgpack.Decoder).DecodeString)
 }
 
 func (c *codec) bytes(p *[]byte) {
-	switch {
-	case c.enc != nil:
-		c.fail(c.enc.EncodeBytes(*p))
-	case c.dec == nil:
-		c.n++
-	case c.next():
-		v, err := c.dec.DecodeBytes()
-		*p, c.err = v, err
-	}
+	field(c, p, (*msgpack.Encoder).EncodeBytes, (*msgpack.Decoder).DecodeBytes)
 }
 
 func (c *codec) bool(p *bool) {
-	switch {
-	case c.enc != nil:
-		c.fail(c.enc.EncodeBool(*p))
-	case c.dec == nil:
-		c.n++
-	case c.next():
-		v, err := c.dec.DecodeBool()
-		*p, c.err = v, err
-	}
+	field(c, p, (*msgpack.Encoder).EncodeBool, (*msgpack.Decoder).DecodeBool)
 }
 
 func (c *codec) int(p *int64) {
-	switch {
-	case c.enc != nil:
-		c.fail(c.enc.EncodeInt(*p))
-	case c.dec == nil:
-		c.n++
-	case c.next():
-		v, err := c.dec.DecodeInt64()
-		*p, c.err = v, err
-	}
+	field(c, p, (*msgpack.Encoder).EncodeInt, (*msgpack.Decoder).DecodeInt64)
 }
 
 func (c *codec) float(p *float64) {
-	switch {
-	case c.enc != nil:
-		c.fail(c.enc.EncodeFloat64(*p))
-	case c.dec == nil:
-		c.n++
-	case c.next():
-		v, err := c.dec.DecodeFloat64()
-		*p, c.err = v, err
-	}
+	field(c, p, (*msgpack.Encoder).EncodeFloat64, (*msgpack.Decoder).DecodeFloat64)
 }
 
 func (c *codec) fail(err error) {

@@ -70,24 +70,15 @@ func (a *app) serveCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
-			srv, stop, err := a.startBroker(take, b)
-			if err != nil {
-				return err
-			}
-			defer stop()
-			reg, stopMetrics, err := a.serveMetrics()
-			if err != nil {
-				return err
-			}
-			defer stopMetrics()
-			a.sayConnect(srv)
-			conn, err := srv.Connect(take, "aggregator")
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			g.ackWait = b.ackWait
-			return a.aggregate(take, conn, &g, reg, true)
+			return a.holdBroker(take, &b, func(srv *broker.Server, reg *prometheus.Registry) error {
+				conn, err := srv.Connect(take, "aggregator")
+				if err != nil {
+					return err
+				}
+				defer conn.Close()
+				g.ackWait = b.ackWait
+				return a.aggregate(take, conn, &g, reg, true)
+			})
 		},
 	}
 	b.bind(cmd, a)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
 	"millrace/broker"
@@ -49,25 +50,32 @@ func (a *app) brokerCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
-			srv, stop, err := a.startBroker(take, b)
-			if err != nil {
-				return err
-			}
-			defer stop()
-			_, stopMetrics, err := a.serveMetrics()
-			if err != nil {
-				return err
-			}
-			defer stopMetrics()
-			a.sayConnect(srv)
-			ready()
-			<-take.Done()
-			return stopped(take)
+			return a.holdBroker(take, &b, func(*broker.Server, *prometheus.Registry) error {
+				ready()
+				<-take.Done()
+				return stopped(take)
+			})
 		},
 	}
 	b.bind(cmd, a)
 	a.metricsFlag(cmd)
 	return cmd
+}
+
+// holdBroker starts the embedded broker and the metrics, says how to connect, and stops them when do returns.
+func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Server, *prometheus.Registry) error) error {
+	srv, err := a.startBroker(ctx, b)
+	if err != nil {
+		return err
+	}
+	defer srv.Stop()
+	reg, stopMetrics, err := a.serveMetrics()
+	if err != nil {
+		return err
+	}
+	defer stopMetrics()
+	a.sayConnect(srv)
+	return do(srv, reg)
 }
 
 // ready tells systemd, where it started us, that we are.
@@ -85,26 +93,26 @@ func stopped(ctx context.Context) error {
 }
 
 // startBroker starts the embedded broker and declares what all jobs share.
-func (a *app) startBroker(ctx context.Context, b brokerFlags) (*broker.Server, func(), error) {
+func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, error) {
 	if b.sync != "1s" && b.sync != "always" {
-		return nil, nil, usagef("--sync is %q, must be 1s or always", b.sync)
+		return nil, usagef("--sync is %q, must be 1s or always", b.sync)
 	}
 	token, err := a.brokerToken(b)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	srv := &broker.Server{
 		Dir: filepath.Join(a.data, "broker"), Addr: b.addr, SyncAlways: b.sync == "always", Token: token,
 		TLSCert: a.nats.cert, TLSKey: a.nats.key, TLSCA: a.nats.ca, Monitor: b.monitor, Log: a.log,
 	}
 	if err := srv.Start(ctx); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := a.declare(ctx, srv, b.ackWait); err != nil {
 		srv.Stop()
-		return nil, nil, err
+		return nil, err
 	}
-	return srv, srv.Stop, nil
+	return srv, nil
 }
 
 func (a *app) declare(ctx context.Context, srv *broker.Server, ackWait time.Duration) error {
@@ -122,7 +130,7 @@ func (a *app) declare(ctx context.Context, srv *broker.Server, ackWait time.Dura
 
 // brokerToken returns the token to ask clients for: the one that was given, or for a broker that listens beyond
 // loopback one that is made at the first start.
-func (a *app) brokerToken(b brokerFlags) (string, error) {
+func (a *app) brokerToken(b *brokerFlags) (string, error) {
 	acc, _, err := a.nats.access()
 	if err != nil || acc.Token != "" {
 		return acc.Token, err

@@ -165,9 +165,9 @@ func diskFindings(dir string) []broker.Finding {
 	case err != nil:
 		f.Level, f.Found, f.Mend = broker.LevelBad, err.Error(), "choose another --data"
 	case free < 1<<30:
-		f.Level, f.Found, f.Mend = broker.LevelBad, fmt.Sprintf("%d MB free", free>>20), "free some space, or choose another --data"
+		f.Level, f.Found, f.Mend = broker.LevelBad, broker.Size(free)+" free", "free some space, or choose another --data"
 	default:
-		f.Found = fmt.Sprintf("%.1f GB free", float64(free)/1e9)
+		f.Found = broker.Size(free) + " free"
 	}
 	return []broker.Finding{f}
 }

@@ -5,7 +5,6 @@ package main
 import (
 	"compress/gzip"
 	"context"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -152,10 +151,7 @@ func gzipped(t *testing.T, name string) string {
 // loseQueue takes the waiting requests away behind everyone's back, and lets the engine go on.
 func loseQueue(t *testing.T, f *fleet, e *testEngine) {
 	t.Helper()
-	conn, err := broker.Connect(t.Context(), broker.Access{URL: "nats://" + f.addr}, "test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := f.connect(t.Context())
 	defer conn.Close()
 	f.until(func(v *broker.JobView) bool { return v.Feed.State == proto.FeedWaiting })
 	if err := broker.Purge(context.WithoutCancel(t.Context()), conn.JS, proto.RequestStream("m"), ">"); err != nil {

@@ -18,7 +18,7 @@ const (
 	exitUsage       = 2
 	exitSomeFailed  = 3 // finished, some lines failed
 	exitThreshold   = 4 // --fail-under missed
-	exitUnreachable = 7 // broker or engine
+	exitUnreachable = 7 // broker; an engine that does not answer is waited for
 	exitEnded       = 8 // timed out or cancelled
 	exitInvalid     = 9 // input
 )
@@ -70,12 +70,10 @@ func exitCode(err error) int {
 			return 128 + int(n)
 		}
 		return 130
-	case errors.Is(err, broker.ErrUnreachable), errors.Is(err, errEngineUnreachable):
+	case errors.Is(err, broker.ErrUnreachable):
 		return exitUnreachable
 	case errors.Is(err, producer.ErrCancelled), errors.Is(err, producer.ErrExpired), errors.Is(err, context.DeadlineExceeded):
 		return exitEnded
 	}
 	return exitFailure
 }
-
-var errEngineUnreachable = errors.New("engine unreachable")

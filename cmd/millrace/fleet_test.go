@@ -291,15 +291,21 @@ func (f *fleet) serve() *proc {
 	return p
 }
 
+func (f *fleet) connect(ctx context.Context) *broker.Conn {
+	f.t.Helper()
+	conn, err := broker.Connect(ctx, broker.Access{URL: "nats://" + f.addr}, "test", slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return conn
+}
+
 // until follows the only job until is says so.
 func (f *fleet) until(is func(*broker.JobView) bool) broker.JobView {
 	f.t.Helper()
 	ctx, cancel := context.WithTimeout(f.t.Context(), hangLimit)
 	defer cancel()
-	conn, err := broker.Connect(ctx, broker.Access{URL: "nats://" + f.addr}, "test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	conn := f.connect(ctx)
 	defer conn.Close()
 	for {
 		jobs, err := broker.Jobs(ctx, conn.JS)
@@ -329,10 +335,7 @@ func (f *fleet) holds(n int64) {
 	f.t.Helper()
 	ctx, cancel := context.WithTimeout(f.t.Context(), hangLimit)
 	defer cancel()
-	conn, err := broker.Connect(ctx, broker.Access{URL: "nats://" + f.addr}, "test", slog.New(slog.DiscardHandler))
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	conn := f.connect(ctx)
 	defer conn.Close()
 	for {
 		var held int64

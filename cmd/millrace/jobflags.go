@@ -109,7 +109,8 @@ func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int
 	ds, err := producer.Scan(ctx, producer.Input{
 		Path: file, Stdin: a.std.in, Name: j.name, Override: j.model, Limit: j.limit, SkipInvalid: j.skipInvalid,
 		MaxPayload: maxPayload, Dir: dir, MaxAttempts: j.maxAttempts, TimeoutMS: j.requestTimeout.Milliseconds(),
-		Program: programVersion(),
+		Program:   programVersion(),
+		MaxErrors: j.maxErrors, LifetimeMS: j.timeout.Milliseconds(),
 	}, a.scanProgress())
 	if err != nil {
 		clean()

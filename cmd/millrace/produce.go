@@ -110,7 +110,7 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 	if err := (broker.Declarer{JS: conn.JS}).Base(ctx); err != nil {
 		return err
 	}
-	job, err := a.create(ctx, conn, ds, j)
+	job, err := a.create(ctx, conn, ds, j.again)
 	if err != nil {
 		return err
 	}
@@ -129,14 +129,19 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg,
 		Window: j.window, AckWait: j.ackWait}
-	return a.own(ctx, conn, o, j)
+	v, err := a.own(ctx, conn, o)
+	if !ended(err) {
+		return err
+	}
+	if ferr := a.finish(&v, j); err == nil {
+		return ferr
+	}
+	return err
 }
 
 // create registers the job, and names an older one of the same input whose content was another.
-func (a *app) create(ctx context.Context, conn *broker.Conn, ds *producer.Dataset, j *jobFlags) (proto.Job, error) {
-	spec := ds.Job()
-	spec.MaxErrors, spec.LifetimeMS = j.maxErrors, j.timeout.Milliseconds()
-	job, old, err := producer.Create(ctx, conn, spec, j.again)
+func (a *app) create(ctx context.Context, conn *broker.Conn, ds *producer.Dataset, again bool) (proto.Job, error) {
+	job, old, err := producer.Create(ctx, conn, ds.Job(), again)
 	if err != nil {
 		return job, err
 	}
@@ -146,8 +151,13 @@ func (a *app) create(ctx context.Context, conn *broker.Conn, ds *producer.Datase
 	return job, nil
 }
 
-// own runs the owner of the job's input, or watches the one that there is, and reports the end.
-func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner, j *jobFlags) error {
+// ended says whether err, of an owner, leaves a job whose every line has ended.
+func ended(err error) bool {
+	return err == nil || errors.Is(err, producer.ErrCancelled) || errors.Is(err, producer.ErrExpired)
+}
+
+// own runs the owner of the job's input, or watches the one that there is, and shows the progress to the end.
+func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	seen := make(chan broker.JobView, 1)
@@ -159,22 +169,15 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner, j *
 	switch {
 	case errors.Is(err, broker.ErrLeaseHeld):
 		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it\n", o.Job.ID, err)
-	case err != nil && !errors.Is(err, producer.ErrCancelled) && !errors.Is(err, producer.ErrExpired):
+		err = nil
+	case !ended(err):
 		cancel()
-		<-seen
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return err
 	}
 	v := <-seen
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return v, context.Cause(ctx)
 	}
-	if ferr := a.finish(&v, j); err == nil || errors.Is(err, broker.ErrLeaseHeld) {
-		return ferr
-	}
-	return err
+	return v, err
 }
 
 // finish prints the end of a job and says which exit code it deserves.

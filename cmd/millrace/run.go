@@ -103,7 +103,6 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 	}
 	defer clean()
 	job := ds.Job()
-	job.MaxErrors, job.LifetimeMS = r.maxErrors, r.timeout.Milliseconds()
 	p, err := a.place(&job, r.again)
 	if err != nil {
 		return err
@@ -120,14 +119,14 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return err
 	}
 	defer lock.Unlock()
-	if err := a.preflight(&job, p.dir, files); err != nil {
+	if err := producer.Preflight(&job, map[string]string{"--data": p.dir, "--output": filepath.Dir(files.Output)}); err != nil {
 		return err
 	}
 	if err := p.remember(&job, files); err != nil {
 		return err
 	}
 	v, err := a.runJob(take, stop, r, ds, job, p, files)
-	if err != nil && !errors.Is(err, producer.ErrCancelled) && !errors.Is(err, producer.ErrExpired) {
+	if !ended(err) {
 		return err
 	}
 	p.finish(a, files)
@@ -135,11 +134,6 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return ferr
 	}
 	return err
-}
-
-// preflight refuses a job that the disks cannot hold.
-func (a *app) preflight(job *proto.Job, dir string, files aggregator.Files) error {
-	return producer.Preflight(job, map[string]string{"--data": dir, "--output": filepath.Dir(files.Output)})
 }
 
 // runJob starts every role in order, runs the job, and stops them in reverse.
@@ -188,7 +182,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	defer func() { err = errors.Join(err, c.stop()) }()
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
 	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
-	return a.ownRun(take, conn, o)
+	return a.own(take, conn, o)
 }
 
 // declareRun declares the queues. Nobody but our own dead predecessor can hold requests of this broker: they are
@@ -203,9 +197,6 @@ func (a *app) declareRun(ctx context.Context, conn *broker.Conn, srv *broker.Ser
 		return err
 	}
 	for _, m := range job.Models {
-		if err := d.Model(ctx, m.Model); err != nil {
-			return err
-		}
 		if err := d.Redelivered(ctx, m.Model); err != nil {
 			return err
 		}
@@ -232,26 +223,6 @@ func (a *app) startAggregator(srv *broker.Server, job proto.Job, p *place, files
 		}
 		return nil
 	}, nil
-}
-
-// ownRun feeds the job and shows its progress until it is finished.
-func (a *app) ownRun(ctx context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
-	wctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	seen := make(chan broker.JobView, 1)
-	go func() {
-		v, _ := a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
-		seen <- v // an interrupted watch has seen what it has seen
-	}()
-	err := o.Run(ctx)
-	if err != nil && !errors.Is(err, producer.ErrCancelled) && !errors.Is(err, producer.ErrExpired) {
-		cancel()
-	}
-	v := <-seen
-	if ctx.Err() != nil {
-		return v, context.Cause(ctx)
-	}
-	return v, err
 }
 
 // engines starts simulated engines where they are asked for, and refuses models that no engine serves. The function it

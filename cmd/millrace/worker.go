@@ -2,14 +2,12 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -62,9 +60,8 @@ func (e *engineFlags) inFlight() (int, error) {
 
 // crew is the workers of one process, one for each engine.
 type crew struct {
-	workers []*worker.Worker
-	drain   context.CancelCauseFunc
-	over    chan error
+	drain context.CancelCauseFunc
+	over  chan error
 }
 
 // workers builds one worker for each engine. Their state lies under dir. models are what the null engine serves.
@@ -112,21 +109,13 @@ func hostPortOf(engine string) string {
 // startCrew runs the workers. They end when take ends (in order) or stop ends (at once), or all together when one
 // of them fails.
 func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
-	c := &crew{workers: ws, over: make(chan error, 1)}
+	c := &crew{over: make(chan error, 1)}
 	take, c.drain = context.WithCancelCause(take)
-	errs := make([]error, len(ws))
-	var wg sync.WaitGroup
-	for i, w := range ws {
-		wg.Go(func() {
-			if errs[i] = w.Run(take, stop); errs[i] != nil {
-				c.drain(errs[i])
-			}
-		})
+	var parts []func(context.Context) error
+	for _, w := range ws {
+		parts = append(parts, func(take context.Context) error { return w.Run(take, stop) })
 	}
-	go func() {
-		wg.Wait()
-		c.over <- errors.Join(errs...)
-	}()
+	go func() { c.over <- together(take, parts...) }()
 	return c
 }
 
