@@ -5,7 +5,9 @@ import (
 	"net/http/httptest"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -42,12 +44,21 @@ func benchmark(b *testing.B, e Engine, concurrency int) {
 		must(b, err)
 	}
 	<-conn.JS.PublishAsyncComplete()
+	cpu := cpuTime(b)
 	b.ResetTimer()
 	r.start(e, func(w *Worker) { w.Concurrency = concurrency; w.ProbeEvery = 0; w.RetryEvery = 0 })
 	<-stored
 	b.StopTimer()
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "lines/s")
+	b.ReportMetric(float64((cpuTime(b)-cpu).Microseconds())/float64(b.N), "cpu-µs/line")
 	b.ReportMetric(0, "ns/op")
+}
+
+// cpuTime is what this process has used so far; the broker is inside.
+func cpuTime(b *testing.B) time.Duration {
+	var u syscall.Rusage
+	must(b, syscall.Getrusage(syscall.RUSAGE_SELF, &u))
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // BenchmarkNull measures everything but an engine:

@@ -23,6 +23,7 @@ type feeder struct {
 	queues  *queues
 	room    func() (room, chunk int) // 0: the gate is closed, or there is enough
 	open    func() bool
+	crowded func() bool // so much is on its way that no more should come
 	receive func(*nats.Msg, *queue)
 
 	wake chan struct{}
@@ -33,6 +34,7 @@ const (
 	maxChunk = 256                    // messages of one pull
 	dryFor   = 250 * time.Millisecond // a queue that was empty is not asked again for so long
 	sweepGap = time.Second            // between looks at queues without a waiting pull
+	crowdGap = 20 * time.Millisecond  // between looks at a crowd
 )
 
 func newFeeder() *feeder { return &feeder{wake: make(chan struct{}, 1)} }
@@ -71,6 +73,9 @@ func (f *feeder) run(ctx context.Context) {
 
 // feed fills the room there is, and returns how long to wait where nothing happens.
 func (f *feeder) feed(ctx context.Context, taps []*queue) time.Duration {
+	if f.crowded() {
+		return crowdGap
+	}
 	room, chunk := f.room()
 	if room < chunk || len(taps) == 0 {
 		return pullExpiry
@@ -83,9 +88,9 @@ func (f *feeder) feed(ctx context.Context, taps []*queue) time.Duration {
 		}
 		switch {
 		case missing:
-			f.queues.check(false)
+			f.queues.lost(false)
 			q.tap.forget()
-			return sweepGap
+			continue
 		case out && waits:
 			standing++
 			continue
@@ -139,9 +144,6 @@ func (f *feeder) pulled(ctx context.Context, q *queue) bool {
 // stand leaves waiting pulls at the queues, as many as may be.
 func (f *feeder) stand(order []*queue, room, standing int) time.Duration {
 	most := max(len(proto.Lanes()), room/8)
-	if room == 1 {
-		most = 1 // a line is let through to try the engine
-	}
 	for _, q := range order {
 		out, _, _ := q.tap.state()
 		if out {

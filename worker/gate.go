@@ -33,29 +33,31 @@ type gate struct {
 
 	opened  func()                              // the quota may have changed; holds no lock
 	found   func(Status)                        // a probe succeeded
-	abort   func()                              // the engine hangs: let go of what it has
+	abort   func(error)                         // let go of what the engine has, for a cause
 	busy    func() int                          // lines in flight
 	others  func(model string, then func(bool)) // asks whether another ready worker serves a model, and goes on with the answer
 	kick    chan struct{}
 	started time.Time // of the worker
 
-	mu       sync.Mutex
-	status   Status
-	slow     int // probes in a row that got no answer in time from a ready engine
-	trip     *trip
-	deaths   int // trips by dead or unreached without an answer in between
-	draining bool
-	shown    string // state and reason that were logged last
-	loaded   time.Duration
-	lastBad  time.Time // start of the last probe that did not find the engine up
-	begun    int       // probes begun
-	ended    int       // number of the last probe that ended
-	turn     chan struct{}
-	equal    equalErrors
-	hang     hangWatch
-	answers  int    // answers that were no sign of trouble
-	everOK   bool   // a line has succeeded, ever
-	noModel  string // why there is no model to pull for, though the engine lists some; empty: there is
+	mu          sync.Mutex
+	status      Status
+	slow        int // probes in a row that got no answer in time from a ready engine
+	trip        *trip
+	deaths      int // trips by dead or unreached without an answer in between
+	draining    bool
+	shown       string // state and reason that were logged last
+	loaded      time.Duration
+	lastBad     time.Time // end of the last probe that did not find the engine up
+	begun       int       // probes begun
+	ended       int       // number of the last probe that ended
+	turn        chan struct{}
+	equal       equalErrors
+	hang        hangWatch
+	answers     int       // answers that were no sign of trouble
+	down        time.Time // the engine is not up since then, and has answered nothing
+	downAnswers int       // answers until down
+	everOK      bool      // a line has succeeded, ever
+	noModel     string    // why there is no model to pull for, though the engine lists some; empty: there is
 }
 
 // trip is why lines closed the gate.
@@ -176,17 +178,17 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 		g.slow = 0
 	}
 	if st.State != proto.EngineReady {
-		g.lastBad = begun
+		g.lastBad = time.Now()
 	}
 	g.status = st
 	g.clearByProbe(begun, st)
-	hung := st.State == proto.EngineReady && g.watch(begun, st.Gauges)
+	cause := g.watch(begun, st)
 	if st.State == proto.EngineReady && g.loaded == 0 {
 		g.loaded = max(time.Since(g.started), 1)
 	}
 	g.mu.Unlock()
-	if hung {
-		g.abort()
+	if cause != nil {
+		g.abort(cause)
 	}
 	if st.State == proto.EngineReady {
 		g.found(st)
@@ -223,7 +225,7 @@ func (g *gate) clearByProbe(begun time.Time, st Status) {
 		t.failed = true
 		return
 	}
-	if begun.Before(t.at) || begun.Before(t.until) {
+	if begun.Before(t.at) || t.kind != tripHung && begun.Before(t.until) {
 		return
 	}
 	switch t.kind {
@@ -241,19 +243,36 @@ func (g *gate) clearByProbe(begun time.Time, st Status) {
 	}
 }
 
-// watch says whether the engine hangs, and trips the gate if so. Called with mu held.
-func (g *gate) watch(now time.Time, gauges Gauges) bool {
-	if !g.hang.stalled(now, gauges, g.busy(), g.answers, g.stall) {
-		return false
+// watch says why what the engine has should be let go of, if it should, and trips the gate of a hung one. Called
+// with mu held.
+func (g *gate) watch(now time.Time, st Status) error {
+	if st.State != proto.EngineReady {
+		return g.watchDown(now)
 	}
-	if g.trip == nil || g.trip.kind != tripHung {
-		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now, gauges: gauges, until: now.Add(g.retry),
-			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", g.stall)}
-	} else {
-		g.trip.until, g.trip.gauges = now.Add(g.retry), gauges
+	g.down = time.Time{}
+	if !g.hang.stalled(now, st.Gauges, g.busy(), g.answers, g.stall) {
+		return nil
 	}
 	g.hang.reset(now)
-	return true
+	if g.trip == nil || g.trip.kind != tripHung {
+		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now,
+			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", g.stall)}
+	}
+	g.trip.until, g.trip.gauges = now.Add(g.retry), st.Gauges
+	return errHung
+}
+
+// watchDown looks after requests in an engine that is not up any more. vLLM that was told to stop may close its port
+// and keep its clients waiting for ever; others finish what they have. So they get time, as long as answers come.
+func (g *gate) watchDown(now time.Time) error {
+	if g.down.IsZero() || g.downAnswers != g.answers || g.busy() == 0 {
+		g.down, g.downAnswers = now, g.answers
+	}
+	if now.Sub(g.down) < g.stall/4 {
+		return nil
+	}
+	g.down = now
+	return errGone
 }
 
 // quota is how many lines may run at once: none, one at a time, or (-1) as many as the limit says.
@@ -334,22 +353,28 @@ func (g *gate) without(reason string) {
 
 // close trips the gate, unless a trip of this kind is in force.
 func (g *gate) close(kind tripKind, state, reason string) {
-	now := time.Now()
 	g.mu.Lock()
+	fresh := g.closeLocked(kind, state, reason)
+	g.mu.Unlock()
+	if fresh {
+		g.hurry()
+	}
+	g.show()
+}
+
+// closeLocked says whether the trip is a new one. Called with mu held.
+func (g *gate) closeLocked(kind tripKind, state, reason string) bool {
+	now := time.Now()
 	if t := g.trip; t != nil && (t.kind == kind || t.kind == tripHung) {
 		if kind != tripUnreached && now.After(t.until) { // the line that was let through went the same way
 			t.tries++
 			t.until = now.Add(g.pause(kind))
 			t.reason = reason
 		}
-		g.mu.Unlock()
-		g.show()
-		return
+		return false
 	}
 	g.trip = &trip{kind: kind, state: state, reason: reason, at: now, until: now.Add(g.pause(kind))}
-	g.mu.Unlock()
-	g.hurry()
-	g.show()
+	return true
 }
 
 // pause is how long the gate stays closed at least. Called with mu held.
@@ -372,14 +397,32 @@ func (g *gate) diedSince(t time.Time) bool {
 	return g.lastBad.After(t) || g.trip != nil && (g.trip.kind == tripDead || g.trip.kind == tripUnreached) && g.trip.at.After(t)
 }
 
-// since is when the engine was noticed to be dead; false while it is not.
-func (g *gate) since() (time.Time, bool) {
+// died closes the gate because a line that was started at a time found the engine dead. When the engine has been
+// found gone and well again meanwhile, nothing is left to wait for.
+func (g *gate) died(started time.Time, reason string) {
+	g.mu.Lock()
+	gone := g.lastBad.After(started)
+	if gone && g.status.State == proto.EngineReady && g.trip == nil {
+		g.mu.Unlock()
+		return
+	}
+	fresh := g.closeLocked(tripDead, proto.EngineWaiting, reason)
+	if gone && g.trip.kind == tripDead {
+		g.trip.failed = true
+	}
+	g.mu.Unlock()
+	if fresh {
+		g.hurry()
+	}
+	g.show()
+}
+
+// knew says whether the engine was known to be dead at a time, and nothing was let through to it.
+func (g *gate) knew(at time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.trip == nil || g.trip.kind != tripDead {
-		return time.Time{}, false
-	}
-	return g.trip.at, true
+	t := g.trip
+	return t != nil && t.kind == tripDead && at.After(t.at) && at.Before(t.until)
 }
 
 // serves says whether the engine lists a model.

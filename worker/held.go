@@ -27,25 +27,31 @@ type held struct {
 	journal *journal
 	ackWait func() time.Duration // the shortest of all consumers
 	over    func(*line) bool     // the line is held for longer than it may be
+	again   chan struct{}        // ackWait may be another one
+	doubt   func()               // the queues should be looked at
 
 	mu    sync.Mutex
 	lines map[key]*line
 	bytes int
+	epoch uint64 // reconnects of the connection when the queues were last found to be the same
 }
 
 // maxHeldBytes is how much may be held before no more is pulled: a thousand lines with images in them are large.
 const maxHeldBytes = 512 << 20
 
 // add takes a line in. A message that comes again while we hold it (its signs of life were lost) is the same line:
-// add keeps the newer delivery's reply and returns false.
+// add keeps the newer delivery's reply and returns false. Another line under the same number is from another stream.
 func (h *held) add(l *line) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if have, ok := h.lines[l.key]; ok {
+	if have, ok := h.lines[l.key]; ok && have.equals(l) {
 		h.journal.done(have.reply)
 		have.reply = l.reply
 		h.journal.received(l.reply)
 		return false
+	} else if ok {
+		have.stale = true
+		h.forget(have)
 	}
 	h.lines[l.key] = l
 	h.bytes += l.size
@@ -53,8 +59,8 @@ func (h *held) add(l *line) bool {
 	return true
 }
 
-// say speaks the last word on a line. What cannot be sent now is sent when the connection is back. Words on a queue
-// that was made anew since are kept: they could hit another message of the same number.
+// say speaks the last word on a line. What cannot be sent now is sent when the connection is back and the queues were
+// found to be the same: words on a queue that was made anew could hit another message of the same number.
 func (h *held) say(l *line, verb []byte) {
 	h.mu.Lock()
 	l.verb = verb
@@ -64,14 +70,43 @@ func (h *held) say(l *line, verb []byte) {
 
 // utter sends a line's last word. Called with mu held.
 func (h *held) utter(l *line) {
-	if !l.queue.void.Load() && h.nc.Publish(l.reply, l.verb) != nil {
+	if l.stale {
+		return // add has forgotten it
+	}
+	if !l.queue.void.Load() && (!h.verified() || h.nc.Publish(l.reply, l.verb) != nil) {
 		return
 	}
+	h.forget(l)
+}
+
+// forget removes a line. Called with mu held.
+func (h *held) forget(l *line) {
 	if h.lines[l.key] == l {
 		delete(h.lines, l.key)
 		h.bytes -= l.size
 	}
 	h.journal.done(l.reply)
+}
+
+// verified says whether the queues were looked at since the connection was last made. Called with mu held.
+func (h *held) verified() bool { return h.nc.Stats().Reconnects == h.epoch }
+
+// sure says whether what comes now is of the queues that we know.
+func (h *held) sure() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.verified()
+}
+
+// verify takes note that the queues were looked at after so many reconnects.
+func (h *held) verify(epoch uint64) {
+	h.mu.Lock()
+	changed := h.epoch != epoch
+	h.epoch = epoch
+	h.mu.Unlock()
+	if changed {
+		h.beat(0)
+	}
 }
 
 // full says whether so much is held that no more should be pulled.
@@ -99,12 +134,27 @@ func nak(delay time.Duration) []byte {
 func (h *held) keep(ctx context.Context) {
 	for {
 		every := h.ackWait() / 3
+		timer := time.NewTimer(every)
 		select {
 		case <-ctx.Done():
+			timer.Stop()
 			return
-		case <-time.After(every):
+		case <-h.again:
+			timer.Stop()
+		case <-timer.C:
 			h.beat(every / 2)
+			if !h.sure() {
+				h.doubt()
+			}
 		}
+	}
+}
+
+// hurry follows a new AckWait.
+func (h *held) hurry() {
+	select {
+	case h.again <- struct{}{}:
+	default:
 	}
 }
 

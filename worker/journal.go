@@ -53,6 +53,9 @@ func openJournal(dir string, log *slog.Logger) (*journal, []string, error) {
 	}
 	j := &journal{path: filepath.Join(dir, journalName), log: log, lock: lock, open: map[string]struct{}{}}
 	left, err := j.recover()
+	for _, reply := range left {
+		j.open[reply] = struct{}{} // until it is given back
+	}
 	if err == nil {
 		err = j.rewrite()
 	}

@@ -28,9 +28,10 @@ type line struct {
 	until   atomic.Int64 // Unix ns after which the attempt is overdue, and the line not kept any more; 0: it is not at the engine
 
 	// reply is where acknowledgements go, verb the last word on the message where it could not be sent yet.
-	// Guarded by held.mu.
+	// stale is set when another message has its number: there is nothing more to say on it. Guarded by held.mu.
 	reply string
 	verb  []byte
+	stale bool
 }
 
 // key is the same for all deliveries of a message.
@@ -49,6 +50,14 @@ func newLine(m *nats.Msg, q *queue, now time.Time) (*line, uint64, error) {
 	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, reply: m.Reply}
 	l.req, err = proto.DecodeRequest(m.Data)
 	return l, meta.NumDelivered, err
+}
+
+// equals says whether two deliveries under one number are of one message.
+func (l *line) equals(m *line) bool {
+	if l.req == nil || m.req == nil {
+		return l.req == m.req && l.size == m.size
+	}
+	return l.req.Job == m.req.Job && l.req.Index == m.req.Index && l.req.Suspicions == m.req.Suspicions && len(l.req.Attempts) == len(m.req.Attempts)
 }
 
 // timeouts counts the attempts that ended because the engine took too long.

@@ -35,6 +35,7 @@ type outbox struct {
 	stop    context.Context
 	missing func()        // a stream is not there
 	refuse  func(*parcel) // the parcel is too large for the broker; refuse takes it over
+	full    func(*line)   // the line's own queue is full; full takes it over
 
 	mu      sync.Mutex
 	out     map[*nats.Msg]*parcel // every parcel from send until its line is done with
@@ -138,7 +139,7 @@ func (o *outbox) failed(m *nats.Msg, err error) {
 			o.refuse(p)
 		}
 		return
-	case gone(err):
+	case gone(err), errors.Is(err, jetstream.ErrAsyncPublishTimeout): // with a listener on the subject, nobody says no
 		o.missing()
 	}
 	o.tryLater(m, code, err)
@@ -160,7 +161,7 @@ func (o *outbox) tryLater(m *nats.Msg, code jetstream.ErrorCode, err error) {
 		go func() {
 			defer o.waiting.Done()
 			if p := o.remove(m); p != nil {
-				o.held.say(p.line, nak(jitter(5*time.Second)))
+				o.full(p.line)
 			}
 		}()
 		return
@@ -203,8 +204,8 @@ func jitter(d time.Duration) time.Duration {
 	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
 }
 
-// full says whether so much is on its way that no more should be pulled.
-func (o *outbox) full() bool {
+// crowded says whether so much is on its way that no more should be pulled.
+func (o *outbox) crowded() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return len(o.out) > maxParcels || o.bytes > maxParcelBytes

@@ -30,16 +30,21 @@ type tap struct {
 
 	mu      sync.Mutex
 	n       uint64    // number of the last pull; 0: none yet
+	asked   int       // messages of the last pull
 	left    int       // messages it may still bring; 0: no pull is out
-	short   bool      // the last pull ended before it had brought all
+	short   bool      // the last pull ended because there was no more
 	waits   bool      // it waits for messages to come, rather than taking what is there
 	until   time.Time // after this it is lost
 	missing bool      // the broker does not know the consumer
+	hold    time.Time // no pull before this: the last one was refused
 }
 
 // pullExpiry is how long a waiting pull waits. A shorter wait costs the broker a message, a longer one is noticed
 // later when it is lost.
 const pullExpiry = 5 * time.Second
+
+// pullHold is how long nothing is asked of a consumer that refused a pull.
+const pullHold = time.Second
 
 // pullGrace is added to what a pull may take before it is thought lost.
 const pullGrace = 2 * time.Second
@@ -60,16 +65,17 @@ func openTap(nc *nats.Conn, ask string, receive func(*nats.Msg), ended func()) (
 }
 
 // pull asks for up to n messages: those that are there, or, when waits is set, the next n that come within
-// pullExpiry. It does nothing while a pull is out.
+// pullExpiry. It does nothing while a pull is out, or soon after one was refused.
 func (t *tap) pull(n int, waits bool) error {
 	now := time.Now()
 	t.mu.Lock()
-	if t.out(now) {
+	if t.out(now) || now.Before(t.hold) {
 		t.mu.Unlock()
 		return nil
 	}
 	t.n++
 	number := t.n
+	t.asked = n
 	t.left, t.waits, t.until, t.missing, t.short = n, waits, now.Add(pullGrace), false, true
 	how := `,"no_wait":true}`
 	if waits {
@@ -80,7 +86,7 @@ func (t *tap) pull(n int, waits bool) error {
 	t.mu.Unlock()
 	body := `{"batch":` + strconv.Itoa(n) + `,"max_bytes":` + strconv.Itoa(proto.PullBytes) + how
 	if err := t.nc.PublishRequest(t.ask, reply, []byte(body)); err != nil {
-		t.end(number, false)
+		t.end(number, endRefused)
 		return fmt.Errorf("pull: %w", err)
 	}
 	return nil
@@ -111,14 +117,33 @@ func (t *tap) handle(m *nats.Msg) {
 	if status == "100" { // a heartbeat
 		return
 	}
-	n, err := strconv.ParseUint(m.Subject[min(len(t.inbox)+1, len(m.Subject)):], 10, 64)
-	if err == nil {
-		t.end(n, status == "503" || status == "409" && isGone(m.Header.Get("Description")))
+	if n, err := strconv.ParseUint(m.Subject[min(len(t.inbox)+1, len(m.Subject)):], 10, 64); err == nil {
+		t.end(n, reading(status, m.Header.Get("Description")))
 	}
 }
 
-// isGone tells "Consumer Deleted" from the other reasons of status 409.
-func isGone(description string) bool { return description == "Consumer Deleted" }
+// ending is how a pull ended that did not bring all it asked for.
+type ending int
+
+const (
+	endEmpty   ending = iota // nothing more was there, or came in time
+	endBytes                 // the next message did not fit in its bytes
+	endRefused               // the broker does not want it now
+	endMissing               // the broker does not know the consumer
+)
+
+// reading reads the status of a pull. Source: nats-server's consumer.go.
+func reading(status, description string) ending {
+	switch {
+	case status == "404", status == "408":
+		return endEmpty
+	case status == "503", description == "Consumer Deleted":
+		return endMissing
+	case description == "Message Size Exceeds MaxBytes":
+		return endBytes
+	}
+	return endRefused
+}
 
 func (t *tap) got() {
 	t.mu.Lock()
@@ -134,11 +159,17 @@ func (t *tap) got() {
 }
 
 // end marks the pull of that number as ended, if it is the one that is out.
-func (t *tap) end(n uint64, missing bool) {
+func (t *tap) end(n uint64, how ending) {
 	t.mu.Lock()
 	ours := n == t.n && t.left > 0
 	if ours {
-		t.left, t.missing = 0, missing
+		if how == endBytes && t.left == t.asked { // one message is larger than a pull: it is not for us
+			how = endRefused
+		}
+		t.left, t.missing, t.short = 0, how == endMissing, how != endBytes
+		if how == endMissing || how == endRefused {
+			t.hold = time.Now().Add(pullHold)
+		}
 	}
 	t.mu.Unlock()
 	if ours {
@@ -154,7 +185,7 @@ func (t *tap) tell() {
 	t.ended()
 }
 
-// brought says whether the last pull brought all it asked for: there may be more.
+// brought says whether the last pull brought all it had room for: there may be more.
 func (t *tap) brought() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -37,12 +37,18 @@ type queues struct {
 	log     *slog.Logger
 	changed func() // the list is another one
 
+	// epoch is how often the connection was made anew; seen is called with what it was before a look at the queues
+	// that found, or made, all of them.
+	epoch func() uint64
+	seen  func(epoch uint64)
+
 	kick chan struct{}
 	list atomic.Pointer[[]*queue]
 
 	mu     sync.Mutex
 	models []string
-	base   bool // what all jobs share is missing, too
+	base   bool      // what all jobs share is missing, too
+	after  time.Time // nothing is declared before
 }
 
 func newQueues(js jetstream.JetStream, ackWait time.Duration, log *slog.Logger, changed func()) *queues {
@@ -61,21 +67,29 @@ func (q *queues) want(models []string) {
 	q.models = slices.Clone(models)
 	q.mu.Unlock()
 	if !same {
-		q.check(false)
+		q.check()
 	}
 }
 
-// check looks whether everything is there, and declares what is not. With base set it declares what all jobs share
-// as well.
-func (q *queues) check(base bool) {
-	q.mu.Lock()
-	q.base = q.base || base
-	q.mu.Unlock()
+// check looks whether everything is there, and declares what is not.
+func (q *queues) check() {
 	select {
 	case q.kick <- struct{}{}:
 	default:
 	}
 }
+
+// lost is check after something was found missing: a queue, or (base) what all jobs share. It does not hurry:
+// nats-server 2.15.2 makes a stream that takes no messages when it is made within milliseconds of its deletion.
+func (q *queues) lost(base bool) {
+	q.mu.Lock()
+	q.base = q.base || base
+	q.after = time.Now().Add(deletedGrace)
+	q.mu.Unlock()
+	q.check()
+}
+
+const deletedGrace = 500 * time.Millisecond
 
 // run declares until ctx ends.
 func (q *queues) run(ctx context.Context) {
@@ -85,6 +99,10 @@ func (q *queues) run(ctx context.Context) {
 			return
 		case <-q.kick:
 		}
+		q.mu.Lock()
+		pause := time.Until(q.after)
+		q.mu.Unlock()
+		wait(ctx, pause)
 		var said string
 		for wait := 100 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 			err := q.declare(ctx)
@@ -108,6 +126,7 @@ func (q *queues) declare(ctx context.Context) error {
 	q.mu.Lock()
 	models, base := slices.Clone(q.models), q.base
 	q.mu.Unlock()
+	epoch := q.epoch()
 	d := broker.Declarer{JS: q.js, AckWait: q.ackWait}
 	if base {
 		if err := d.Base(ctx); err != nil {
@@ -129,6 +148,7 @@ func (q *queues) declare(ctx context.Context) error {
 		list = append(list, lanes...)
 	}
 	q.replace(list)
+	q.seen(epoch)
 	return nil
 }
 

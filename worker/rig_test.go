@@ -3,6 +3,7 @@ package worker
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/goleak"
 
 	"millrace/broker"
@@ -28,6 +30,7 @@ type rig struct {
 	mu      sync.Mutex
 	results []*proto.Result
 	came    chan struct{}
+	sub     *nats.Subscription
 }
 
 func newRig(tb testing.TB) *rig {
@@ -78,8 +81,30 @@ func (r *rig) listen() {
 		}
 	})
 	must(r.tb, err)
+	r.sub = sub
 	must(r.tb, sub.SetPendingLimits(-1, -1))
 	must(r.tb, r.conn.NC.Flush())
+}
+
+// deaf stops listening: a publisher to a subject that someone listens on is not told that there is no stream.
+func (r *rig) deaf() { must(r.tb, r.sub.Unsubscribe()) }
+
+// stored returns what the stream of results holds; nothing when there is none.
+func (r *rig) stored() map[int64]*proto.Result {
+	r.tb.Helper()
+	out := map[int64]*proto.Result{}
+	st, err := r.conn.JS.Stream(context.Background(), proto.ResultStream)
+	if err != nil {
+		return out
+	}
+	for seq := range st.CachedInfo().State.Msgs {
+		m, err := st.GetMsg(context.Background(), seq+1)
+		must(r.tb, err)
+		res, err := proto.DecodeResult(m.Data)
+		must(r.tb, err)
+		out[res.Index] = res
+	}
+	return out
 }
 
 func must(tb testing.TB, err error) {
@@ -158,13 +183,39 @@ func (r *rig) pending() (stored, out int) {
 	return stored, out
 }
 
-// settled waits until the queue holds so many messages, all of them to be had.
+// settled waits until the queue holds so many messages and nobody holds one. It takes them all and gives them back:
+// the broker counts a message that was given back as handed out until it is handed out again.
 func (r *rig) settled(want int) {
 	r.tb.Helper()
 	r.until("queue settled", func() bool {
 		stored, out := r.pending()
-		return stored == want && out == 0
+		if want == 0 || stored != want {
+			return stored == want && out == 0
+		}
+		return len(r.takeAll()) == want
 	})
+}
+
+// takeAll reads what can be had at once, and gives it back.
+func (r *rig) takeAll() []*proto.Request {
+	r.tb.Helper()
+	var out []*proto.Request
+	var back []jetstream.Msg
+	for _, lane := range proto.Lanes() {
+		c, err := r.conn.JS.Consumer(context.Background(), proto.RequestStream(r.model), string(lane))
+		must(r.tb, err)
+		b, err := c.FetchNoWait(1000)
+		must(r.tb, err)
+		for m := range b.Messages() {
+			q, err := proto.DecodeRequest(m.Data())
+			must(r.tb, err)
+			out, back = append(out, q), append(back, m)
+		}
+	}
+	for _, m := range back {
+		must(r.tb, m.Nak())
+	}
+	return out
 }
 
 // until waits for a condition that no event tells.
@@ -270,6 +321,14 @@ func (r *rig) state(want string) *proto.Worker {
 		return false
 	})
 	return got
+}
+
+// reason waits until a worker says that its engine is in a state for a reason that contains a text.
+func (r *rig) reason(state, text string) {
+	r.tb.Helper()
+	r.until("engine "+state+" for "+text, func() bool {
+		return slices.ContainsFunc(r.workers(), func(w *proto.Worker) bool { return w.State == state && strings.Contains(w.Reason, text) })
+	})
 }
 
 // exactly checks that every index from 0 to n-1 has one result, and returns them by index.

@@ -58,6 +58,7 @@ var (
 	errStopped   = errors.New("worker was stopped")
 	errCancelled = errors.New("job was cancelled")
 	errHung      = errors.New("engine hangs")
+	errGone      = errors.New("engine is gone")
 	errClosed    = errors.New("connection to the broker is closed")
 )
 
@@ -78,11 +79,20 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	s.limit = newLimit(w.Concurrency)
 	s.feeder = newFeeder()
 	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
-	s.slots.back = func(l *line) { s.giveBack(l, jitter(5*time.Second), "suspect") }
-	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log, s.feeder.nudge)
-	s.held = &held{nc: s.nc, journal: s.journal, lines: map[key]*line{}, over: (*line).over,
+	s.slots.back = func(l *line) { s.giveBack(l, jitter(2*time.Second), "doubted") }
+	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log, func() {
+		s.held.hurry()
+		s.feeder.nudge()
+	})
+	s.queues.epoch = func() uint64 { return s.nc.Stats().Reconnects }
+	s.queues.seen = func(epoch uint64) {
+		s.held.verify(epoch)
+		s.feeder.nudge()
+	}
+	s.held = &held{nc: s.nc, epoch: s.nc.Stats().Reconnects, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1), doubt: s.queues.check,
 		ackWait: func() time.Duration { return signs(s.queues.all()) }}
-	s.outbox = &outbox{held: s.held, log: w.Log, stop: s.stopped, refuse: s.refused, missing: func() { s.queues.check(true) }}
+	s.outbox = &outbox{held: s.held, log: w.Log, stop: s.stopped, refuse: s.refused, missing: func() { s.queues.lost(true) },
+		full: func(l *line) { s.giveBack(l, jitter(5*time.Second), "queue-full") }}
 	if err := openOutbox(w.Conn.JS, s.outbox); err != nil {
 		s.journal.close()
 		return nil, fmt.Errorf("open JetStream: %w", err)
@@ -93,18 +103,19 @@ func open(w *Worker, stop context.Context) (*session, error) {
 
 // openWatchers makes the parts that look around.
 func (s *session) openWatchers() {
-	missing := func() { s.queues.check(true) }
+	missing := func() { s.queues.lost(true) }
 	s.control = newControl(s.Conn.JS, s.Log)
 	s.control.changed, s.control.missing = s.controlled, missing
 	s.beat = &beat{js: s.Conn.JS, log: s.Log, id: s.id, record: s.record, missing: missing, kick: make(chan struct{}, 1)}
 	s.gate = &gate{engine: s.Engine, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, retry: s.RetryEvery,
 		kick: make(chan struct{}, 1), turn: make(chan struct{}), started: s.began,
 		found: s.found, opened: s.adjust, busy: s.slots.inFlight, others: s.others,
-		abort: func() { s.slots.abort(errHung, all) }}
+		abort: func(cause error) { s.slots.abort(cause, all) }}
 	f := s.feeder
-	f.nc, f.queues, f.receive, f.room = s.nc, s.queues, s.receive, s.room
+	f.nc, f.queues, f.receive, f.room = s.nc, s.queues, s.receive, s.slots.room
 	f.prefix = apiPrefix(s.Conn.JS.Options())
-	f.open = func() bool { return s.gate.quota() != 0 }
+	f.crowded = func() bool { return s.outbox.crowded() || s.held.full() }
+	f.open = func() bool { return s.gate.quota() != 0 && s.held.sure() }
 }
 
 func all(*line) bool { return true }
@@ -170,7 +181,10 @@ func (s *session) finish() {
 	if n := s.outbox.abandon(); n > 0 {
 		s.Log.Warn("gave back lines whose results could not be stored", "lines", n)
 	}
-	s.held.beat(0)
+	for until := time.Now().Add(lastGrace); s.held.len() > 0 && time.Now().Before(until) && !s.nc.IsClosed(); {
+		wait(context.Background(), 10*time.Millisecond) // until the queues are looked at again
+		s.held.beat(0)
+	}
 }
 
 // lastGrace is how long results that are on their way are waited for when everything is broken off.
@@ -186,7 +200,9 @@ func (s *session) flush() {
 // giveBackDead gives back what a dead process of this worker's folder held.
 func (s *session) giveBackDead() {
 	for _, reply := range s.dead {
-		_ = s.nc.Publish(reply, verbNak) // or it comes back after AckWait
+		if s.nc.Publish(reply, verbNak) == nil { // or it comes back after AckWait
+			s.journal.done(reply)
+		}
 	}
 	if n := len(s.dead); n > 0 {
 		s.Log.Info("gave back requests that a dead worker held", "requests", n)
@@ -226,8 +242,8 @@ func (s *session) watchBroker(ctx context.Context) {
 				s.breakOff(errClosed)
 				return
 			}
+			s.queues.check()
 			s.held.beat(0)
-			s.queues.check(false)
 			s.control.restart()
 			s.beat.soon()
 			s.feeder.nudge()
@@ -326,15 +342,6 @@ func (s *session) adjust() {
 		}
 	}
 	s.beat.changed()
-}
-
-// room is what the feeder may pull.
-func (s *session) room() (room, chunk int) {
-	room, chunk = s.slots.room()
-	if s.outbox.full() || s.held.full() {
-		return 0, 1
-	}
-	return room, chunk
 }
 
 // found follows what a probe found of a ready engine.

@@ -65,6 +65,8 @@ func (s *session) interrupted(l *line, cause error) {
 		s.drop(l)
 	case errors.Is(cause, errHung):
 		s.suspect(l, "the engine made no progress while it had this line")
+	case errors.Is(cause, errGone):
+		s.suspect(l, "the engine went away while it had this line")
 	default:
 		s.giveBack(l, 0, "stopped")
 	}
@@ -215,7 +217,11 @@ func (s *session) retry(o *outcome) {
 	next.Attempts = append(slices.Clone(o.req.Attempts), proto.Attempt{Worker: s.id, Code: o.code,
 		Status: int64(o.answer.Status), Message: o.message, DurationUS: o.took.Microseconds()})
 	s.away(func() {
-		s.sleep(backoff(len(next.Attempts)))
+		wait(s.taking, backoff(len(next.Attempts))) // a worker that stops does not wait
+		if s.control.want(next.Job) == proto.WantCancel {
+			s.drop(o.line)
+			return
+		}
 		s.resend(o.line, &next, func() { s.publish(o.line, s.result(o)) })
 	})
 }
@@ -244,9 +250,9 @@ func (s *session) unreached(o *outcome) {
 
 // died deals with a line that was in an engine when it died.
 func (s *session) died(o *outcome) {
-	at, known := s.gate.since()
-	s.gate.close(tripDead, proto.EngineWaiting, "engine died: "+o.message)
-	if known && o.started.After(at) {
+	known := s.gate.knew(o.started)
+	s.gate.died(o.started, "engine died: "+o.message)
+	if known {
 		s.giveBack(o.line, 0, "engine") // it was dead before
 		return
 	}
@@ -304,10 +310,11 @@ func (s *session) broken(o *outcome) {
 		case s.stopped.Err() != nil:
 			s.giveBack(o.line, 0, "stopped")
 			return
-		case time.Now().After(until), !s.sleep(s.grace / 6):
+		case time.Now().After(until):
 			s.retry(o)
 			return
 		}
+		wait(s.stopped, s.grace/6)
 	}
 }
 
@@ -320,15 +327,13 @@ func (s *session) away(do func()) {
 	})
 }
 
-// sleep waits. It says whether it was not interrupted: a worker that stops does not wait.
-func (s *session) sleep(d time.Duration) bool {
+// wait waits for d, or until ctx ends.
+func wait(ctx context.Context, d time.Duration) {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
-		return true
-	case <-s.taking.Done():
-		return false
+	case <-ctx.Done():
 	}
 }
 

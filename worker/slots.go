@@ -3,15 +3,17 @@ package worker
 import (
 	"context"
 	"math"
+	"slices"
 	"sync"
 )
 
 // slots runs lines, at most limit at once, and keeps a few more ready so that a slot never waits for the broker.
 //
 // The rule for lines that may have killed an engine (their Suspicions count the deaths at which they were in
-// flight): with one suspicion at most √limit of them run at once, the rest goes back to the queue for a while, so
-// that a second death casts suspicion on few. From two suspicions on a line runs alone: nothing is started until
-// the engine is empty, then it, then the next. If the engine dies even so, the line is the cause (see settle).
+// flight): with one suspicion at most √limit of them run at once, so that a second death casts suspicion on few; as
+// many more are kept here for their turn, the rest goes back to the queue for a while. From two suspicions on a line
+// runs alone: nothing is started until the engine is empty, then it, then the next. If the engine dies even so, the
+// line is the cause (see settle).
 type slots struct {
 	run  func(*line) // runs one attempt; returns when the slot is free
 	back func(*line) // gives a suspect back for which there is no room
@@ -22,6 +24,7 @@ type slots struct {
 	mu       sync.Mutex
 	limit    int
 	ready    fifo
+	doubted  fifo // lines with one suspicion for which there is no room among the suspects
 	alone    fifo // lines with two suspicions or more
 	running  map[*line]struct{}
 	suspects int  // running lines with a suspicion
@@ -104,17 +107,29 @@ func (s *slots) pick() *line {
 		s.single = true
 		return s.start(s.alone.pop())
 	}
+	return s.pickNext()
+}
+
+// pickNext chooses among the lines that may run beside others. Called with mu held.
+func (s *slots) pickNext() *line {
+	most := s.suspectLimit()
+	if s.suspects < most && s.doubted.len() > 0 {
+		return s.start(s.doubted.pop())
+	}
 	for s.ready.len() > 0 {
 		l := s.ready.pop()
-		if l.suspect() && s.suspects >= s.suspectLimit() {
+		switch {
+		case !l.suspect() || s.suspects < most:
+			return s.start(l)
+		case s.doubted.len() < most:
+			s.doubted.push(l)
+		default:
 			s.wg.Add(1)
 			go func() {
 				defer s.wg.Done()
 				s.back(l)
 			}()
-			continue
 		}
-		return s.start(l)
 	}
 	return nil
 }
@@ -191,7 +206,7 @@ func (s *slots) stepAway(n int) {
 func (s *slots) takeReady(match func(*line) bool) []*line {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append(s.ready.take(match), s.alone.take(match)...)
+	return slices.Concat(s.ready.take(match), s.doubted.take(match), s.alone.take(match))
 }
 
 // abort makes the running lines that match come back with a cause.

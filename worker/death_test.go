@@ -1,0 +1,238 @@
+package worker
+
+import (
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"millrace/proto"
+)
+
+// mortal makes the fake die of lines whose body holds "poison": every connection breaks, and /health says 503.
+type mortal struct {
+	f    *fake
+	mu   sync.Mutex
+	dead chan struct{} // closed at a death
+	n    int
+	held int // lines that wait for a death, rather than being answered
+}
+
+func newMortal(tb testing.TB) *mortal {
+	m := &mortal{f: newFake(tb), dead: make(chan struct{})}
+	m.f.work = m.work
+	return m
+}
+
+func (m *mortal) work(w http.ResponseWriter, r *http.Request, body string) {
+	m.mu.Lock()
+	dead, wait := m.dead, m.held > 0
+	if wait {
+		m.held--
+	}
+	m.mu.Unlock()
+	if strings.Contains(body, "poison") {
+		m.die()
+		panic(http.ErrAbortHandler)
+	}
+	if wait {
+		select {
+		case <-dead:
+			panic(http.ErrAbortHandler)
+		case <-r.Context().Done():
+			return
+		}
+	}
+	say(w, 200, okBody)
+}
+
+// die breaks what is in flight and is ill for one probe.
+func (m *mortal) die() {
+	m.f.set(func() { m.f.health, m.f.illness = 503, 0 })
+	m.mu.Lock()
+	m.n++
+	m.held = 0
+	close(m.dead)
+	m.dead = make(chan struct{})
+	m.mu.Unlock()
+}
+
+// seenDead is how many deaths a probe has seen.
+func (m *mortal) seenDead() int {
+	m.f.mu.Lock()
+	defer m.f.mu.Unlock()
+	if m.f.illness == 0 {
+		return 0
+	}
+	return m.deaths()
+}
+
+func (m *mortal) deaths() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.n
+}
+
+// TestEngineDies: what was in flight goes back, uncharged, with a suspicion, and no line fails.
+func TestEngineDies(t *testing.T) {
+	r, m := newRig(t), newMortal(t)
+	m.held = 8
+	r.send(requests(8)...)
+	r.start(m.f.engine(), func(w *Worker) { w.Concurrency = 8 })
+	m.f.enter(8)
+	m.die()
+	r.state(proto.EngineWaiting)
+	r.until("lines are back", func() bool {
+		got := r.takeAll()
+		return len(got) == 8 && got[0].Suspicions == 1 && len(got[0].Attempts) == 0
+	})
+	m.f.set(func() { m.f.health = 200 })
+	for _, res := range exactly(t, r.wait(8), 8) {
+		if !res.OK || len(res.Attempts) > 0 {
+			t.Errorf("result %+v", res)
+		}
+	}
+	r.settled(0)
+}
+
+// TestCoreDies: the Python frontend answers for its dead core.
+func TestCoreDies(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(500, coreDied) })
+	r.send(requests(4)...)
+	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4 })
+	f.enter(4)
+	r.state(proto.EngineWaiting)
+	f.set(func() { f.health = 503 })
+	r.until("lines are back", func() bool { got := r.takeAll(); return len(got) == 4 && got[0].Suspicions == 1 })
+	f.set(func() { f.health, f.work = 200, f.ok })
+	for _, res := range exactly(t, r.wait(4), 4) {
+		if !res.OK || len(res.Attempts) > 0 {
+			t.Errorf("result %+v", res)
+		}
+	}
+}
+
+// TestEngineDrains: an engine that stops finishes what it has and takes nothing in, while it looks well.
+func TestEngineDrains(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(500, stopping) })
+	r.send(requests(4)...)
+	r.start(f.engine())
+	r.reason(proto.EngineWaiting, "stopping")
+	f.set(func() { f.work = f.ok })
+	for _, res := range exactly(t, r.wait(4), 4) {
+		if !res.OK || len(res.Attempts) > 0 {
+			t.Errorf("result %+v", res)
+		}
+	}
+}
+
+// TestPoison: a line that kills its engine fails in the end, and its neighbours live.
+func TestPoison(t *testing.T) {
+	r, m := newRig(t), newMortal(t)
+	const n = 30
+	reqs := requests(n)
+	reqs[7].Body = []byte(`{"model":"m","messages":[{"role":"user","content":"poison"}]}`)
+	m.held = 6
+	r.send(reqs...)
+	r.start(m.f.engine(), func(w *Worker) { w.Concurrency = 16 })
+	for dead := 0; dead < 3; { // it gets well after each death
+		r.until("death", func() bool { return m.deaths() > dead })
+		dead = m.deaths()
+		r.until("a probe sees it", func() bool { return m.seenDead() == dead })
+		m.f.set(func() { m.f.health = 200 })
+	}
+	for i, res := range exactly(t, r.wait(n), n) {
+		want := ""
+		if i == 7 {
+			want = proto.CodeEngineCrash
+		}
+		if res.OK != (want == "") || res.Code != want || res.Status != 0 && want != "" || len(res.Attempts) > 0 {
+			t.Errorf("index %d: %+v", i, res)
+		}
+	}
+	if m.deaths() != 3 {
+		t.Errorf("%d deaths, want 3", m.deaths())
+	}
+	r.settled(0)
+}
+
+// TestBrokenConnection: an engine that is well all the time and a connection that broke: charged, and done again.
+func TestBrokenConnection(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = cut })
+	r.send(request(0))
+	r.start(f.engine())
+	f.enter(1)
+	f.set(func() { f.work = f.ok })
+	got := r.wait(1)[0]
+	if !got.OK || len(got.Attempts) != 1 || got.Attempts[0].Code != proto.CodeTransport || got.Attempts[0].Status != 0 {
+		t.Errorf("result %+v", got)
+	}
+	if a := got.Attempts[0]; a.Worker != got.Worker || a.DurationUS <= 0 || a.Message == "" {
+		t.Errorf("attempt %+v", a)
+	}
+}
+
+// TestTorn: half a body, then the end.
+func TestTorn(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
+			w.Header().Set("Content-Length", "1000")
+			say(w, 200, okBody)
+		}
+	})
+	r.send(request(0))
+	r.start(f.engine(), func(w *Worker) { w.MaxAttempts = 1 })
+	got := r.wait(1)[0]
+	if got.OK || got.Code != proto.CodeTransport || got.Status != 0 || got.Body != nil || got.Message == "" {
+		t.Errorf("result %+v", got)
+	}
+}
+
+// TestSlots looks at the rules for suspects without a broker.
+func TestSlots(t *testing.T) {
+	var mu sync.Mutex
+	var order []int64
+	hold := make(chan struct{})
+	var back []int64
+	s := &slots{more: func() {}}
+	s.run = func(l *line) {
+		mu.Lock()
+		order = append(order, l.req.Index)
+		mu.Unlock()
+		<-hold
+	}
+	s.back = func(l *line) {
+		mu.Lock()
+		back = append(back, l.req.Index)
+		mu.Unlock()
+	}
+	put := func(i, suspicions int64) { s.offer(&line{req: &proto.Request{Index: i, Suspicions: suspicions}}) }
+	s.setLimit(9)
+	for i := range int64(8) {
+		put(i, 1) // three run, three wait, two go back
+	}
+	put(8, 2)
+	put(9, 0)
+	if room, _ := s.room(); s.inFlight() != 3 || room != 0 {
+		t.Errorf("%d suspects run, room %d", s.inFlight(), room)
+	}
+	for range 8 { // the engine empties, the poisonous one runs alone, then the others
+		hold <- struct{}{}
+	}
+	s.wg.Wait()
+	if len(order) != 8 || order[3] != 8 || slices.Contains(order, 7) || len(back) != 2 {
+		t.Errorf("order %v, back %v", order, back)
+	}
+	if room, _ := s.room(); room != 10 {
+		t.Errorf("room %d", room)
+	}
+	s.stepAway(12)
+	if room, _ := s.room(); room != 7 {
+		t.Errorf("room %d with 12 away", room)
+	}
+}

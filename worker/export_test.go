@@ -1,0 +1,27 @@
+package worker
+
+import (
+	"testing"
+	"time"
+
+	"millrace/proto"
+)
+
+// What tests from outside use of the rig; only they may import the simulated engine.
+
+type Rig = rig
+
+func NewRig(tb testing.TB) *Rig                        { return newRig(tb) }
+func (r *rig) Send(reqs ...*proto.Request)             { r.tb.Helper(); r.send(reqs...) }
+func (r *rig) Wait(n int) []*proto.Result              { r.tb.Helper(); return r.wait(n) }
+func (r *rig) Until(what string, ok func() bool)       { r.tb.Helper(); r.until(what, ok) }
+func (r *rig) Settled(n int)                           { r.tb.Helper(); r.settled(n) }
+func (r *rig) State(want string) *proto.Worker         { r.tb.Helper(); return r.state(want) }
+func (r *rig) Start(e Engine, change ...func(*Worker)) { r.tb.Helper(); r.start(e, change...) }
+func Requests(n int) []*proto.Request                  { return requests(n) }
+func Exactly(tb testing.TB, got []*proto.Result, n int) map[int64]*proto.Result {
+	tb.Helper()
+	return exactly(tb, got, n)
+}
+func FreeAddr(tb testing.TB) string        { tb.Helper(); return freeAddr(tb) }
+func (w *Worker) SetGrace(d time.Duration) { w.grace = d }

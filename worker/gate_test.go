@@ -1,0 +1,247 @@
+package worker
+
+import (
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"millrace/proto"
+)
+
+// TestGateStates goes through what keeps an engine from being used, and lets it get well each time.
+func TestGateStates(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		ill    func(*fake)
+		state  string
+		reason string
+	}{
+		{"loading", func(f *fake) { f.health = 503 }, proto.EngineWaiting, "503"},
+		{"key", func(f *fake) { f.listed = 401 }, proto.EngineDenied, "--engine-api-key"},
+		{"forbidden", func(f *fake) { f.listed = 403 }, proto.EngineDenied, "--engine-api-key"},
+		{"no model", func(f *fake) { f.models = "" }, proto.EngineNoModel, "no model"},
+		{"asleep", func(f *fake) { f.metrics = `vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0.0` }, proto.EngineWaiting, "asleep"},
+		{"not an engine", func(f *fake) { f.listed = 404 }, proto.EngineWaiting, "OpenAI"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r, f := newRig(t), newFake(t)
+			f.set(func() { c.ill(f) })
+			r.send(request(0))
+			r.start(f.engine())
+			r.reason(c.state, c.reason)
+			f.set(func() { f.health, f.listed, f.models, f.metrics = 200, 200, `"m"`, "" })
+			if got := r.wait(1)[0]; !got.OK || got.LoadUS == 0 || got.StartUS < got.LoadUS {
+				t.Errorf("result %+v", got)
+			}
+			r.settled(0)
+		})
+	}
+}
+
+// TestGateRefused: an engine that loads refuses connections.
+func TestGateRefused(t *testing.T) {
+	r := newRig(t)
+	addr := freeAddr(t)
+	e, err := NewHTTP(addr+"/v1/", "")
+	must(t, err)
+	t.Cleanup(e.Close)
+	r.send(request(0))
+	r.start(e)
+	r.reason(proto.EngineWaiting, "refuses connections; still loading?")
+	f := &fake{tb: t, came: make(chan string, 10), health: 200, listed: 200, models: `"m"`}
+	f.work = f.ok
+	ln, err := net.Listen("tcp", addr)
+	must(t, err)
+	f.Server = &httptest.Server{Listener: ln, Config: &http.Server{Handler: f}}
+	f.Server.Start()
+	t.Cleanup(f.Server.Close)
+	if !r.wait(1)[0].OK {
+		t.Error("not ok")
+	}
+}
+
+// TestGateModelAway: a model the engine was asked to serve and does not know. The line stays in the queue.
+func TestGateModelAway(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() {
+		f.models = `"other"`
+		f.work = says(404, recording(t, file032, "err_unknown_model").Body)
+	})
+	r.send(request(0))
+	r.start(f.engine(), func(w *Worker) { w.Models = []string{"m"} })
+	r.reason(proto.EngineNoModel, "does not know m; it serves other")
+	r.settled(1)
+	f.set(func() { f.models, f.work = `"other","m"`, f.ok })
+	if got := r.wait(1)[0]; !got.OK || len(got.Attempts) != 0 {
+		t.Errorf("result %+v", got)
+	}
+}
+
+// TestGateModels: what an engine serves may change.
+func TestGateModels(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.models = `"base"` })
+	r.send(request(0))
+	r.start(f.engine())
+	r.state(proto.EngineReady)
+	r.settled(1)
+	f.set(func() { f.models = `"base","m"` })
+	if !r.wait(1)[0].OK {
+		t.Error("not ok")
+	}
+}
+
+// TestDegradedForGood: a worker whose engine fails all lines alike stops, as long as another one is there.
+func TestDegradedForGood(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	const n = 200
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.rival()
+	r.send(requests(n)...)
+	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4; w.RetryEvery = 20 * time.Millisecond })
+	r.reason(proto.EngineDegraded, "alike")
+	f.enter(equalLimit + 2*patience) // it tries on, one by one
+	if got := len(r.wait(equalLimit)); got > equalLimit+4*patience+4 {
+		t.Errorf("%d lines have failed", got)
+	}
+	f.set(func() { f.work = f.ok })
+	by := exactly(t, r.wait(n), n)
+	failed := 0
+	for _, res := range by {
+		if !res.OK {
+			failed++
+		}
+	}
+	if failed < equalLimit || failed > n/2 {
+		t.Errorf("%d lines failed", failed)
+	}
+	r.settled(0)
+}
+
+// TestDegradedRivalLeaves: when nobody else is left, the lines are let fail.
+func TestDegradedRivalLeaves(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.rival()
+	r.send(requests(60)...)
+	r.start(f.engine(), func(w *Worker) { w.RetryEvery = 20 * time.Millisecond })
+	r.state(proto.EngineDegraded)
+	r.noRival()
+	exactly(t, r.wait(60), 60)
+}
+
+// TestDegradedAlone: a job whose every line is wrong ends, also at an engine that never answered one.
+func TestDegradedAlone(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.send(requests(100)...)
+	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4 })
+	r.state(proto.EngineDegraded)
+	for _, res := range exactly(t, r.wait(100), 100) {
+		if res.OK || res.Code != proto.CodeInvalidRequest {
+			t.Fatalf("result %+v", res)
+		}
+	}
+}
+
+// TestDegradedProven: an engine that has answered before is believed at once when nobody else is there.
+func TestDegradedProven(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	var bad atomic.Bool
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, body string) {
+			if bad.Load() {
+				say(w, 400, recording(t, file032, "err_temperature_9").Body)
+				return
+			}
+			say(w, 200, okBody)
+		}
+	})
+	r.start(f.engine(), func(w *Worker) { w.RetryEvery = time.Hour })
+	r.send(request(0))
+	r.wait(1)
+	bad.Store(true)
+	for i := 1; i < 100; i++ {
+		r.send(request(i))
+	}
+	exactly(t, r.wait(100), 100)
+}
+
+// TestDeniedByLine: an engine that lists its models to everyone and works only for those with a key.
+func TestDeniedByLine(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(401, unauthStr) })
+	r.send(requests(5)...)
+	r.start(f.engine())
+	r.state(proto.EngineDenied)
+	f.enter(2) // the gate lets one through after a while
+	f.set(func() { f.work = f.ok })
+	for _, res := range exactly(t, r.wait(5), 5) {
+		if !res.OK || len(res.Attempts) > 0 {
+			t.Errorf("result %+v", res)
+		}
+	}
+}
+
+// TestHung: the engine takes requests, looks well, and makes no token.
+func TestHung(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.metrics, f.work = gauges(3, 100), blocks })
+	r.send(requests(3)...)
+	r.start(f.engine(), func(w *Worker) { w.StallTimeout = 200 * time.Millisecond; w.RetryEvery = time.Hour })
+	f.enter(3)
+	r.state(proto.EngineHung)
+	r.settled(3) // given back at once
+	f.set(func() { f.metrics, f.work = gauges(0, 100), f.ok })
+	for _, res := range exactly(t, r.wait(3), 3) {
+		if !res.OK || len(res.Attempts) != 0 {
+			t.Errorf("result %+v", res)
+		}
+	}
+}
+
+// TestHungIdle: an engine that stopped while it was idle never counts what came after; one line at a time tries it.
+func TestHungIdle(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.metrics, f.work = gauges(0, 100), blocks })
+	r.send(requests(2)...)
+	r.start(f.engine(), func(w *Worker) { w.StallTimeout = 100 * time.Millisecond })
+	r.state(proto.EngineHung)
+	f.enter(3)
+	f.set(func() { f.work = f.ok })
+	exactly(t, r.wait(2), 2)
+}
+
+// TestSlowIsNotHung: tokens move, or lines end.
+func TestSlowIsNotHung(t *testing.T) {
+	var h hangWatch
+	now, g := time.Now(), Gauges{Known: true, Running: 1, Generation: 5}
+	step := func(d time.Duration, inFlight, answers int) bool {
+		now = now.Add(d)
+		return h.stalled(now, g, inFlight, answers, time.Minute)
+	}
+	step(0, 1, 0)
+	if step(59*time.Second, 1, 0) {
+		t.Error("too early")
+	}
+	g.Generation++
+	if step(30*time.Second, 1, 0) || step(59*time.Second, 1, 0) {
+		t.Error("tokens moved")
+	}
+	if step(time.Second, 1, 1) || step(59*time.Second, 1, 1) {
+		t.Error("a line ended")
+	}
+	if step(time.Second, 0, 1) || step(59*time.Second, 1, 1) {
+		t.Error("it had nothing to do")
+	}
+	if !step(2*time.Second, 1, 1) {
+		t.Error("it hangs")
+	}
+	g.Known = false
+	if step(time.Hour, 1, 1) {
+		t.Error("no metrics")
+	}
+}

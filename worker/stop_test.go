@@ -1,0 +1,277 @@
+package worker
+
+import (
+	"context"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// TestDrain: what was started is finished, what was not is had by others at once.
+func TestDrain(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	release := make(chan struct{})
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
+			<-release
+			say(w, 200, okBody)
+		}
+	})
+	r.send(requests(30)...)
+	w := r.start(f.engine(), func(w *Worker) { w.Concurrency = 8 })
+	f.enter(8)
+	w.leave()
+	r.state(proto.EngineDraining)
+	r.until("the rest is back", func() bool { return len(r.takeAll()) == 22 })
+	close(release)
+	w.end(t)
+	exactly(t, r.wait(8), 8)
+	r.settled(22)
+	if len(r.workers()) != 0 {
+		t.Error("heartbeat is still there")
+	}
+}
+
+// TestAbort: everything is broken off and had by others at once.
+func TestAbort(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	gone := make(chan struct{}, 100)
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, s string) {
+			blocks(w, q, s)
+			gone <- struct{}{}
+		}
+	})
+	r.send(requests(30)...)
+	w := r.start(f.engine(), func(w *Worker) { w.Concurrency = 8 })
+	f.enter(8)
+	w.stop()
+	w.end(t)
+	r.settled(30)
+	for range 8 {
+		<-gone
+	}
+	if len(r.results) != 0 {
+		t.Errorf("%d results", len(r.results))
+	}
+}
+
+// TestAbortIdle: a worker without work ends at once, whatever its engine does.
+func TestAbortIdle(t *testing.T) {
+	r := newRig(t)
+	e, err := NewHTTP(freeAddr(t), "")
+	must(t, err)
+	w := r.start(e)
+	r.state(proto.EngineWaiting)
+	w.leave()
+	w.end(t)
+}
+
+// control sets what is wanted of a job.
+func (r *rig) control(job, want string) {
+	r.tb.Helper()
+	kv, err := r.conn.JS.KeyValue(context.Background(), proto.JobsBucket)
+	must(r.tb, err)
+	b, err := (&proto.Control{Want: want}).Encode()
+	must(r.tb, err)
+	_, err = kv.Put(context.Background(), proto.ControlKey(job), b)
+	must(r.tb, err)
+}
+
+// TestCancel: calls of the job are aborted and its lines dropped, other jobs go on.
+func TestCancel(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	gone := make(chan struct{}, 100)
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, s string) {
+			if strings.Contains(s, "other") {
+				say(w, 200, okBody)
+				return
+			}
+			blocks(w, q, s)
+			gone <- struct{}{}
+		}
+	})
+	r.send(requests(10)...)
+	other := request(0)
+	other.Job, other.Body = "k", []byte(`{"other":1}`)
+	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4 })
+	f.enter(4)
+	r.send(other)
+	r.control("j", proto.WantCancel)
+	for range 4 {
+		<-gone
+	}
+	if got := r.wait(1)[0]; got.Job != "k" || !got.OK {
+		t.Errorf("result %+v", got)
+	}
+	r.settled(0)
+	r.send(request(99)) // what comes late is dropped, too
+	r.settled(0)
+	if len(r.results) != 1 {
+		t.Errorf("%d results", len(r.results))
+	}
+}
+
+// TestPause: lines in flight are finished, others are left alone until the job runs again.
+func TestPause(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	release := make(chan struct{})
+	var calls atomic.Int64
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
+			calls.Add(1)
+			<-release
+			say(w, 200, okBody)
+		}
+	})
+	reg := prometheus.NewRegistry()
+	r.send(requests(20)...)
+	r.start(f.engine(), func(w *Worker) { w.Concurrency = 16; w.Registry = reg })
+	f.enter(16)
+	r.control("j", proto.WantPause)
+	givenBack := func(n float64) func() bool {
+		return func() bool { return value(t, reg, "millrace_worker_given_back_total") >= n }
+	}
+	r.until("what was ready is given back", givenBack(2))
+	close(release)
+	r.until("the others are given back", givenBack(4))
+	exactly(t, r.wait(16), 16)
+	r.until("they are acknowledged", func() bool { stored, _ := r.pending(); return stored == 4 })
+	if calls.Load() != 16 {
+		t.Errorf("%d calls", calls.Load())
+	}
+	r.control("j", proto.WantRun)
+	exactly(t, r.wait(20), 20)
+}
+
+// TestStrangers: a request of a newer version waits for a newer worker, and garbage is removed.
+func TestStrangers(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	reg := prometheus.NewRegistry()
+	ctx := context.Background()
+	b, err := request(0).Encode()
+	must(t, err)
+	b[1] = proto.Version + 1 // the version follows the array's head
+	for _, data := range [][]byte{b, []byte("garbage"), {}} {
+		_, err = r.conn.JS.Publish(ctx, proto.RequestSubject("m", proto.LaneNormal, "j"), data)
+		must(t, err)
+	}
+	r.start(f.engine(), func(w *Worker) { w.Registry = reg })
+	r.until("garbage is removed", func() bool { stored, _ := r.pending(); return stored == 1 })
+	r.until("the other is given back", func() bool { return value(t, reg, "millrace_worker_given_back_total") == 1 })
+	if got := value(t, reg, "millrace_worker_undecodable_total"); got != 2 {
+		t.Errorf("%v messages removed", got)
+	}
+}
+
+// TestJournal: what a dead process held is had at once, not after AckWait (60 s).
+func TestJournal(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	dir := t.TempDir()
+	r.send(requests(5)...)
+	c, err := r.conn.JS.Consumer(context.Background(), proto.RequestStream("m"), string(proto.LaneNormal))
+	must(t, err)
+	batch, err := c.Fetch(5, jetstream.FetchMaxWait(patient))
+	must(t, err)
+	var text strings.Builder
+	for m := range batch.Messages() {
+		text.WriteString("+" + m.Reply() + "\n")
+	}
+	text.WriteString("-$JS.ACK.other\n+torn")
+	must(t, os.WriteFile(filepath.Join(dir, journalName), []byte(text.String()), 0o644))
+	w := r.start(f.engine(), func(w *Worker) { w.Dir = dir })
+	exactly(t, r.wait(5), 5)
+	r.settled(0)
+	if err := (&Worker{Conn: r.conn, Engine: f.engine(), Dir: dir}).Run(t.Context(), t.Context()); err == nil {
+		t.Error("two workers have one folder")
+	}
+	w.leave()
+	w.end(t)
+	left, err := os.ReadFile(filepath.Join(dir, journalName))
+	must(t, err)
+	if open, _ := readJournal(string(left)); len(open) != 0 {
+		t.Errorf("open at the end: %v", open)
+	}
+}
+
+// TestJournalFile: what is read is what was written, also after the file was written anew, and not when it is old.
+func TestJournalFile(t *testing.T) {
+	dir := t.TempDir()
+	log := (&rig{tb: t}).log()
+	j, left, err := openJournal(dir, log)
+	must(t, err)
+	if len(left) != 0 {
+		t.Errorf("left %v", left)
+	}
+	j.received("$JS.ACK.S.C.1.1.1.1.0")
+	j.received("$JS.ACK.S.C.1.2.2.1.0")
+	j.alive(time.Minute)
+	for range journalLarge / 20 {
+		j.received("$JS.ACK.x")
+		j.done("$JS.ACK.x")
+	}
+	j.done("$JS.ACK.S.C.1.1.1.1.0")
+	j.flush()
+	name := filepath.Join(dir, journalName)
+	st, err := os.Stat(name)
+	must(t, err)
+	if st.Size() > 100 {
+		t.Errorf("file has %d bytes", st.Size())
+	}
+	j.close()
+	j, left, err = openJournal(dir, log)
+	must(t, err)
+	if len(left) != 1 || left[0] != "$JS.ACK.S.C.1.2.2.1.0" {
+		t.Errorf("left %v", left)
+	}
+	j.close()
+	old := time.Now().Add(-2 * time.Minute)
+	must(t, os.Chtimes(name, old, old))
+	j, left, err = openJournal(dir, log)
+	must(t, err)
+	defer j.close()
+	if len(left) != 0 {
+		t.Errorf("left of an old journal: %v", left)
+	}
+}
+
+// TestRunChecks: what cannot work is said at once.
+func TestRunChecks(t *testing.T) {
+	r := newRig(t)
+	for _, w := range []*Worker{{}, {Conn: r.conn}, {Conn: r.conn, Engine: &Null{}, Concurrency: -1}, {Conn: r.conn, Engine: &Null{}, MaxAttempts: -1}} {
+		if err := w.Run(t.Context(), t.Context()); err == nil {
+			t.Errorf("%+v ran", w)
+		}
+	}
+}
+
+// TestClosed: a connection that is closed for good ends the worker with an error.
+func TestClosed(t *testing.T) {
+	r := newRig(t)
+	conn, err := r.server.Connect(t.Context(), "w")
+	must(t, err)
+	w := &Worker{Conn: conn, Self: broker.Self(), Engine: &Null{Models: []string{"m"}}}
+	done := make(chan error, 1)
+	go func() { done <- w.Run(context.Background(), context.Background()) }()
+	r.state(proto.EngineReady)
+	conn.Close()
+	select {
+	case err := <-done:
+		if err == nil {
+			t.Error("no error")
+		}
+	case <-time.After(patient):
+		t.Fatal("worker does not end")
+	}
+}

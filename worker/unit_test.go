@@ -1,0 +1,193 @@
+package worker
+
+import (
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"millrace/proto"
+)
+
+// TestGauges reads the metrics that were recorded.
+func TestGauges(t *testing.T) {
+	for name, want := range map[string]Gauges{
+		"metrics-vllm-0.26.0-python.txt": {Known: true, KVTokens: 4112864, KVUsage: 0.012374879888583323, Running: 159, Waiting: 97, Prompt: 1759626, Generation: 676285},
+		"metrics-vllm-0.26.0-rust.txt":   {Known: true, KVUsage: 0.08386597316506717, Running: 1024, Prompt: 3951024, Generation: 1452280},
+		"metrics-vllm-0.32.0-cpu.txt":    {Known: true, KVTokens: 1048576, Prompt: 5237, Generation: 3048},
+	} {
+		b, err := os.ReadFile("../testdata/vllm/" + name)
+		must(t, err)
+		if got := readGauges(b); got != want {
+			t.Errorf("%s: %+v, want %+v", name, got, want)
+		}
+	}
+}
+
+func TestGaugesOdd(t *testing.T) {
+	got := readGauges([]byte(strings.Join([]string{
+		`vllm:num_requests_running{engine="0"} 3`, `vllm:num_requests_running{engine="1"} 4 1700000000`, // two engines, a time stamp
+		`vllm:num_requests_waiting 5.0`, // no labels
+		`vllm:num_requests_waiting_by_reason{reason="capacity"} 9`,
+		`vllm:cache_config_info{other_block_size="1",block_size="16",num_gpu_blocks="10"} 1.0`, // no kv_cache_size_tokens
+		`vllm:engine_sleep_state{sleep_state="awake"} 0`,
+		`vllm:num_preemptions_total{engine="0"} 2`,
+		`vllm:generation_tokens_total NaN`, `vllm:prompt_tokens_total{`, `vllm:prompt_tokens_total`, `vllm:prompt_tokens_total x`, `go_goroutines 7`,
+	}, "\n")))
+	want := Gauges{Known: true, KVTokens: 160, Running: 7, Waiting: 5, Preemptions: 2, Asleep: true}
+	if got.Generation = 0; got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	if (readGauges(nil) != Gauges{}) {
+		t.Error("something of nothing")
+	}
+}
+
+func TestNewHTTP(t *testing.T) {
+	for in, want := range map[string]string{
+		"http://127.0.0.1:8000": "http://127.0.0.1:8000", "127.0.0.1:8000": "http://127.0.0.1:8000", "http://h:1/": "http://h:1",
+		"http://h:1/v1": "http://h:1", "http://h:1/v1/": "http://h:1", "https://h/llm/v1//": "https://h/llm", "http://u:p@h:1": "http://h:1", "gpu3": "http://gpu3",
+	} {
+		h, err := NewHTTP(in, "")
+		if err != nil || h.String() != want {
+			t.Errorf("%s: %v %v, want %s", in, h, err, want)
+		}
+	}
+	for _, in := range []string{"", "ftp://h", "http://", "http://h?x=1", "http://h#x", "http://h:port", "://"} {
+		if h, err := NewHTTP(in, ""); err == nil || !strings.Contains(err.Error(), "HOST:PORT") {
+			t.Errorf("%q: %v, %v", in, h, err)
+		}
+	}
+	for _, c := range []struct{ url, key, auth string }{{"http://h", "", ""}, {"http://h", "k", "Bearer k"}, {"http://u:p@h", "", "Basic dTpw"}, {"http://u:p@h", "k", "Bearer k"}} {
+		if h, _ := NewHTTP(c.url, c.key); h.auth != c.auth {
+			t.Errorf("%s %s: %q", c.url, c.key, h.auth)
+		}
+	}
+}
+
+func ready(kv, maxLen int64) Status {
+	return Status{State: proto.EngineReady, MaxLen: maxLen, Gauges: Gauges{Known: true, KVTokens: kv}}
+}
+
+// TestLimit: from the context, over the bodies, to what lines really hold.
+func TestLimit(t *testing.T) {
+	now := time.Now()
+	l := newLimit(0)
+	l.observe(ready(11816, 4096), now)
+	if got := l.get(); got != minLimit {
+		t.Errorf("limit %d by the context", got)
+	}
+	body := []byte(`{"max_tokens":308,"messages":[{"role":"user","content":"` + strings.Repeat("word ", 625) + `"}]}`)
+	l.expects(body)
+	if got := l.get(); got < 10 || got > 11 {
+		t.Errorf("limit %d by a body", got)
+	}
+	for range 50 { // answers end early, half of the prompt is shared
+		l.finished(proto.Usage{Counted: true, Prompt: 788, Cached: 400, Completion: 12})
+		l.observe(ready(11816, 4096), now)
+	}
+	if got := l.get(); got != 29 { // 11816 / 400
+		t.Errorf("limit %d by lines", got)
+	}
+	if l.expects(body) {
+		t.Error("bodies still count")
+	}
+}
+
+func TestLimitBounds(t *testing.T) {
+	now := time.Now()
+	for _, c := range []struct {
+		kv   int64
+		want int
+	}{{0, blindLimit}, {100, minLimit}, {100_000, smallSeqs}, {4_000_000, largeSeqs}} {
+		l := newLimit(0)
+		l.observe(ready(c.kv, 4096), now)
+		l.finished(proto.Usage{Counted: true, Prompt: 10, Completion: 10})
+		for range 40 {
+			l.observe(ready(c.kv, 4096), now)
+		}
+		if got := l.get(); got != c.want {
+			t.Errorf("KV %d: limit %d, want %d", c.kv, got, c.want)
+		}
+	}
+	l := newLimit(7)
+	l.observe(ready(4_000_000, 4096), now)
+	if l.expects([]byte(`{}`)) || l.get() != 7 {
+		t.Errorf("limit %d, asked for 7", l.get())
+	}
+}
+
+func TestLimitBackPressure(t *testing.T) {
+	now := time.Now()
+	l := newLimit(60)
+	for range 10 {
+		l.refused(now) // a burst counts once
+	}
+	if got := l.get(); got != 40 {
+		t.Errorf("limit %d", got)
+	}
+	for range 30 {
+		now = now.Add(time.Second)
+		l.refused(now)
+	}
+	if got := l.get(); got != 1 {
+		t.Errorf("limit %d after many", got)
+	}
+	for range 30 {
+		now = now.Add(5 * time.Second)
+		l.observe(ready(0, 0), now)
+	}
+	if got := l.get(); got != 60 {
+		t.Errorf("limit %d after a while", got)
+	}
+}
+
+func TestMaxTokens(t *testing.T) {
+	for body, want := range map[string]int{
+		`{"max_tokens":16}`: 16, `{"max_completion_tokens":5,"n":3}`: 15, `{"messages":[{"max_tokens":9}]}`: noMaxTokens,
+		`{"max_tokens":null}`: noMaxTokens, `{"max_tokens":"x"}`: noMaxTokens, `{"max_tokens":1e400}`: noMaxTokens, `[`: noMaxTokens, ``: noMaxTokens,
+		`{"max_tokens":12345678901234567890}`: noMaxTokens, `{"max_output_tokens":7}`: 7, `{"max_tokens":3`: 3,
+	} {
+		if got := maxTokens([]byte(body)); got != want {
+			t.Errorf("%s: %d, want %d", body, got, want)
+		}
+	}
+}
+
+func TestBackoff(t *testing.T) {
+	for n, want := range map[int]time.Duration{0: 250 * time.Millisecond, 1: 250 * time.Millisecond, 2: 500 * time.Millisecond, 5: 4 * time.Second, 7: 10 * time.Second, 100: 10 * time.Second} {
+		if got := backoff(n); got < want*4/5 || got > want*6/5 {
+			t.Errorf("%d: %v, want about %v", n, got, want)
+		}
+	}
+	if got := string(nak(1500 * time.Millisecond)); got != `-NAK {"delay":1500000000}` {
+		t.Errorf("nak %q", got)
+	}
+	if got := string(nak(0)); got != "-NAK" {
+		t.Errorf("nak %q", got)
+	}
+}
+
+// TestReadError: what engines say of errors, in all its shapes.
+func TestReadError(t *testing.T) {
+	for body, want := range map[string]errorBody{
+		``:                         {},
+		`null`:                     {},
+		`{}`:                       {},
+		`{"error":"text"}`:         {message: "text"},
+		`{"error":{}}`:             {},
+		`{"error":null}`:           {},
+		`{"detail":"Not Found"}`:   {typ: "detail", message: "Not Found"},
+		`{"detail":[{"msg":"x"}]}`: {typ: "detail", message: `[{"msg":"x"}]`},
+		`{"object":"error","message":"m","type":"t","param":null,"code":400}`: {typ: "t", code: "400", message: "m"},
+		`{"error":{"message":"m","type":"t","param":"p","code":"c"}}`:         {typ: "t", param: "p", code: "c", message: "m"},
+		"  plain\n":       {message: "plain"},
+		`"text"`:          {message: `"text"`},
+		"\xff":            {message: "\uFFFD"},
+		`{"error":[1,2]}`: {},
+	} {
+		if got := readError([]byte(body)); got != want {
+			t.Errorf("%q: %+v, want %+v", body, got, want)
+		}
+	}
+}
