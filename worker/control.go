@@ -13,24 +13,27 @@ import (
 	"millrace/proto"
 )
 
-// control knows what users want of jobs. It never blocks a line: what it does not know is to be run.
+// control knows what is wanted of jobs: by users, and by an owner that ends one whose time is over. It never blocks a
+// line: what it does not know is to be run.
 type control struct {
 	js      jetstream.JetStream
 	log     *slog.Logger
 	changed func(job, want string)
 	missing func()
 
-	again chan struct{} // watch anew
-	jobs  atomic.Pointer[map[string]string]
+	again  chan struct{} // watch anew
+	users  map[string]string
+	ending map[string]bool // the owner publishes how the rest of it ends
+	jobs   atomic.Pointer[map[string]string]
 }
 
 func newControl(js jetstream.JetStream, log *slog.Logger) *control {
-	c := &control{js: js, log: log, again: make(chan struct{}, 1)}
+	c := &control{js: js, log: log, again: make(chan struct{}, 1), users: map[string]string{}, ending: map[string]bool{}}
 	c.jobs.Store(&map[string]string{})
 	return c
 }
 
-// want is what the user last asked of a job.
+// want is what is wanted of a job.
 func (c *control) want(job string) string { return (*c.jobs.Load())[job] }
 
 // restart watches anew, because the broker may be another one.
@@ -71,7 +74,7 @@ func (c *control) watch(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	w, err := kv.Watch(ctx, proto.ControlKey("*"))
+	w, err := kv.WatchFiltered(ctx, []string{proto.ControlKey("*"), proto.FeedKey("*")})
 	if err != nil {
 		return err
 	}
@@ -93,27 +96,47 @@ func (c *control) watch(ctx context.Context) error {
 	}
 }
 
+// take digests a record. Only the goroutine that watches calls it.
 func (c *control) take(e jetstream.KeyValueEntry) {
-	_, job := proto.SplitKey(e.Key())
-	want := proto.WantRun
-	if e.Operation() == jetstream.KeyValuePut {
-		var v proto.Control
-		if err := v.Decode(e.Value()); err != nil {
-			c.log.Warn("cannot read the control of a job, passing it over", "key", e.Key(), "error", err)
-			return
-		}
-		want = v.Want
+	kind, job := proto.SplitKey(e.Key())
+	control, feed := proto.Control{Want: proto.WantRun}, proto.Feed{}
+	var err error
+	switch put := e.Operation() == jetstream.KeyValuePut; {
+	case kind == "ctl" && put:
+		err = control.Decode(e.Value())
+	case kind == "feed" && put:
+		err = feed.Decode(e.Value())
+	}
+	if err != nil {
+		c.log.Warn("cannot read what is wanted of a job, passing it over", "key", e.Key(), "error", err)
+		return
+	}
+	if kind == "ctl" {
+		set(c.users, job, control.Want, control.Want != proto.WantRun)
+	} else {
+		set(c.ending, job, true, feed.State == proto.FeedEnding)
+	}
+	want := c.users[job]
+	if c.ending[job] {
+		want = proto.WantCancel
 	}
 	old := *c.jobs.Load()
 	if old[job] == want {
 		return
 	}
 	jobs := maps.Clone(old)
-	if want == proto.WantRun {
-		delete(jobs, job)
-	} else {
-		jobs[job] = want
-	}
+	set(jobs, job, want, want != "")
 	c.jobs.Store(&jobs)
-	c.changed(job, want)
+	if want != "" {
+		c.changed(job, want)
+	}
+}
+
+// set keeps a value in a map, or removes it.
+func set[V any](m map[string]V, key string, v V, keep bool) {
+	if keep {
+		m[key] = v
+	} else {
+		delete(m, key)
+	}
 }

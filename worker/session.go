@@ -307,11 +307,8 @@ func (s *session) unwanted(l *line) bool {
 	return true
 }
 
-// controlled follows what a user wants of a job now.
+// controlled follows that a job is to be paused or cancelled now.
 func (s *session) controlled(job, want string) {
-	if want == proto.WantRun {
-		return
-	}
 	ours := func(l *line) bool { return l.req.Job == job }
 	for _, l := range s.slots.takeReady(ours) {
 		s.unwanted(l)
@@ -320,7 +317,7 @@ func (s *session) controlled(job, want string) {
 		return // what is in flight is finished
 	}
 	if n := s.slots.abort(errCancelled, ours); n > 0 {
-		s.Log.Info("job was cancelled, aborting its requests", "job", job, "requests", n)
+		s.Log.Info("job was cancelled or its time is over, aborting its requests", "job", job, "requests", n)
 	}
 }
 

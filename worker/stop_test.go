@@ -80,16 +80,34 @@ func TestAbortIdle(t *testing.T) {
 // control sets what is wanted of a job.
 func (r *rig) control(job, want string) {
 	r.tb.Helper()
-	kv, err := r.conn.JS.KeyValue(context.Background(), proto.JobsBucket)
-	must(r.tb, err)
 	b, err := (&proto.Control{Want: want}).Encode()
 	must(r.tb, err)
-	_, err = kv.Put(context.Background(), proto.ControlKey(job), b)
+	r.put(proto.ControlKey(job), b)
+}
+
+// put writes a record about a job.
+func (r *rig) put(key string, b []byte) {
+	r.tb.Helper()
+	kv, err := r.conn.JS.KeyValue(context.Background(), proto.JobsBucket)
+	must(r.tb, err)
+	_, err = kv.Put(context.Background(), key, b)
 	must(r.tb, err)
 }
 
-// TestCancel: calls of the job are aborted and its lines dropped, other jobs go on.
+// TestCancel: a user cancels a job, or its owner ends it because its time is over.
 func TestCancel(t *testing.T) {
+	t.Run("user", func(t *testing.T) { testCancel(t, func(r *rig) { r.control("j", proto.WantCancel) }) })
+	t.Run("time", func(t *testing.T) {
+		testCancel(t, func(r *rig) {
+			b, err := (&proto.Feed{State: proto.FeedEnding}).Encode()
+			must(t, err)
+			r.put(proto.FeedKey("j"), b)
+		})
+	})
+}
+
+// testCancel: calls of the job are aborted and its lines dropped, other jobs go on.
+func testCancel(t *testing.T, cancel func(*rig)) {
 	r, f := newRig(t), newFake(t)
 	gone := make(chan struct{}, 100)
 	f.set(func() {
@@ -108,7 +126,7 @@ func TestCancel(t *testing.T) {
 	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4 })
 	f.enter(4)
 	r.send(other)
-	r.control("j", proto.WantCancel)
+	cancel(r)
 	for range 4 {
 		<-gone
 	}
