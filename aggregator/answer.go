@@ -166,7 +166,7 @@ func (s *service) verify(b []byte) (encoder, error) {
 	a.Known = true
 	path := s.t.s.manifestOf(j)
 	if path == "" {
-		a.Error = "the job is not finished"
+		a.Error = errUnfinished.Error()
 		return a, nil
 	}
 	_, reasons, err := verify(s.ctx, path)

@@ -2,6 +2,7 @@ package aggregator
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -145,12 +146,21 @@ func ReadManifest(path string) (*Manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read manifest: %w", err)
 	}
-	m := new(Manifest)
-	if err := json.Unmarshal(b, m); err != nil {
+	m, err := ParseManifest(b)
+	if err != nil {
 		return nil, fmt.Errorf("read manifest %s: %w", path, err)
 	}
+	return m, nil
+}
+
+// ParseManifest reads the text of a manifest.
+func ParseManifest(b []byte) (*Manifest, error) {
+	m := new(Manifest)
+	if err := json.Unmarshal(b, m); err != nil {
+		return nil, err
+	}
 	if m.Schema != 1 || m.Statistics == nil {
-		return nil, fmt.Errorf("read manifest %s: it is none of this version", path)
+		return nil, errors.New("it is none of this version")
 	}
 	return m, nil
 }

@@ -24,8 +24,9 @@ const (
 const answerOverhead = 1 << 10
 
 var (
-	errCursor = errors.New("these results were being read while the job ran, and it has ended since; read its files, or begin anew")
-	errLong   = errors.New("the next line does not fit one answer; read the job's files when it is finished")
+	errCursor     = errors.New("these results were being read while the job ran, and it has ended since; read its files, or begin anew")
+	errUnfinished = errors.New("the job is not finished")
+	errLong       = errors.New("the next line does not fit one answer; read the job's files when it is finished")
 )
 
 // results gives lines of a job in the order in which they came, while it runs; from its files, in input order, when it
@@ -69,6 +70,9 @@ func (p *page) fill(s *state, j *job) error {
 	}
 	if v.files != nil {
 		return p.files(v.files)
+	}
+	if p.q.Which == proto.WhichManifest {
+		return errUnfinished
 	}
 	f, err := os.Open(j.spool.path)
 	if errors.Is(err, os.ErrNotExist) && v.length == 0 {
@@ -201,6 +205,11 @@ func (p *page) fits(n int) error {
 // files gives the lines of a finished job's files.
 func (p *page) files(done *proto.Progress) error {
 	c := p.q.Cursor
+	if p.q.Which == proto.WhichManifest {
+		err := p.file(done.Manifest, c|cursorFile)
+		p.a.Done = err == nil
+		return err
+	}
 	if c == 0 {
 		c = cursorFile
 		if p.q.Which == proto.WhichErrors {

@@ -183,6 +183,30 @@ func TestResultsWhoseFileIsGone(t *testing.T) {
 	}
 }
 
+// TestManifestByPages: the bytes of the file, once there is one.
+func TestManifestByPages(t *testing.T) {
+	s, fin, to := finished(t, 11)
+	f := &follower{t: t, s: s, j: s.job("j"), which: proto.WhichManifest, most: 300}
+	if a := f.ask(); a.Error != errUnfinished.Error() || len(a.Data) > 0 {
+		t.Errorf("%+v", a)
+	}
+	finish(t, fin)
+	var got []byte
+	pages := 0
+	for ; !f.done; pages++ {
+		a := f.ask()
+		if a.Error != "" {
+			t.Fatal(a.Error)
+		}
+		got = append(got, a.Data...)
+		f.cursor, f.done = a.Next, a.Done
+	}
+	want, err := os.ReadFile(to.Manifest)
+	if err != nil || !bytes.Equal(got, want) || pages < 3 {
+		t.Errorf("%d pages, %v: %s", pages, err, got)
+	}
+}
+
 // A follower over the wire, through the whole life of a job.
 func TestFollowOverTheWire(t *testing.T) {
 	r := newRig(t)

@@ -61,6 +61,8 @@ const (
 	WhichAll    = "all"
 	WhichOK     = "ok"
 	WhichErrors = "errors"
+
+	WhichManifest = "manifest" // not results but the manifest of a finished job, as it is on disk
 )
 
 // ResultsAnswer holds lines of results.

@@ -143,5 +143,5 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFl
 		}
 		return fmt.Errorf("the process that ran job %s is gone; the same command continues", job.ID)
 	}
-	return a.finish(&v, j)
+	return a.finish(ctx, conn, &v, j)
 }

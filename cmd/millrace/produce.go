@@ -116,7 +116,7 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 	}
 	if v, err := broker.Get(ctx, conn.JS, job.ID); err == nil && v.State() == broker.StateFinished {
 		fmt.Fprintf(a.std.err, "job %s is finished; --again makes a fresh run\n", job.ID)
-		return a.finish(&v, j)
+		return a.finish(ctx, conn, &v, j)
 	}
 	if detach {
 		if err := producer.Detach(ctx, conn, ds, job); err != nil {
@@ -133,7 +133,7 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 	if !ended(err) {
 		return err
 	}
-	if ferr := a.finish(&v, j); err == nil {
+	if ferr := a.finish(ctx, conn, &v, j); err == nil {
 		return ferr
 	}
 	return err
@@ -181,8 +181,8 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 }
 
 // finish prints the end of a job and says which exit code it deserves.
-func (a *app) finish(v *broker.JobView, j *jobFlags) error {
-	if err := a.summary(v); err != nil {
+func (a *app) finish(ctx context.Context, conn *broker.Conn, v *broker.JobView, j *jobFlags) error {
+	if err := a.summary(ctx, conn, v); err != nil {
 		return err
 	}
 	return verdict(v, j)

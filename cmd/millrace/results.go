@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -17,7 +18,7 @@ import (
 )
 
 func (a *app) resultsCommand() *cobra.Command {
-	var follow, failed, all bool
+	var follow, failed, all, manifest bool
 	cmd := &cobra.Command{
 		Use:   "results JOB",
 		Short: "Print results as lines of an output file, also while the job runs",
@@ -36,24 +37,28 @@ both times.`,
 			defer conn.Close()
 			which := proto.WhichOK
 			switch {
-			case failed && all:
-				return usagef("--errors and --all exclude each other")
+			case failed && all, failed && manifest, all && manifest, follow && manifest:
+				return usagef("--errors, --all and --manifest exclude each other, and --manifest excludes --follow")
 			case failed:
 				which = proto.WhichErrors
 			case all:
 				which = proto.WhichAll
+			case manifest:
+				which = proto.WhichManifest
 			}
-			return a.results(take, conn, v.Job.ID, which, follow)
+			return copyResults(take, conn, v.Job.ID, which, follow, a.std.out)
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the job is finished")
 	cmd.Flags().BoolVar(&failed, "errors", false, "the lines that failed instead of those that are ok")
 	cmd.Flags().BoolVar(&all, "all", false, "both")
+	cmd.Flags().BoolVar(&manifest, "manifest", false, "the manifest of a finished job instead of its lines")
 	a.natsFlags(cmd)
 	return cmd
 }
 
-func (a *app) results(ctx context.Context, conn *broker.Conn, id, which string, follow bool) error {
+// copyResults writes to w what the aggregator gives of a job, and with follow what comes until the job is finished.
+func copyResults(ctx context.Context, conn *broker.Conn, id, which string, follow bool, w io.Writer) error {
 	q := proto.ResultsQuestion{Job: id, MaxBytes: 1 << 20, Which: which}
 	for {
 		var ans proto.ResultsAnswer
@@ -68,8 +73,8 @@ func (a *app) results(ctx context.Context, conn *broker.Conn, id, which string, 
 		case err == nil && !ans.Known:
 			return fmt.Errorf("the aggregator does not know job %s", id)
 		case err == nil:
-			if _, err := a.std.out.Write(ans.Data); err != nil {
-				return fmt.Errorf("print results: %w", err)
+			if _, err := w.Write(ans.Data); err != nil {
+				return fmt.Errorf("write results: %w", err)
 			}
 			if ans.Done || len(ans.Data) == 0 && !follow {
 				return nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"strings"
 	"testing"
 
@@ -19,8 +20,16 @@ func TestDetached(t *testing.T) {
 	if code := f.produce(input, "--detach").wait(); code != exitOK {
 		t.Fatalf("produce --detach ended with %d", code)
 	}
-	f.finished(100)
+	v := f.finished(100)
 	oracleDir(t, input, f.output())
+	manifest := f.start("results", "results", v.Job.ID, "--manifest")
+	if code := manifest.wait(); code != exitOK {
+		t.Fatalf("results --manifest ended with %d: %s", code, manifest.err)
+	}
+	want, err := os.ReadFile(v.Progress.Manifest)
+	if err != nil || manifest.out.String() != string(want) {
+		t.Errorf("%v, the manifest by NATS is another one than that on disk:\n%s", err, manifest.out)
+	}
 }
 
 // TestTwoAggregators: the second waits for the lease, and takes over with an empty disk when the first dies.

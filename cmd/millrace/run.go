@@ -130,7 +130,7 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return err
 	}
 	p.finish(a, files)
-	if ferr := a.finish(&v, &r.jobFlags); err == nil {
+	if ferr := a.finish(take, nil, &v, &r.jobFlags); err == nil {
 		return ferr
 	}
 	return err

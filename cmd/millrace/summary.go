@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"text/tabwriter"
@@ -10,26 +12,45 @@ import (
 	"millrace/proto"
 )
 
-// summary prints the end of a job: its verdict, a row per model, its failures, and where its files lie.
-func (a *app) summary(v *broker.JobView) error {
+// summary prints the end of a job: its verdict, a row per model, its failures, and where its files lie. conn may be nil
+// where they lie here.
+func (a *app) summary(ctx context.Context, conn *broker.Conn, v *broker.JobView) error {
 	p := &v.Progress
-	host, _ := os.Hostname() // empty matches nothing
-	if p.Host == host && exists(p.Manifest) {
-		m, err := aggregator.ReadManifest(p.Manifest)
-		if err != nil {
-			return err
-		}
+	m, err := a.manifest(ctx, conn, v)
+	if err != nil { // the job is finished all the same
+		fmt.Fprintf(a.std.err, "%s  job %s: %d lines, %d ok, %d failed; its manifest is not to be had: %v\n",
+			p.Verdict, v.Job.ID, v.Job.Lines, p.OK, p.Failed, err)
 		if a.json {
-			return a.printJSON(m)
+			return a.printJSON(rowOfJob(v))
 		}
-		a.printManifest(m, aggregator.Files{Output: p.Output, Errors: p.ErrorFile, Manifest: p.Manifest})
 		return nil
 	}
 	if a.json {
-		return a.printJSON(rowOfJob(v))
+		return a.printJSON(m)
 	}
-	a.printProgress(v)
+	a.printManifest(m, aggregator.Files{Output: p.Output, Errors: p.ErrorFile, Manifest: p.Manifest})
+	if !here(p) {
+		fmt.Fprintf(a.std.out, "on %s; read them from here with: millrace results %s\n", p.Host, v.Job.ID)
+	}
 	return nil
+}
+
+// here says whether the files of a job lie on this machine.
+func here(p *proto.Progress) bool {
+	host, _ := os.Hostname() // empty where it fails, for the aggregator as well
+	return p.Host == host && exists(p.Manifest)
+}
+
+// manifest reads the manifest of a finished job, or asks the aggregator for it.
+func (a *app) manifest(ctx context.Context, conn *broker.Conn, v *broker.JobView) (*aggregator.Manifest, error) {
+	if conn == nil || here(&v.Progress) {
+		return aggregator.ReadManifest(v.Progress.Manifest)
+	}
+	var b bytes.Buffer
+	if err := copyResults(ctx, conn, v.Job.ID, proto.WhichManifest, false, &b); err != nil {
+		return nil, err
+	}
+	return aggregator.ParseManifest(b.Bytes())
 }
 
 // showFinished prints a run that had finished before.
@@ -101,21 +122,4 @@ func figure(v *float64, unit float64, digits int) string {
 		return "-"
 	}
 	return fmt.Sprintf("%.*f", digits, *v/unit)
-}
-
-// printProgress is the end of a job whose files lie on another machine.
-func (a *app) printProgress(v *broker.JobView) {
-	p, w := &v.Progress, a.std.out
-	fmt.Fprintf(w, "\n%s  job %s: %d lines, %d ok, %d failed\n", p.Verdict, v.Job.ID, v.Job.Lines, p.OK, p.Failed)
-	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tw, "\nmodel\tok\tfailed\tprompt tok\toutput tok\t")
-	for _, m := range p.Models {
-		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t\n", m.Model, m.OK, m.Failed, m.Usage.Prompt, m.Usage.Completion)
-	}
-	_ = tw.Flush() // the same writer as below; what fails there fails here
-	for _, e := range p.Errors {
-		fmt.Fprintf(w, "\n%d × %s %d, e.g. %s: %s", e.Count, e.Code, e.Status, e.CustomID, proto.Truncate(e.Message, 200))
-	}
-	fmt.Fprintf(w, "\n\nthe files lie on %s:\noutput    %s\nerrors    %s\nmanifest  %s\nread them from here with: millrace results %s\n",
-		p.Host, p.Output, p.ErrorFile, p.Manifest, v.Job.ID)
 }
