@@ -87,16 +87,7 @@ func number(s string) (n float64, percent bool, err error) {
 // scan reads the input once. What it lays down lies in a folder of its own under --data, which the function it
 // returns removes.
 func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int64) (*producer.Dataset, func(), error) {
-	parent := filepath.Join(a.data, "scan")
-	if err := os.MkdirAll(parent, 0o755); err != nil {
-		return nil, nil, fmt.Errorf("make a folder for state: %w; choose another --data", err)
-	}
-	sweepScans(parent)
-	dir, err := os.MkdirTemp(parent, "*")
-	if err != nil {
-		return nil, nil, fmt.Errorf("make a folder for state: %w; choose another --data", err)
-	}
-	lock, err := broker.LockDir(dir)
+	dir, lock, err := scanFolder(filepath.Join(a.data, "scan"))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -122,6 +113,23 @@ func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int
 		}
 		clean()
 	}, nil
+}
+
+// scanFolder makes a locked folder in parent, and removes those that killed processes left there.
+func scanFolder(parent string) (dir string, lock *broker.Lock, err error) {
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return "", nil, fmt.Errorf("make a folder for state: %w; choose another --data", err)
+	}
+	sweepScans(parent)
+	for range 10 { // another process that sweeps may take a new folder for an old one
+		if dir, err = os.MkdirTemp(parent, "*"); err != nil {
+			return "", nil, fmt.Errorf("make a folder for state: %w; choose another --data", err)
+		}
+		if lock, err = broker.LockDir(dir); err == nil {
+			return dir, lock, nil
+		}
+	}
+	return "", nil, err
 }
 
 // sweepScans removes what killed processes left.
