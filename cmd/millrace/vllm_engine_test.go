@@ -119,11 +119,11 @@ func (e *vllm) core(t *testing.T) int {
 	return 0
 }
 
-// kill is kill -9 of one process of the engine, or (id below zero) of a group.
-func kill(t *testing.T, id int) {
+// send sends a signal to one process of the engine, or (id below zero) to its group.
+func send(t *testing.T, id int, what syscall.Signal) {
 	t.Helper()
-	if err := syscall.Kill(id, syscall.SIGKILL); err != nil {
-		t.Fatalf("kill %d: %v", id, err)
+	if err := syscall.Kill(id, what); err != nil {
+		t.Fatalf("send a signal to %d: %v", id, err)
 	}
 }
 
@@ -197,10 +197,13 @@ func processes(t *testing.T) []process {
 	return out
 }
 
+// pollLimit is longer than a worker takes to call an engine hung.
+const pollLimit = 3 * time.Minute
+
 // poll waits for what no event tells.
 func poll(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for limit := time.Now().Add(hangLimit); !is(); time.Sleep(20 * time.Millisecond) {
+	for limit := time.Now().Add(pollLimit); !is(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(limit) {
 			t.Fatalf("it does not come so far that %s", what)
 		}
