@@ -324,6 +324,9 @@ func TestRealEngine(t *testing.T) {
 		r.audit()
 	})
 	t.Run("Hung", func(t *testing.T) { // and looks well all the time
+		if os.Getenv("MILLRACE_VLLM_HUNG") == "" {
+			t.Skip("a worker takes 2 minutes to notice; MILLRACE_VLLM_HUNG=1 runs it")
+		}
 		r := newRealRun(t, e)
 		r.spread(r.serve)
 		r.midway()
