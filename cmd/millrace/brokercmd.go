@@ -74,6 +74,7 @@ func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Se
 		return err
 	}
 	defer stopMetrics()
+	reg.MustRegister(srv.Metrics())
 	a.sayConnect(srv)
 	return do(srv, reg)
 }

@@ -153,6 +153,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		return v, err
 	}
 	defer srv.Stop()
+	reg.MustRegister(srv.Metrics())
 	if err := (endpoint{URL: srv.URL(), Token: srv.Token, PID: os.Getpid()}).write(p.dir); err != nil {
 		return v, err
 	}
@@ -182,7 +183,11 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	defer func() { err = errors.Join(err, c.stop()) }()
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
 	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
-	return a.own(take, conn, o)
+	v, err = a.own(take, conn, o)
+	if ended(err) { // every line has: nobody waits for what an engine still does
+		c.abort(nil)
+	}
+	return v, err
 }
 
 // declareRun declares the queues. Nobody but our own dead predecessor can hold requests of this broker: they are

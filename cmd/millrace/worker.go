@@ -60,7 +60,8 @@ func (e *engineFlags) inFlight() (int, error) {
 
 // crew is the workers of one process, one for each engine.
 type crew struct {
-	drain context.CancelCauseFunc
+	drain context.CancelCauseFunc // take no more
+	abort context.CancelCauseFunc // break off what is in flight
 	over  chan error
 }
 
@@ -111,6 +112,7 @@ func hostPortOf(engine string) string {
 func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
 	c := &crew{over: make(chan error, 1)}
 	take, c.drain = context.WithCancelCause(take)
+	stop, c.abort = context.WithCancelCause(stop)
 	var parts []func(context.Context) error
 	for _, w := range ws {
 		parts = append(parts, func(take context.Context) error { return w.Run(take, stop) })
@@ -122,6 +124,12 @@ func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
 // stop lets the workers finish what is in flight and waits for them.
 func (c *crew) stop() error {
 	c.drain(nil)
+	return c.wait()
+}
+
+// wait waits until the workers have ended.
+func (c *crew) wait() error {
+	defer c.abort(nil)
 	return <-c.over
 }
 
@@ -168,7 +176,7 @@ func (a *app) work(take, stop context.Context, e *engineFlags, ackWait time.Dura
 	}
 	ready()
 	c := startCrew(take, stop, ws)
-	err = <-c.over
+	err = c.wait()
 	if stop.Err() != nil {
 		return context.Cause(stop)
 	}
