@@ -42,7 +42,11 @@ func misused(cmd *cobra.Command, err error) error {
 	if errors.As(err, &c) {
 		return err
 	}
-	return usagef("%s; usage: %s", strings.Join(strings.Fields(err.Error()), " "), cmd.UseLine())
+	how := "usage: " + cmd.UseLine()
+	if !cmd.Runnable() {
+		how = "see `" + cmd.CommandPath() + " --help`"
+	}
+	return usagef("%s; %s", strings.Join(strings.Fields(err.Error()), " "), how)
 }
 
 // quiet is an exit code without a message: what there was to say has been said.

@@ -42,11 +42,17 @@ aggregator and producer in this one process. The same command again continues wh
   millrace run requests.jsonl --engine sim                 try it without a GPU, on a simulated engine`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := r.check(); err != nil {
+			if err := r.jobFlags.check(); err != nil {
+				return err
+			}
+			if err := checkSync(r.sync); err != nil {
 				return err
 			}
 			if len(r.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000, or --engine sim to try without one")
+			}
+			if err := r.engineFlags.check("sim"); err != nil {
+				return err
 			}
 			take, stop, done := a.phases(cmd.Context(), "the same command continues")
 			defer done()

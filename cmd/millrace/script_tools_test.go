@@ -158,3 +158,28 @@ func cmdOdd(ts *testscript.TestScript, neg bool, args []string) {
 	text := "\ufeff" + inputLine(0) + "\r\n\r\n\n" + inputLine(1) + "\n\n\n" + inputLine(2)
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o644))
 }
+
+// cmdOneLine: what the last program said on its error stream is one line.
+func cmdOneLine(ts *testscript.TestScript, neg bool, args []string) {
+	if s := ts.ReadFile("stderr"); strings.Count(s, "\n") != 1 {
+		ts.Fatalf("not one line:\n%s", s)
+	}
+}
+
+// cmdTamper changes a file: `tamper FILE [lose|double|cut]`.
+func cmdTamper(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, neg, args, 1, "tamper FILE [lose|double|cut]")
+	text := ts.ReadFile(args[0])
+	first, rest, _ := strings.Cut(text, "\n")
+	switch strings.Join(args[1:], "") {
+	case "lose":
+		text = rest
+	case "double":
+		text = first + "\n" + text
+	case "cut":
+		text = text[:len(text)-1]
+	default:
+		text = strings.Replace(text, "sim:", "sin:", 1)
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o644))
+}

@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -56,6 +57,26 @@ func (e *engineFlags) inFlight() (int, error) {
 		return 0, usagef("--concurrency is %q, must be a positive number or auto", e.concurrency)
 	}
 	return n, nil
+}
+
+// check refuses what cannot be meant, before anything begins. known are engines that are no URLs.
+func (e *engineFlags) check(known ...string) error {
+	if _, err := e.inFlight(); err != nil {
+		return err
+	}
+	key, err := e.apiKey()
+	if err != nil {
+		return err
+	}
+	for _, u := range e.urls {
+		if slices.Contains(known, u) {
+			continue
+		}
+		if _, err := newEngineClient(u, key, nil); err != nil {
+			return coded{err, exitUsage}
+		}
+	}
+	return nil
 }
 
 // crew is the workers of one process, one for each engine.
@@ -143,6 +164,9 @@ func (a *app) workerCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if len(e.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000")
+			}
+			if err := e.check(); err != nil {
+				return err
 			}
 			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
 			defer done()
