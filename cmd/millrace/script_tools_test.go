@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -182,4 +184,45 @@ func cmdTamper(ts *testscript.TestScript, neg bool, args []string) {
 		text = strings.Replace(text, "sim:", "sin:", 1)
 	}
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o644))
+}
+
+// cmdSmallDisk mounts a file system of its own: `smalldisk DIR SIZE`.
+func cmdSmallDisk(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, neg, args, 2, "smalldisk DIR SIZE")
+	dir := ts.MkAbs(args[0])
+	ts.Check(os.MkdirAll(dir, 0o755))
+	ts.Check(mountSmall(dir, args[1]))
+	ts.Defer(func() { _ = syscall.Unmount(dir, 0) }) // the folder of the script goes anyway
+}
+
+// cmdFill writes a file until its disk is full.
+func cmdFill(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, neg, args, 1, "fill FILE")
+	f, err := os.Create(ts.MkAbs(args[0]))
+	ts.Check(err)
+	defer f.Close()
+	for size := 1 << 16; size > 0; size /= 2 {
+		for err = nil; err == nil; {
+			_, err = f.Write(make([]byte, size))
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			ts.Check(err)
+		}
+	}
+}
+
+// scriptCondition says whether a small file system can be mounted: [tmpfs].
+func scriptCondition(cond string) (bool, error) {
+	if cond != "tmpfs" {
+		return false, fmt.Errorf("no such condition: %s", cond)
+	}
+	dir, err := os.MkdirTemp("", "tmpfs*")
+	if err != nil {
+		return false, err
+	}
+	defer os.Remove(dir)
+	if mountSmall(dir, "64k") != nil {
+		return false, nil
+	}
+	return true, syscall.Unmount(dir, 0)
 }
