@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -17,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"millrace/aggregator"
 	"millrace/broker"
 	"millrace/proto"
 )
@@ -225,4 +227,32 @@ func scriptCondition(cond string) (bool, error) {
 		return false, nil
 	}
 	return true, syscall.Unmount(dir, 0)
+}
+
+// cmdSameSet: a file has the same lines as the output file in a folder with one job, in any order.
+func cmdSameSet(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, neg, args, 2, "sameset FILE DIR")
+	names, err := filepath.Glob(filepath.Join(ts.MkAbs(args[1]), "*", "output.jsonl"))
+	if err != nil || len(names) != 1 {
+		ts.Fatalf("%d output files in %s, want one", len(names), args[1])
+	}
+	sorted := func(text string) []string { return slices.Sorted(strings.Lines(text)) }
+	if a, b := sorted(ts.ReadFile(args[0])), sorted(ts.ReadFile(names[0])); !slices.Equal(a, b) {
+		ts.Fatalf("%s has %d lines, %s has %d, or they differ", args[0], len(a), names[0], len(b))
+	}
+}
+
+// cmdCancelled: one job in a folder was cancelled when some of its lines had run, and its files are whole.
+func cmdCancelled(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, neg, args, 1, "cancelled DIR")
+	names, err := filepath.Glob(filepath.Join(ts.MkAbs(args[0]), "*-r2", "manifest.json"))
+	if err != nil || len(names) != 1 {
+		ts.Fatalf("%d manifests, want one", len(names))
+	}
+	m, reasons, err := aggregator.Verify(names[0])
+	ts.Check(err)
+	failed := ts.ReadFile(filepath.Join(filepath.Dir(names[0]), "errors.jsonl"))
+	if n := strings.Count(failed, `"batch_cancelled"`); len(reasons) > 0 || n == 0 || int64(n) != m.Counts.Failed || m.Counts.OK == 0 {
+		ts.Fatalf("%d ok, %d failed, %d of them cancelled; %v", m.Counts.OK, m.Counts.Failed, n, reasons)
+	}
 }
