@@ -43,6 +43,7 @@ import (
 //
 // Numbers of the form $N and what setup sets are variables: NATS_URL, XDG_STATE_HOME.
 func TestScripts(t *testing.T) {
+	t.Parallel()
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
