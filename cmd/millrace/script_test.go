@@ -216,6 +216,7 @@ func cmdEventually(ts *testscript.TestScript, neg bool, args []string) {
 		if time.Now().After(until) {
 			ts.Fatalf("%s does not come", args[0])
 		}
+		<-time.After(100 * time.Millisecond) // between looks
 	}
 }
 
