@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -29,9 +31,13 @@ type Server struct {
 	TLSCA      string // PEM file; where set, clients must show a certificate it signed
 	Monitor    string // HOST:PORT of nats-server's own HTTP monitoring; empty: none
 	Log        *slog.Logger
+	// Broken is called, once, when a stream could not be written, as on a full disk: nats-server refuses that stream
+	// from then on, also when there is room again, until it is started anew.
+	Broken func(error)
 
 	ns   *server.Server
 	lock *Lock
+	once sync.Once // guards the call of Broken
 }
 
 // startTimeout bounds the recovery of what lies on disk: nats-server reads about 1 GB/s of it after a kill -9.
@@ -69,7 +75,7 @@ func (s *Server) start(ctx context.Context, opts *server.Options) error {
 		return fmt.Errorf("start the broker: %w", err)
 	}
 	s.ns = ns
-	ns.SetLoggerV2(serverLog{s.Log}, false, false, false)
+	ns.SetLoggerV2(serverLog{s}, false, false, false)
 	started := make(chan struct{})
 	go func() { // Start returns at once, but for the recovery of streams
 		defer close(started)
@@ -170,12 +176,28 @@ func (s *Server) Stop() {
 	s.lock.Unlock()
 }
 
-// serverLog hands nats-server's log to slog. Its notices are details to us.
-type serverLog struct{ log *slog.Logger }
+// broken tells that a stream is lost until the next start.
+func (s *Server) broken(why string) {
+	s.once.Do(func() {
+		if s.Broken != nil {
+			s.Broken(fmt.Errorf("the broker cannot write to %s: %s; make room or mend the disk and start it again, it continues", s.Dir, why))
+		}
+	})
+}
 
-func (l serverLog) Noticef(f string, v ...any) { l.log.Debug("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Warnf(f string, v ...any)   { l.log.Warn("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Errorf(f string, v ...any)  { l.log.Error("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Fatalf(f string, v ...any)  { l.log.Error("nats: " + fmt.Sprintf(f, v...)) }
+// serverLog hands nats-server's log to slog. Its notices are details to us.
+type serverLog struct{ s *Server }
+
+func (l serverLog) Noticef(f string, v ...any) { l.s.Log.Debug("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Warnf(f string, v ...any)   { l.s.Log.Warn("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Fatalf(f string, v ...any)  { l.s.Log.Error("nats: " + fmt.Sprintf(f, v...)) }
 func (l serverLog) Debugf(f string, v ...any)  {}
 func (l serverLog) Tracef(f string, v ...any)  {}
+
+func (l serverLog) Errorf(f string, v ...any) {
+	text := fmt.Sprintf(f, v...)
+	l.s.Log.Error("nats: " + text)
+	if _, why, ok := strings.Cut(text, "ritical write error: "); ok { // with a small or a capital c
+		l.s.broken(why)
+	}
+}
