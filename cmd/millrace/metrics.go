@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,6 +17,7 @@ import (
 
 func (a *app) metricsFlag(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&a.metrics, "metrics-addr", "", "serve Prometheus metrics at HOST:PORT/metrics")
+	cmd.Flags().BoolVar(&a.pprof, "pprof", false, "serve profiles of this process there, too, at /debug/pprof")
 }
 
 // serveMetrics starts the metrics server where one is wanted. The function it returns stops it.
@@ -26,6 +28,9 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 	info.WithLabelValues(programVersion()).Set(1)
 	reg.MustRegister(info)
 	if a.metrics == "" {
+		if a.pprof {
+			return nil, nil, usagef("--pprof needs --metrics-addr, where the profiles are served")
+		}
 		return reg, func() {}, nil
 	}
 	ln, err := net.Listen("tcp", a.metrics)
@@ -34,7 +39,13 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute}
+	if a.pprof {
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	}
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: time.Minute}
 	over := make(chan struct{})
 	go func() {
 		defer close(over)
