@@ -37,15 +37,7 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 	if err != nil {
 		return nil, nil, coded{fmt.Errorf("serve metrics: %w; choose another --metrics-addr", err), exitFailure}
 	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
-	if a.pprof {
-		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
-		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-	}
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: time.Minute}
+	srv := &http.Server{Handler: watched(reg, a.pprof), ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: time.Minute}
 	over := make(chan struct{})
 	go func() {
 		defer close(over)
@@ -61,4 +53,16 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 		_ = srv.Close()
 		<-over
 	}, nil
+}
+
+// watched serves what a process shows of itself.
+func watched(reg *prometheus.Registry, profiles bool) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
+	if profiles {
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	}
+	return mux
 }

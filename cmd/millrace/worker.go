@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -136,6 +137,7 @@ func (a *app) workerCommand() *cobra.Command {
 			if len(e.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000")
 			}
+			defer runtime.KeepAlive(spareHeap())
 			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
 			defer done()
 			return a.work(take, stop, &e, ackWait)
