@@ -76,6 +76,7 @@ func (c *config) measure(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	meanwhile := watchOthers()
 	for _, part := range []struct {
 		name string
 		run  func(context.Context, *table) error
@@ -87,7 +88,7 @@ func (c *config) measure(ctx context.Context) (err error) {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 	}
-	fmt.Printf("%s\n\n", where)
+	fmt.Printf("%s%s\n\n", where, meanwhile)
 	return t.write(os.Stdout)
 }
 
