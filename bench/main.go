@@ -26,6 +26,7 @@ type config struct {
 	runs    int           // of each measurement but the large job's, which runs once
 	wrk     time.Duration // of one run of wrk
 	profile string        // folder for CPU profiles of each role; empty: none
+	during  time.Duration // of each profile
 	parts   string        // which parts: null, http, big, rooms
 
 	nulls, https []sample // what was measured, for the large job to be compared with
@@ -46,6 +47,7 @@ func run(args []string) int {
 	fs.IntVar(&c.runs, "runs", 3, "runs of each measurement; the large job runs once")
 	fs.DurationVar(&c.wrk, "wrk", 10*time.Second, "time of each run of wrk")
 	fs.StringVar(&c.profile, "profile", "", "folder for a CPU profile of each role; the figures are then of a profiled program")
+	fs.DurationVar(&c.during, "profile-for", 5*time.Second, "time of each profile, which begins 2 s after its process; jobs must last as long")
 	fs.StringVar(&c.parts, "parts", "null,http,big,rooms", "what to measure")
 	if err := fs.Parse(args); err != nil {
 		return 2

@@ -11,11 +11,8 @@ import (
 	"time"
 )
 
-// Profiles are taken from the middle of a job.
-const (
-	profileAfter = 2 * time.Second
-	profileFor   = 5 * time.Second
-)
+// profileAfter is how long after the start of a process its profile begins: from the middle of a job.
+const profileAfter = 2 * time.Second
 
 var metricsSaid = regexp.MustCompile(`url=(http://\S+)/metrics`)
 
@@ -48,7 +45,7 @@ func (c *config) takeProfile(ctx context.Context, p *process, to string) error {
 		return fmt.Errorf("it ended within %s", profileAfter)
 	case <-time.After(profileAfter):
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", url, int(profileFor.Seconds())), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", url, int(c.during.Seconds())), nil)
 	if err != nil {
 		return err
 	}

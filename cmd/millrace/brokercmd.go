@@ -64,6 +64,7 @@ func (a *app) brokerCommand() *cobra.Command {
 
 // holdBroker starts the embedded broker and the metrics, says how to connect, and stops them when do returns.
 func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Server, *prometheus.Registry) error) error {
+	tightHeap()
 	srv, err := a.startBroker(ctx, b)
 	if err != nil {
 		return err
