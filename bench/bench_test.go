@@ -8,11 +8,11 @@ import (
 
 func TestReadWrk(t *testing.T) {
 	const said = "  256 connections\n  483213 requests in 10.02s, 190.32MB read\nRequests/sec:  48236.47\nTransfer/sec:     18.99MB\n"
-	if v, err := readWrk(said); err != nil || v != 48236.47 {
-		t.Errorf("read %v, %v", v, err)
+	if v, n, err := readWrk(said); err != nil || v != 48236.47 || n != 483213 {
+		t.Errorf("read %v, %d, %v", v, n, err)
 	}
 	for _, bad := range []string{"", said + "  Non-2xx or 3xx responses: 3\n", said + "  Socket errors: connect 0, read 2, write 0, timeout 0\n"} {
-		if v, err := readWrk(bad); err == nil {
+		if v, _, err := readWrk(bad); err == nil {
 			t.Errorf("read %v in %q", v, bad)
 		}
 	}

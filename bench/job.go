@@ -18,7 +18,15 @@ type sample struct {
 	rate float64          // lines per second from the first result to the last, by the broker's clock
 	wall time.Duration    // of the whole command, `run` or `produce`: from reading the input to files that are checked
 	use  map[string]usage // by process
-	wrk  float64          // requests per second that wrk got from the server just before; 0: there is no wrk
+	wrk  asked            // of the server, just before
+}
+
+// cpu is the time of all processes.
+func (s sample) cpu() (sum time.Duration) {
+	for _, u := range s.use {
+		sum += u.cpu
+	}
+	return sum
 }
 
 // inFlight is how many requests are at the server at once, and wrk's connections.

@@ -43,15 +43,16 @@ func (c *config) http(ctx context.Context, t *table) error {
 			return err
 		}
 		s.wrk = wrk
-		say("over HTTP, %d of %d: %.0f lines/s, wrk %.0f requests/s", i+1, c.runs, s.rate, wrk)
+		say("over HTTP, %d of %d: %.0f lines/s, wrk %.0f requests/s", i+1, c.runs, s.rate, wrk.rate)
 		all = append(all, s)
 	}
 	c.https = all
 	note := fmt.Sprintf("`wrk -t 2 -c %d -d %s`, POST with the body of a line, just before", inFlight, c.wrk)
-	var got, share []float64
+	var got, share, work []float64
 	for _, s := range all {
-		if s.wrk > 0 {
-			got, share = append(got, s.wrk), append(share, s.rate/s.wrk)
+		if s.wrk.rate > 0 {
+			got, share = append(got, s.wrk.rate), append(share, s.rate/s.wrk.rate)
+			work = append(work, float64(s.wrk.cpu)*float64(c.lines)/float64(s.cpu()))
 		}
 	}
 	if len(got) == 0 {
@@ -62,6 +63,7 @@ func (c *config) http(ctx context.Context, t *table) error {
 	t.add(title+"lines/s", each(all, rate), "", "first to last result; `broker`, `aggregate`, `worker --concurrency 256`, `produce`")
 	t.add("– `wrk` on the same server, requests/s", got, "", note)
 	t.add("– ratio of the two", share, "floor 0.25, goal 0.35", "each run with its own")
+	t.add("– the same by CPU time", work, "", "of `wrk` and server for a request, over that of all processes for a line; other work on the machine does not change it")
 	t.add("– the whole `produce`, s", each(all, seconds), "", "")
 	for _, r := range roles {
 		t.add("– CPU of "+r+", µs per line", each(all, c.perLine(r, c.lines)), "", "user and system, start and end included")
