@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -38,6 +39,7 @@ func (a *app) aggregateCommand() *cobra.Command {
 		Short: "Fold results into output files, and feed detached jobs",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			defer runtime.KeepAlive(spareHeap())
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
 			reg, stopMetrics, err := a.serveMetrics()

@@ -65,6 +65,7 @@ func (a *app) brokerCommand() *cobra.Command {
 // holdBroker starts the embedded broker and the metrics, says how to connect, and stops them when do returns. The context
 // of do ends also when the broker cannot go on.
 func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(context.Context, *broker.Server, *prometheus.Registry) error) error {
+	tightHeap()
 	ctx, broken := context.WithCancelCause(ctx)
 	defer broken(nil)
 	srv, err := a.startBroker(ctx, b, broken)

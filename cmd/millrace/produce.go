@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -77,6 +78,7 @@ input is copied to the broker and the fleet's aggregator stays with the job inst
 			if err := j.check(); err != nil {
 				return err
 			}
+			defer runtime.KeepAlive(spareHeap())
 			take, _, done := a.phases(cmd.Context(), "the same command continues")
 			defer done()
 			return a.produce(take, &j, args[0], detach)

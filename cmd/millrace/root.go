@@ -36,6 +36,7 @@ type app struct {
 	json    bool
 	data    string
 	metrics string
+	pprof   bool
 	nats    natsFlags
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -170,6 +171,7 @@ func (a *app) workerCommand() *cobra.Command {
 			if err := e.check(); err != nil {
 				return err
 			}
+			defer runtime.KeepAlive(spareHeap())
 			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
 			defer done()
 			return a.work(take, stop, &e, ackWait)
