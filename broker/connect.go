@@ -124,12 +124,12 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 			return &Conn{NC: nc, JS: js, Reconnected: back}, nil
 		}
 		if permanent(err) {
-			return nil, fmt.Errorf("connect to the broker at %s: %w", redact(addr), err)
+			return nil, fmt.Errorf("connect to the broker at %s: %w%s", redact(addr), err, remedy(err))
 		}
 		last = err
 		if !said {
 			said = true
-			log.Info("waiting for the broker", "url", redact(addr), "error", err)
+			log.Warn("waiting for the broker", "url", redact(addr), "error", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -144,6 +144,19 @@ func permanent(err error) bool {
 	var ue *url.Error
 	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrSecureConnRequired) ||
 		errors.Is(err, nats.ErrSecureConnWanted) || errors.As(err, &ue)
+}
+
+// remedy is what to do about such an error.
+func remedy(err error) string {
+	switch {
+	case errors.Is(err, nats.ErrAuthorization):
+		return "; give its token with --token-file or MILLRACE_TOKEN (its `millrace broker` prints it at the start), or its --creds"
+	case errors.Is(err, nats.ErrSecureConnRequired):
+		return "; it wants TLS, name it tls://HOST:PORT, and its authority with --tls-ca"
+	case errors.Is(err, nats.ErrSecureConnWanted):
+		return "; it has no TLS, name it nats://HOST:PORT"
+	}
+	return ""
 }
 
 // redact hides a password or token inside a URL.

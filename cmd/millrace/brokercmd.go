@@ -74,6 +74,7 @@ func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Se
 		return err
 	}
 	defer stopMetrics()
+	reg.MustRegister(srv.Metrics())
 	a.sayConnect(srv)
 	return do(srv, reg)
 }
@@ -94,8 +95,8 @@ func stopped(ctx context.Context) error {
 
 // startBroker starts the embedded broker and declares what all jobs share.
 func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, error) {
-	if b.sync != "1s" && b.sync != "always" {
-		return nil, usagef("--sync is %q, must be 1s or always", b.sync)
+	if err := b.check(); err != nil {
+		return nil, err
 	}
 	token, err := a.brokerToken(b)
 	if err != nil {
@@ -113,6 +114,29 @@ func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, 
 		return nil, err
 	}
 	return srv, nil
+}
+
+// check refuses what cannot be meant.
+func (b *brokerFlags) check() error {
+	if err := checkSync(b.sync); err != nil {
+		return err
+	}
+	for flag, addr := range map[string]string{"--addr": b.addr, "--monitor-addr": b.monitor} {
+		if _, _, err := net.SplitHostPort(addr); err != nil && addr != "" {
+			return usagef("%s is %q, must be HOST:PORT", flag, addr)
+		}
+	}
+	if b.addr == "" {
+		return usagef("--addr is empty, must be HOST:PORT")
+	}
+	return nil
+}
+
+func checkSync(s string) error {
+	if s != "1s" && s != "always" {
+		return usagef("--sync is %q, must be 1s or always", s)
+	}
+	return nil
 }
 
 func (a *app) declare(ctx context.Context, srv *broker.Server, ackWait time.Duration) error {

@@ -42,7 +42,7 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 			a.log.Error("metrics server ended", "error", err)
 		}
 	}()
-	a.log.Info("metrics", "url", "http://"+ln.Addr().String()+"/metrics")
+	fmt.Fprintf(a.std.err, "metrics at http://%s/metrics\n", ln.Addr())
 	return reg, func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()

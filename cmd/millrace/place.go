@@ -66,7 +66,7 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		if exists(filepath.Join(next, memoFile)) { // the newest run is the one that counts
 			continue
 		}
-		if exists(m.Manifest) {
+		if filesStand(m.Manifest) {
 			p.finished = m.Manifest
 			return p, nil
 		}
@@ -75,6 +75,16 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		}
 		return p, nil
 	}
+}
+
+// filesStand says whether the manifest of a finished run and the files that it names are where they were written.
+func filesStand(manifest string) bool {
+	m, err := aggregator.ReadManifest(manifest)
+	if err != nil {
+		return false
+	}
+	files := m.Paths(manifest)
+	return exists(files.Output) && exists(files.Errors)
 }
 
 func (p *place) write(m memo) error {

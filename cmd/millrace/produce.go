@@ -48,7 +48,7 @@ func (a *app) validateCommand() *cobra.Command {
 	return cmd
 }
 
-// invalid prints what is wrong with the lines of an input, one per line of the error stream.
+// invalid prints what is wrong with the lines of an input, one per line of the error stream, and returns the sum of it.
 func (a *app) invalid(err error) error {
 	var bad *producer.InvalidInput
 	if !errors.As(err, &bad) {
@@ -60,7 +60,7 @@ func (a *app) invalid(err error) error {
 	if n := bad.Total - int64(len(bad.Errors)); n > 0 {
 		fmt.Fprintf(a.std.err, "… and %d more\n", n)
 	}
-	return err
+	return coded{fmt.Errorf("lines that are invalid: %d; nothing was enqueued. Mend them, or let them end as error lines (--skip-invalid)", bad.Total), exitInvalid}
 }
 
 func (a *app) produceCommand() *cobra.Command {

@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -58,9 +59,30 @@ func (e *engineFlags) inFlight() (int, error) {
 	return n, nil
 }
 
+// check refuses what cannot be meant, before anything begins. known are engines that are no URLs.
+func (e *engineFlags) check(known ...string) error {
+	if _, err := e.inFlight(); err != nil {
+		return err
+	}
+	key, err := e.apiKey()
+	if err != nil {
+		return err
+	}
+	for _, u := range e.urls {
+		if slices.Contains(known, u) {
+			continue
+		}
+		if _, err := newEngineClient(u, key, nil); err != nil {
+			return coded{err, exitUsage}
+		}
+	}
+	return nil
+}
+
 // crew is the workers of one process, one for each engine.
 type crew struct {
-	drain context.CancelCauseFunc
+	drain context.CancelCauseFunc // take no more
+	abort context.CancelCauseFunc // break off what is in flight
 	over  chan error
 }
 
@@ -111,6 +133,7 @@ func hostPortOf(engine string) string {
 func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
 	c := &crew{over: make(chan error, 1)}
 	take, c.drain = context.WithCancelCause(take)
+	stop, c.abort = context.WithCancelCause(stop)
 	var parts []func(context.Context) error
 	for _, w := range ws {
 		parts = append(parts, func(take context.Context) error { return w.Run(take, stop) })
@@ -122,6 +145,12 @@ func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
 // stop lets the workers finish what is in flight and waits for them.
 func (c *crew) stop() error {
 	c.drain(nil)
+	return c.wait()
+}
+
+// wait waits until the workers have ended.
+func (c *crew) wait() error {
+	defer c.abort(nil)
 	return <-c.over
 }
 
@@ -135,6 +164,9 @@ func (a *app) workerCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if len(e.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000")
+			}
+			if err := e.check(); err != nil {
+				return err
 			}
 			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
 			defer done()
@@ -168,7 +200,7 @@ func (a *app) work(take, stop context.Context, e *engineFlags, ackWait time.Dura
 	}
 	ready()
 	c := startCrew(take, stop, ws)
-	err = <-c.over
+	err = c.wait()
 	if stop.Err() != nil {
 		return context.Cause(stop)
 	}
