@@ -353,6 +353,76 @@ func TestJobs(t *testing.T) {
 	}
 }
 
+// TestFollow: whoever watches a job hears that it was removed; one that is back soon goes on.
+func TestFollow(t *testing.T) {
+	c := start(t, &broker.Server{})
+	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec, err := (&proto.Job{ID: "j"}).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func() {
+		if _, err := kv.Put(t.Context(), proto.JobKey("j"), spec); err != nil {
+			t.Error(err)
+		}
+	}
+	remove := func() {
+		if err := broker.Remove(t.Context(), c.JS, broker.JobView{Job: proto.Job{ID: "j"}}); err != nil {
+			t.Error(err)
+		}
+	}
+	put()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	looks := 0
+	err = broker.Follow(ctx, c.JS, "j", time.Millisecond, func(broker.JobView) bool {
+		if looks++; looks == 1 {
+			remove()
+		}
+		return true
+	})
+	if !errors.Is(err, broker.ErrNoJob) || !strings.Contains(err.Error(), "removed") || looks != 1 {
+		t.Errorf("after the removal: %v, %d looks", err, looks)
+	}
+	// The job comes back at the first look that does not find it.
+	looks = 0
+	err = broker.Follow(ctx, refill{c.JS, put}, "j", time.Millisecond, func(broker.JobView) bool { looks++; return false })
+	if err != nil || looks != 1 {
+		t.Errorf("job that came back: %v, %d looks", err, looks)
+	}
+}
+
+// refill fills a broker after it was looked into.
+type refill struct {
+	jetstream.JetStream
+	put func()
+}
+
+func (r refill) KeyValue(ctx context.Context, bucket string) (jetstream.KeyValue, error) {
+	kv, err := r.JetStream.KeyValue(ctx, bucket)
+	return emptyOnce{kv, r.put}, err
+}
+
+// emptyOnce finds nothing, and then there is something.
+type emptyOnce struct {
+	jetstream.KeyValue
+	put func()
+}
+
+func (e emptyOnce) Get(ctx context.Context, key string) (jetstream.KeyValueEntry, error) {
+	got, err := e.KeyValue.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) && key == proto.JobKey("j") {
+		e.put()
+	}
+	return got, err
+}
+
 func TestDoctor(t *testing.T) {
 	c := start(t, &broker.Server{})
 	level := func(check string) string {
