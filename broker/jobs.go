@@ -85,7 +85,7 @@ func (v *JobView) set(kind string, value []byte) error {
 // key that is being written at that moment. Some may be deleted.
 func keys(ctx context.Context, js jetstream.JetStream, bucket, match string) ([]string, error) {
 	prefix := "$KV." + bucket + "."
-	s, err := js.Stream(ctx, "KV_"+bucket)
+	s, err := js.Stream(ctx, bucketStream(bucket))
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil, nil
 	}
