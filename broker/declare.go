@@ -33,7 +33,7 @@ type Declarer struct {
 	JS jetstream.JetStream
 	// Disk is the free space in bytes of the broker's disk where it is known; 0: it is not.
 	Disk int64
-	// AckWait is set on consumers; 0: what they have stays, and new ones get proto.DefaultAckWait.
+	// AckWait is set on consumers; 0: what they have stays, and new ones get that of Queues.
 	AckWait time.Duration
 }
 
@@ -91,8 +91,56 @@ func (d Declarer) Model(ctx context.Context, model string) error {
 	return nil
 }
 
+// Queues sets AckWait, where it is not 0, on the consumers of all queues: on those that there are, and on those that
+// anybody declares later without an AckWait. Without it new ones get the one that was set last, or else
+// proto.DefaultAckWait.
+func (d Declarer) Queues(ctx context.Context) error {
+	if d.AckWait == 0 {
+		return nil
+	}
+	jobs, err := d.JS.Stream(ctx, bucketStream(proto.JobsBucket))
+	if err != nil {
+		return explain("keep the ack wait", err)
+	}
+	cfg := jobs.CachedInfo().Config
+	if cfg.Metadata[proto.MetaAckWait] != d.AckWait.String() {
+		cfg.Metadata = merged(cfg.Metadata, map[string]string{proto.MetaAckWait: d.AckWait.String()})
+		if _, err := d.JS.UpdateStream(ctx, cfg); err != nil {
+			return explain("keep the ack wait", err)
+		}
+	}
+	qs, err := Queues(ctx, d.JS)
+	if err != nil {
+		return err
+	}
+	for _, q := range qs {
+		if q.Stream != proto.RequestStream(q.Model) { // not declared by us
+			continue
+		}
+		if err := d.Model(ctx, q.Model); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ackWait is that of a new consumer for which nobody asks for another.
+func (d Declarer) ackWait(ctx context.Context) (time.Duration, error) {
+	jobs, err := d.JS.Stream(ctx, bucketStream(proto.JobsBucket))
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return proto.DefaultAckWait, nil
+	}
+	if err != nil {
+		return 0, explain("look up the ack wait", err)
+	}
+	if w, err := time.ParseDuration(jobs.CachedInfo().Config.Metadata[proto.MetaAckWait]); err == nil && w > 0 {
+		return w, nil
+	}
+	return proto.DefaultAckWait, nil
+}
+
 func (d Declarer) consumer(ctx context.Context, model string, lane proto.Lane) error {
-	want := proto.ConsumerConfig(model, lane, cmp.Or(d.AckWait, proto.DefaultAckWait))
+	want := proto.ConsumerConfig(model, lane, d.AckWait)
 	stream := proto.RequestStream(model)
 	have, err := d.JS.Consumer(ctx, stream, want.Durable)
 	switch {
@@ -109,6 +157,10 @@ func (d Declarer) consumer(ctx context.Context, model string, lane proto.Lane) e
 		want = next
 	case !errors.Is(err, jetstream.ErrConsumerNotFound):
 		return explain("look up consumer "+want.Durable+" of "+stream, err)
+	case want.AckWait == 0:
+		if want.AckWait, err = d.ackWait(ctx); err != nil {
+			return err
+		}
 	}
 	if _, err := d.JS.CreateOrUpdateConsumer(ctx, stream, want); err != nil {
 		return explain("declare consumer "+want.Durable+" of "+stream, err)
@@ -147,6 +199,10 @@ func (d Declarer) ensure(ctx context.Context, name string, create func() error, 
 		have, err := d.JS.Stream(ctx, name)
 		if err == nil {
 			return d.mend(ctx, have.CachedInfo().Config, ours)
+		}
+		if errors.Is(err, nats.ErrNoResponders) { // the account knows why
+			_, why := d.JS.AccountInfo(ctx)
+			err = cmp.Or(why, err)
 		}
 		if !errors.Is(err, jetstream.ErrStreamNotFound) {
 			return explain("look up stream "+name, err)

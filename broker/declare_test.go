@@ -225,6 +225,52 @@ func TestDeclareLeavesNewer(t *testing.T) {
 	}
 }
 
+// TestAckWaitOfBroker: what a broker was started with goes for the queues that it has and for those that roles declare
+// later, also after a start without it; who asks for another gets another.
+func TestAckWaitOfBroker(t *testing.T) {
+	c := start(t, &broker.Server{})
+	is := func(model string, want time.Duration) {
+		t.Helper()
+		for _, lane := range proto.Lanes() {
+			con, err := c.JS.Consumer(t.Context(), proto.RequestStream(model), string(lane))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := con.CachedInfo().Config.AckWait; got != want {
+				t.Errorf("%s of %s: ack wait %s, want %s", lane, model, got, want)
+			}
+		}
+	}
+	model := func(name string, w time.Duration) {
+		t.Helper()
+		if err := (broker.Declarer{JS: c.JS, AckWait: w}).Model(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	launch := func(w time.Duration) { // a broker starts with --ack-wait, or without
+		t.Helper()
+		d := broker.Declarer{JS: c.JS, Disk: 1 << 30, AckWait: w}
+		if err := d.Base(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Queues(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	launch(0)
+	model("old", 0)
+	is("old", proto.DefaultAckWait)
+	launch(7 * time.Second)
+	is("old", 7*time.Second)
+	model("new", 0)
+	model("own", 3*time.Second)
+	launch(0)
+	model("newer", 0)
+	is("new", 7*time.Second)
+	is("own", 3*time.Second)
+	is("newer", 7*time.Second)
+}
+
 // TestDeclareSideBySide: many may declare the same at the same instant, also where each would make it of another size.
 func TestDeclareSideBySide(t *testing.T) {
 	srv := &broker.Server{}

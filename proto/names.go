@@ -33,8 +33,9 @@ const (
 
 // Metadata of the streams, consumers and buckets that millrace declares.
 const (
-	MetaModel  = "millrace.model"  // true name of the model whose requests the stream holds
-	MetaSchema = "millrace.schema" // version of the configurations below
+	MetaModel   = "millrace.model"    // true name of the model whose requests the stream holds
+	MetaAckWait = "millrace.ack_wait" // of JOBS: the AckWait of queues for which nobody asks for another
+	MetaSchema  = "millrace.schema"   // version of the configurations below
 	// Schema counts up with any change of them, and no version undoes what one with a higher number declared.
 	Schema = "1"
 )

@@ -38,6 +38,9 @@ func (a *app) aggregateCommand() *cobra.Command {
 		Short: "Fold results into output files, and feed detached jobs",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkAckWait(g.ackWait); err != nil {
+				return err
+			}
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
 			reg, stopMetrics, err := a.serveMetrics()
@@ -54,7 +57,7 @@ func (a *app) aggregateCommand() *cobra.Command {
 		},
 	}
 	g.bind(cmd)
-	cmd.Flags().DurationVar(&g.ackWait, "ack-wait", 0, "for detached jobs: how long a request may go without a heartbeat (default 1m)")
+	cmd.Flags().DurationVar(&g.ackWait, "ack-wait", 0, "for detached jobs: how long a request may go without a heartbeat (default: as the broker's, 1m)")
 	a.metricsFlag(cmd)
 	a.natsFlags(cmd)
 	return cmd
@@ -76,7 +79,6 @@ func (a *app) serveCommand() *cobra.Command {
 					return err
 				}
 				defer conn.Close()
-				g.ackWait = b.ackWait
 				return a.aggregate(take, conn, &g, reg, true)
 			})
 		},
