@@ -334,7 +334,8 @@ func handedOut(ctx context.Context, js jetstream.JetStream, stream string) (wait
 const goneLooks = 40
 
 // Follow calls see with a job's view, now and about every interval, until see returns false or ctx ends. It goes on
-// through a broker that does not answer, and returns ErrNoJob when the job was removed.
+// through a broker that does not answer, and returns ErrNoJob when the job was removed and ErrClosed when the
+// connection is closed.
 func Follow(ctx context.Context, js jetstream.JetStream, id string, interval time.Duration, see func(JobView) bool) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
@@ -353,6 +354,9 @@ func Follow(ctx context.Context, js jetstream.JetStream, id string, interval tim
 		}
 		if gone > goneLooks {
 			return fmt.Errorf("%w; it was removed while it was watched", err)
+		}
+		if err := closed(js.Conn()); err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():
