@@ -180,3 +180,24 @@ func TestLeaseRegained(t *testing.T) {
 		}
 	})
 }
+
+// TestLeaseOfNamesake: where a system does not tell its boot, a process of another machine of the same name is not taken
+// for a dead one of ours.
+func TestLeaseOfNamesake(t *testing.T) {
+	c := start(t, &broker.Server{})
+	for _, host := range []string{"", "/", "mac", "mac/", "mac//"} {
+		theirs := proto.Owner{ID: "theirs" + host, Host: host, PID: 1<<22 + 1} // above Linux' largest PID
+		var w broker.Watch
+		l := lease(t, c, theirs, time.Hour)
+		if _, err := l.Try(t.Context(), &w); err != nil {
+			t.Fatal(err)
+		}
+		ours := proto.Owner{ID: "ours", Host: host, PID: 1}
+		if _, err := lease(t, c, ours, time.Hour).Try(t.Context(), &w); !errors.Is(err, broker.ErrLeaseHeld) {
+			t.Errorf("host %q: %v", host, err)
+		}
+		if err := l.Release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
