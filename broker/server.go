@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -29,9 +31,13 @@ type Server struct {
 	TLSCA      string // PEM file; where set, clients must show a certificate it signed
 	Monitor    string // HOST:PORT of nats-server's own HTTP monitoring; empty: none
 	Log        *slog.Logger
+	// Broken is called, once, when a stream could not be written, as on a full disk: nats-server refuses that stream
+	// from then on, also when there is room again, until it is started anew.
+	Broken func(error)
 
 	ns   *server.Server
 	lock *Lock
+	once sync.Once // guards the call of Broken
 }
 
 // Start takes the folder and starts the server. It returns when the server takes connections.
@@ -65,7 +71,7 @@ func (s *Server) start(ctx context.Context, opts *server.Options) error {
 	if err != nil {
 		return fmt.Errorf("start the broker: %w", err)
 	}
-	log := serverLog{s.Log, make(chan string, 1)}
+	log := serverLog{s, make(chan string, 1)}
 	ns.SetLoggerV2(log, false, false, false)
 	started := make(chan struct{})
 	go func() { // it returns when all streams are recovered: nats-server reads about 1 GB/s of them after a kill -9
@@ -78,7 +84,7 @@ func (s *Server) start(ctx context.Context, opts *server.Options) error {
 		ns.WaitForShutdown()
 		return err
 	}
-	ns.SetLoggerV2(serverLog{log: s.Log}, false, false, false)
+	ns.SetLoggerV2(serverLog{s: s}, false, false, false)
 	s.ns = ns
 	return nil
 }
@@ -205,15 +211,23 @@ func (s *Server) Stop() {
 	s.lock.Unlock()
 }
 
+// broken tells that a stream is lost until the next start.
+func (s *Server) broken(why string) {
+	s.once.Do(func() {
+		if s.Broken != nil {
+			s.Broken(fmt.Errorf("the broker cannot write to %s: %s; make room or mend the disk and start it again, it continues", s.Dir, why))
+		}
+	})
+}
+
 // serverLog hands nats-server's log to slog. Its notices are details to us.
 type serverLog struct {
-	log   *slog.Logger
+	s     *Server
 	fatal chan string // why the server gave up, while somebody waits for it to start
 }
 
-func (l serverLog) Noticef(f string, v ...any) { l.log.Debug("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Warnf(f string, v ...any)   { l.log.Warn("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Errorf(f string, v ...any)  { l.log.Error("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Noticef(f string, v ...any) { l.s.Log.Debug("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Warnf(f string, v ...any)   { l.s.Log.Warn("nats: " + fmt.Sprintf(f, v...)) }
 func (l serverLog) Debugf(f string, v ...any)  {}
 func (l serverLog) Tracef(f string, v ...any)  {}
 
@@ -223,6 +237,14 @@ func (l serverLog) Fatalf(f string, v ...any) {
 	select {
 	case l.fatal <- why:
 	default:
-		l.log.Error("nats: " + why)
+		l.s.Log.Error("nats: " + why)
+	}
+}
+
+func (l serverLog) Errorf(f string, v ...any) {
+	text := fmt.Sprintf(f, v...)
+	l.s.Log.Error("nats: " + text)
+	if _, why, ok := strings.Cut(text, "ritical write error: "); ok { // with a small or a capital c
+		l.s.broken(why)
 	}
 }

@@ -73,13 +73,13 @@ func (a *app) serveCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
-			return a.holdBroker(take, &b, func(srv *broker.Server, reg *prometheus.Registry) error {
-				conn, err := srv.Connect(take, "aggregator")
+			return a.holdBroker(take, &b, func(ctx context.Context, srv *broker.Server, reg *prometheus.Registry) error {
+				conn, err := srv.Connect(ctx, "aggregator")
 				if err != nil {
 					return err
 				}
 				defer conn.Close()
-				return a.aggregate(take, conn, &g, reg, true)
+				return a.aggregate(ctx, conn, &g, reg, true)
 			})
 		},
 	}

@@ -50,10 +50,10 @@ func (a *app) brokerCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
-			return a.holdBroker(take, &b, func(*broker.Server, *prometheus.Registry) error {
+			return a.holdBroker(take, &b, func(ctx context.Context, _ *broker.Server, _ *prometheus.Registry) error {
 				ready()
-				<-take.Done()
-				return stopped(take)
+				<-ctx.Done()
+				return stopped(ctx)
 			})
 		},
 	}
@@ -62,9 +62,12 @@ func (a *app) brokerCommand() *cobra.Command {
 	return cmd
 }
 
-// holdBroker starts the embedded broker and the metrics, says how to connect, and stops them when do returns.
-func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Server, *prometheus.Registry) error) error {
-	srv, err := a.startBroker(ctx, b)
+// holdBroker starts the embedded broker and the metrics, says how to connect, and stops them when do returns. The context
+// of do ends also when the broker cannot go on.
+func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(context.Context, *broker.Server, *prometheus.Registry) error) error {
+	ctx, broken := context.WithCancelCause(ctx)
+	defer broken(nil)
+	srv, err := a.startBroker(ctx, b, broken)
 	if err != nil {
 		return err
 	}
@@ -76,7 +79,7 @@ func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Se
 	defer stopMetrics()
 	reg.MustRegister(srv.Metrics())
 	a.sayConnect(srv)
-	return do(srv, reg)
+	return do(ctx, srv, reg)
 }
 
 // ready tells systemd, where it started us, that we are.
@@ -93,8 +96,9 @@ func stopped(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// startBroker starts the embedded broker, declares what all jobs share, and sets what goes for all queues.
-func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, error) {
+// startBroker starts the embedded broker, declares what all jobs share, and sets what goes for all queues. broken is
+// called when it cannot go on.
+func (a *app) startBroker(ctx context.Context, b *brokerFlags, broken func(error)) (*broker.Server, error) {
 	if err := b.check(); err != nil {
 		return nil, err
 	}
@@ -104,7 +108,7 @@ func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, 
 	}
 	srv := &broker.Server{
 		Dir: filepath.Join(a.data, "broker"), Addr: b.addr, SyncAlways: b.sync == "always", Token: token,
-		TLSCert: a.nats.cert, TLSKey: a.nats.key, TLSCA: a.nats.ca, Monitor: b.monitor, Log: a.log,
+		TLSCert: a.nats.cert, TLSKey: a.nats.key, TLSCA: a.nats.ca, Monitor: b.monitor, Log: a.log, Broken: broken,
 	}
 	if err := srv.Start(ctx); err != nil {
 		return nil, err

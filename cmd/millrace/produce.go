@@ -206,6 +206,12 @@ func verdict(v *broker.JobView, j *jobFlags) error {
 			return coded{fmt.Errorf("%d of %d lines are ok, less than --fail-under %s", p.OK, v.Job.Lines, j.failUnder), exitThreshold}
 		}
 	}
+	for _, e := range p.Errors { // also for those who only watch, or come later
+		switch e.Code {
+		case proto.CodeCancelled, proto.CodeExpired:
+			return quiet(exitEnded)
+		}
+	}
 	if p.Failed > 0 {
 		return quiet(exitSomeFailed)
 	}

@@ -154,7 +154,15 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	if err != nil {
 		return v, err
 	}
-	srv := &broker.Server{Dir: filepath.Join(p.dir, "broker"), Addr: "127.0.0.1:0", Token: newToken(), SyncAlways: r.sync == "always", Log: a.log}
+	take, stopTaking := context.WithCancelCause(take)
+	defer stopTaking(nil)
+	stop, abort := context.WithCancelCause(stop)
+	defer abort(nil)
+	broken := func(err error) { // nothing that is in flight could be stored
+		stopTaking(err)
+		abort(err)
+	}
+	srv := &broker.Server{Dir: filepath.Join(p.dir, "broker"), Addr: "127.0.0.1:0", Token: newToken(), SyncAlways: r.sync == "always", Log: a.log, Broken: broken}
 	if err := srv.Start(take); err != nil {
 		return v, err
 	}

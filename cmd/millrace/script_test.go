@@ -43,6 +43,7 @@ import (
 //
 // Numbers of the form $N and what setup sets are variables: NATS_URL, XDG_STATE_HOME.
 func TestScripts(t *testing.T) {
+	t.Parallel()
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
@@ -215,6 +216,7 @@ func cmdEventually(ts *testscript.TestScript, neg bool, args []string) {
 		if time.Now().After(until) {
 			ts.Fatalf("%s does not come", args[0])
 		}
+		<-time.After(100 * time.Millisecond) // between looks
 	}
 }
 

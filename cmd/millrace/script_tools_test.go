@@ -245,7 +245,7 @@ func cmdSameSet(ts *testscript.TestScript, neg bool, args []string) {
 // cmdCancelled: one job in a folder was cancelled when some of its lines had run, and its files are whole.
 func cmdCancelled(ts *testscript.TestScript, neg bool, args []string) {
 	usage(ts, neg, args, 1, "cancelled DIR")
-	names, err := filepath.Glob(filepath.Join(ts.MkAbs(args[0]), "*-r2", "manifest.json"))
+	names, err := filepath.Glob(filepath.Join(ts.MkAbs(args[0]), "long-*", "manifest.json"))
 	if err != nil || len(names) != 1 {
 		ts.Fatalf("%d manifests, want one", len(names))
 	}

@@ -46,7 +46,7 @@ func (t *talk) see(v broker.JobView) {
 	if !t.seen {
 		t.seen, t.from = true, v.Ended()
 	}
-	if n := v.Note(); n != t.note {
+	if n := v.Note(); n != t.note && !t.justBegun(&v) {
 		t.note = n
 		if n != "" {
 			t.line(n)
@@ -60,6 +60,11 @@ func (t *talk) see(v broker.JobView) {
 		t.said = time.Now()
 		fmt.Fprintf(t.a.std.err, "%s: %d of %d lines, %d failed%s\n", t.job.ID, v.Ended(), t.job.Lines, v.Progress.Failed, t.rate())
 	}
+}
+
+// justBegun says whether nobody feeds the job because its owner, this process most often, is about to.
+func (t *talk) justBegun(v *broker.JobView) bool {
+	return v.State() == broker.StateOrphaned && time.Since(t.start) < broker.DefaultLeaseTTL
 }
 
 func (t *talk) line(s string) {
