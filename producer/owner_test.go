@@ -236,8 +236,7 @@ func TestLease(t *testing.T) {
 	o.Conn.NC.Close() // it cannot renew any more
 	second := w.run(o2)
 	until(t, "the second owns it", func() bool { id := w.feed(o.Job.ID).Owner.ID; return id != "first" && id != "" })
-	first.stop()
-	if err := first.end(); !errors.Is(err, context.Canceled) {
+	if err := first.end(); !errors.Is(err, broker.ErrClosed) {
 		t.Errorf("first: %v", err)
 	}
 	w.work("m", okay)
