@@ -41,7 +41,7 @@ import (
 //	json FILE PATH VALUE             a value in a JSON document, such as jobs.0.state; stdout is a file, too
 //	lint URL NAME...                 metrics that are as Prometheus wants them, with families of these names
 //
-// Numbers of the form $N and what setup sets are variables: NATS_URL, XDG_STATE_HOME.
+// and those of script_tools_test.go, which say there what they do. State lies in the script's own folder.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	testscript.Run(t, testscript.Params{
@@ -103,7 +103,7 @@ func usage(ts *testscript.TestScript, neg bool, args []string, least int, how st
 	}
 }
 
-func number0(ts *testscript.TestScript, s string) int {
+func atoi(ts *testscript.TestScript, s string) int {
 	n, err := strconv.Atoi(s)
 	ts.Check(err)
 	return n
@@ -124,7 +124,7 @@ func cmdExits(ts *testscript.TestScript, neg bool, args []string) {
 		got, err = ee.ExitCode(), nil
 	}
 	ts.Check(err)
-	if want := number0(ts, args[0]); got != want {
+	if want := atoi(ts, args[0]); got != want {
 		ts.Fatalf("exit code %d, want %d", got, want)
 	}
 }
@@ -192,7 +192,7 @@ func cmdEnds(ts *testscript.TestScript, neg bool, args []string) {
 	for ext, b := range map[string]*signalBuffer{".out": p.out, ".err": p.err} {
 		ts.Check(os.WriteFile(ts.MkAbs(p.name+ext), []byte(b.String()), 0o644))
 	}
-	if want := number0(ts, args[1]); code != want {
+	if want := atoi(ts, args[1]); code != want {
 		ts.Fatalf("%s ended with %d, want %d", p.name, code, want)
 	}
 }
@@ -242,7 +242,7 @@ func cmdEngine(ts *testscript.TestScript, neg bool, args []string) {
 		default:
 			share, err := strconv.ParseFloat(value, 64)
 			ts.Check(err)
-			cfg.Faults.Errors[number0(ts, key)] = share
+			cfg.Faults.Errors[atoi(ts, key)] = share
 		}
 	}
 	e := newEngine(scriptTB{ts: ts}, cfg)
@@ -263,7 +263,7 @@ func enginesOf(ts *testscript.TestScript, names []string) (es []*testEngine) {
 
 func cmdAnswered(ts *testscript.TestScript, neg bool, args []string) {
 	usage(ts, false, args, 2, "answered N NAME...")
-	es, n := enginesOf(ts, args[1:]), number0(ts, args[0])
+	es, n := enginesOf(ts, args[1:]), atoi(ts, args[0])
 	if !neg {
 		answered(scriptTB{ts: ts}, n, es...)
 		return
@@ -286,7 +286,7 @@ func cmdUnhang(ts *testscript.TestScript, neg bool, args []string) {
 func cmdInput(ts *testscript.TestScript, neg bool, args []string) {
 	usage(ts, neg, args, 2, "input FILE N [MODEL]")
 	var b strings.Builder
-	for i := range number0(ts, args[1]) {
+	for i := range atoi(ts, args[1]) {
 		line := inputLine(i)
 		if len(args) > 2 {
 			line = strings.Replace(line, `"model":"m"`, `"model":"`+args[2]+`"`, 1)
@@ -309,7 +309,7 @@ func cmdOracle(ts *testscript.TestScript, neg bool, args []string) {
 	} else {
 		c = oracle(scriptTB{ts: ts}, input, out+".jsonl", out+".errors.jsonl", out+".manifest.json")
 	}
-	if want := (counts{number0(ts, args[2]), number0(ts, args[3])}); c != want {
+	if want := (counts{atoi(ts, args[2]), atoi(ts, args[3])}); c != want {
 		ts.Fatalf("%d ok and %d failed, want %d and %d", c.ok, c.failed, want.ok, want.failed)
 	}
 }
@@ -326,7 +326,7 @@ func cmdJSON(ts *testscript.TestScript, neg bool, args []string) {
 				ts.Fatalf("no %s there, only %v", part, have)
 			}
 		case []any:
-			i := number0(ts, part)
+			i := atoi(ts, part)
 			if i >= len(x) {
 				ts.Fatalf("%d elements, no %s", len(x), part)
 			}
