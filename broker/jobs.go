@@ -85,7 +85,7 @@ func (v *JobView) set(kind string, value []byte) error {
 // key that is being written at that moment. Some may be deleted.
 func keys(ctx context.Context, js jetstream.JetStream, bucket, match string) ([]string, error) {
 	prefix := "$KV." + bucket + "."
-	s, err := js.Stream(ctx, "KV_"+bucket)
+	s, err := js.Stream(ctx, bucketStream(bucket))
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil, nil
 	}
@@ -329,17 +329,34 @@ func handedOut(ctx context.Context, js jetstream.JetStream, stream string) (wait
 	return waiting, handed
 }
 
+// goneLooks is how many looks in a row must not find a job before it counts as removed: 10 s of the commands that
+// people watch with. A broker that came back with an empty disk knows the job again sooner.
+const goneLooks = 40
+
 // Follow calls see with a job's view, now and about every interval, until see returns false or ctx ends. It goes on
-// through a broker that does not answer.
+// through a broker that does not answer, and returns ErrNoJob when the job was removed and ErrClosed when the
+// connection is closed.
 func Follow(ctx context.Context, js jetstream.JetStream, id string, interval time.Duration, see func(JobView) bool) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
+	gone := 0
 	for {
 		gctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		v, err := Get(gctx, js, id)
 		cancel()
-		if err == nil && !see(v) {
+		switch {
+		case err == nil && !see(v):
 			return nil
+		case !errors.Is(err, ErrNoJob):
+			gone = 0
+		default:
+			gone++
+		}
+		if gone > goneLooks {
+			return fmt.Errorf("%w; it was removed while it was watched", err)
+		}
+		if err := closed(js.Conn()); err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():

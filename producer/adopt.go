@@ -42,7 +42,7 @@ type Adopter struct {
 // adoptAgain is how long a job is left alone that another process has or that could not be fed.
 const adoptAgain = 5 * time.Second
 
-// Run adopts jobs until ctx ends, and returns when all of them are let go.
+// Run adopts jobs until ctx ends or the connection is closed for good, and returns when all of them are let go.
 func (a *Adopter) Run(ctx context.Context) error {
 	if a.Log == nil {
 		a.Log = slog.New(slog.DiscardHandler)
@@ -60,6 +60,8 @@ func (a *Adopter) Run(ctx context.Context) error {
 	}
 	defer stop()
 	a.metrics = m
+	ctx, let := a.Conn.While(ctx)
+	defer let()
 	a.busy, a.done, a.next = map[string]bool{}, map[string]bool{}, map[string]time.Time{}
 	every := a.Every
 	if every <= 0 {

@@ -67,6 +67,18 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// TestClosed: an owner whose connection is closed for good ends, and says why.
+func TestClosed(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "a"))}))
+	s := w.run(o)
+	until(t, "it is queued", func() bool { return w.queued(&o.Job) == 10 })
+	o.Conn.Close()
+	if err := s.end(); !errors.Is(err, broker.ErrClosed) {
+		t.Errorf("error %v", err)
+	}
+}
+
 // TestWindow: no more requests wait than the window takes, and no model waits for another.
 func TestWindow(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
@@ -224,8 +236,7 @@ func TestLease(t *testing.T) {
 	o.Conn.NC.Close() // it cannot renew any more
 	second := w.run(o2)
 	until(t, "the second owns it", func() bool { id := w.feed(o.Job.ID).Owner.ID; return id != "first" && id != "" })
-	first.stop()
-	if err := first.end(); !errors.Is(err, context.Canceled) {
+	if err := first.end(); !errors.Is(err, broker.ErrClosed) {
 		t.Errorf("first: %v", err)
 	}
 	w.work("m", okay)

@@ -39,6 +39,9 @@ func (a *app) aggregateCommand() *cobra.Command {
 		Short: "Fold results into output files, and feed detached jobs",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkAckWait(g.ackWait); err != nil {
+				return err
+			}
 			defer runtime.KeepAlive(spareHeap())
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
@@ -56,7 +59,7 @@ func (a *app) aggregateCommand() *cobra.Command {
 		},
 	}
 	g.bind(cmd)
-	cmd.Flags().DurationVar(&g.ackWait, "ack-wait", 0, "for detached jobs: how long a request may go without a heartbeat (default 1m)")
+	cmd.Flags().DurationVar(&g.ackWait, "ack-wait", 0, "for detached jobs: how long a request may go without a heartbeat (default: as the broker's, 1m)")
 	a.metricsFlag(cmd)
 	a.natsFlags(cmd)
 	return cmd
@@ -78,7 +81,6 @@ func (a *app) serveCommand() *cobra.Command {
 					return err
 				}
 				defer conn.Close()
-				g.ackWait = b.ackWait
 				return a.aggregate(ctx, conn, &g, reg, true)
 			})
 		},

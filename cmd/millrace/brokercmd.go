@@ -33,7 +33,7 @@ func (b *brokerFlags) bind(cmd *cobra.Command, a *app) {
 	f.StringVar(&b.sync, "sync", "1s", "when the disk is flushed: 1s (power loss costs resending) or always")
 	f.StringVar(&b.monitor, "monitor-addr", "", "HOST:PORT of nats-server's own monitoring (no authentication there)")
 	f.BoolVar(&b.noToken, "insecure-no-token", false, "ask nobody for a token although the broker listens beyond loopback")
-	f.DurationVar(&b.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default 1m)")
+	f.DurationVar(&b.ackWait, "ack-wait", 0, "for all queues of this broker: how long a request may go without a heartbeat before another worker gets it (default: as last set, 1m)")
 	f.StringVar(&a.nats.tokenFile, "token-file", "", "file with the token to ask for (default: made in --data where needed)")
 	f.StringVar(&a.nats.token, "token", "", "token to ask for; better in MILLRACE_TOKEN")
 	f.StringVar(&a.nats.cert, "tls-cert", "", "TLS certificate, PEM")
@@ -97,7 +97,8 @@ func stopped(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// startBroker starts the embedded broker and declares what all jobs share. broken is called when it cannot go on.
+// startBroker starts the embedded broker, declares what all jobs share, and sets what goes for all queues. broken is
+// called when it cannot go on.
 func (a *app) startBroker(ctx context.Context, b *brokerFlags, broken func(error)) (*broker.Server, error) {
 	if err := b.check(); err != nil {
 		return nil, err
@@ -133,7 +134,7 @@ func (b *brokerFlags) check() error {
 	if b.addr == "" {
 		return usagef("--addr is empty, must be HOST:PORT")
 	}
-	return nil
+	return checkAckWait(b.ackWait)
 }
 
 func checkSync(s string) error {
@@ -153,7 +154,11 @@ func (a *app) declare(ctx context.Context, srv *broker.Server, ackWait time.Dura
 	if err != nil {
 		return err
 	}
-	return broker.Declarer{JS: conn.JS, Disk: free, AckWait: ackWait}.Base(ctx)
+	d := broker.Declarer{JS: conn.JS, Disk: free, AckWait: ackWait}
+	if err := d.Base(ctx); err != nil {
+		return err
+	}
+	return d.Queues(ctx)
 }
 
 // brokerToken returns the token to ask clients for: the one that was given, or for a broker that listens beyond

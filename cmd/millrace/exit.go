@@ -79,6 +79,8 @@ func exitCode(err error) int {
 	switch {
 	case errors.As(err, &c):
 		return c.code
+	case errors.Is(err, broker.ErrAccess):
+		return exitUsage
 	case errors.As(err, &bad), errors.Is(err, producer.ErrEmpty):
 		return exitInvalid
 	case errors.As(err, &s):

@@ -71,8 +71,14 @@ func (j *jobFlags) check() error {
 		return usagef("--request-timeout is %s, must be positive", j.requestTimeout)
 	case j.timeout < 0:
 		return usagef("--timeout is %s, must not be negative", j.timeout)
-	case j.ackWait != 0 && j.ackWait < 500*time.Millisecond:
-		return usagef("--ack-wait is %s, must be at least 500ms", j.ackWait)
+	}
+	return checkAckWait(j.ackWait)
+}
+
+// checkAckWait refuses what heartbeats could not keep up with.
+func checkAckWait(d time.Duration) error {
+	if d != 0 && d < 500*time.Millisecond {
+		return usagef("--ack-wait is %s, must be at least 500ms", d)
 	}
 	return nil
 }

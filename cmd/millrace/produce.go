@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -162,10 +163,12 @@ func ended(err error) bool {
 func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	seen := make(chan broker.JobView, 1)
+	var v broker.JobView
+	seen := make(chan error, 1)
 	go func() {
-		v, _ := a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
-		seen <- v // an interrupted watch has seen what it has seen
+		var err error // an interrupted watch has seen what it has seen
+		v, err = a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+		seen <- err
 	}()
 	err := o.Run(ctx)
 	switch {
@@ -175,11 +178,11 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 	case !ended(err):
 		cancel()
 	}
-	v := <-seen
+	werr := <-seen
 	if ctx.Err() != nil {
 		return v, context.Cause(ctx)
 	}
-	return v, err
+	return v, cmp.Or(err, werr)
 }
 
 // finish prints the end of a job and says which exit code it deserves.

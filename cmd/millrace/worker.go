@@ -171,6 +171,9 @@ func (a *app) workerCommand() *cobra.Command {
 			if err := e.check(); err != nil {
 				return err
 			}
+			if err := checkAckWait(ackWait); err != nil {
+				return err
+			}
 			defer runtime.KeepAlive(spareHeap())
 			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
 			defer done()
@@ -181,7 +184,7 @@ func (a *app) workerCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.DurationVar(&e.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line whose job does not say")
 	f.Int64Var(&e.maxAttempts, "max-attempts", 4, "tries of a line whose job does not say")
-	f.DurationVar(&ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default: as declared, 1m)")
+	f.DurationVar(&ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default: as the broker's, 1m)")
 	a.metricsFlag(cmd)
 	a.natsFlags(cmd)
 	return cmd
