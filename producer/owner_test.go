@@ -379,6 +379,12 @@ func TestCreate(t *testing.T) {
 	if v, err := broker.Get(t.Context(), w.conn.JS, spec.ID); err != nil || v.Job.MaxErrors != "7" || v.Job.Lane != "high" {
 		t.Errorf("job %+v, %v", v.Job, err)
 	}
+	if _, _, err := Create(t.Context(), w.conn, spec, true); err != nil {
+		t.Error(err)
+	}
+	if v, err := broker.Get(t.Context(), w.conn.JS, spec.ID); err != nil || v.Job.MaxErrors != "7" || v.Job.Lane != "high" {
+		t.Errorf("another run changed job %+v, %v", v.Job, err)
+	}
 	other := spec
 	other.SHA256 = strings.Repeat("0", 64)
 	if _, _, err := Create(t.Context(), w.conn, other, false); err == nil {
