@@ -234,12 +234,14 @@ func TestLease(t *testing.T) {
 	}
 }
 
-// TestLeaseTaken: an owner whose lease another one has stops.
+// TestLeaseTaken: an owner whose lease another one has stops, and its queues do not count any more.
 func TestLeaseTaken(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
 	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "m"))}))
+	o.metrics = newMetrics()
+	depth := func() float64 { return testutil.ToFloat64(o.metrics.depth.WithLabelValues("m")) }
 	s := w.run(o)
-	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	until(t, "all are enqueued, and it has seen that", func() bool { return depth() == 10 })
 	kv, err := w.conn.JS.KeyValue(t.Context(), proto.JobsBucket)
 	if err != nil {
 		t.Fatal(err)
@@ -255,8 +257,8 @@ func TestLeaseTaken(t *testing.T) {
 	if err := s.end(); !errors.Is(err, broker.ErrLeaseLost) {
 		t.Errorf("error %v", err)
 	}
-	if f := w.feed(o.Job.ID); f.Owner.ID != "thief" {
-		t.Errorf("record %+v", f)
+	if f := w.feed(o.Job.ID); f.Owner.ID != "thief" || depth() != 0 {
+		t.Errorf("record %+v, depth %v", f, depth())
 	}
 }
 

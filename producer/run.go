@@ -224,6 +224,7 @@ func (r *run) finished() error {
 
 // leave says in the job's record how it was left, and lets go of it.
 func (r *run) leave(err error) error {
+	defer r.unmeasure()
 	if errors.Is(err, broker.ErrLeaseLost) {
 		return fmt.Errorf("feed job %s: %w", r.job.ID, err)
 	}
@@ -242,9 +243,6 @@ func (r *run) leave(err error) error {
 		r.note(noteEnd, err.Error())
 		r.state(proto.FeedHalted)
 	}
-	for _, q := range r.queues {
-		q.metrics.deepen(q.model, -q.depth)
-	}
 	if rerr := r.lease.Release(ctx); rerr != nil {
 		r.log.Warn("lease not released, the next owner waits for it to run out", "error", rerr)
 	}
@@ -252,6 +250,13 @@ func (r *run) leave(err error) error {
 		return err
 	}
 	return fmt.Errorf("feed job %s: %w", r.job.ID, err)
+}
+
+// unmeasure takes the job's queues out of the depth that all owners share.
+func (r *run) unmeasure() {
+	for _, q := range r.queues {
+		q.metrics.deepen(q.model, -q.depth)
+	}
 }
 
 // purge drops the requests of the job, at best effort.
