@@ -39,8 +39,12 @@ type Adopter struct {
 	next map[string]time.Time // when a job that could not be adopted is tried again
 }
 
-// adoptAgain is how long a job is left alone that another process has or that could not be fed.
-const adoptAgain = 5 * time.Second
+// adoptAgain is how long a job is left alone that another process has or that could not be fed, and adoptLater one
+// that needs another program or broker first.
+const (
+	adoptAgain = 5 * time.Second
+	adoptLater = 5 * time.Minute
+)
 
 // Run adopts jobs until ctx ends, and returns when all of them are let go.
 func (a *Adopter) Run(ctx context.Context) error {

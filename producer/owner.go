@@ -43,6 +43,7 @@ var (
 	ErrCancelled = errors.New("the job was cancelled")
 	ErrExpired   = errors.New("the job's time was over before all lines had run")
 	ErrHalted    = errors.New("too many lines failed, the job was halted")
+	ErrJudged    = errors.New("the input is the same, but other lines of it are valid now than when the job was created")
 )
 
 // HeldError says who owns the job. It is a broker.ErrLeaseHeld.
@@ -59,7 +60,7 @@ func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }
 //   - a *HeldError (broker.ErrLeaseHeld) when a living process has the lease: watch the job instead;
 //   - broker.ErrLeaseLost when another process took it;
 //   - ErrHalted, with the most frequent error, when Job.MaxErrors was exceeded: it can be run again;
-//   - ErrChanged when the input is not what it was;
+//   - ErrChanged when the input is not what it was, and ErrJudged when it is but other lines of it can run;
 //   - the cause of ctx when that ended first. What is in the queues runs on, and a later Run continues.
 //
 // A broker that does not answer is waited for, for as long as ctx lasts.

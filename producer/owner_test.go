@@ -291,6 +291,31 @@ func TestChanged(t *testing.T) {
 	}
 }
 
+// TestJudgedOtherwise: a file that did not change, but of which other lines are valid now, is not called changed. The
+// job stays as it is.
+func TestJudgedOtherwise(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	path := file(t, linesOf(10, "m")+line("big", "m", strings.Repeat("x", 40_000))+"\n")
+	in := Input{Path: path, SkipInvalid: true, MaxPayload: 32 << 10}
+	o := w.owner(scanned(t, in))
+	w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all that are valid are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	s.stop()
+	s.end()
+	err := w.run(w.owner(scanned(t, Input{Path: path, SkipInvalid: true}))).end()
+	if !errors.Is(err, ErrJudged) || errors.Is(err, ErrChanged) || !strings.Contains(err.Error(), "10 lines were valid, 11 are") {
+		t.Errorf("error %v", err)
+	}
+	if f := w.feed(o.Job.ID); f.State == proto.FeedHalted || f.Owner.ID != "" || w.queued(&o.Job) != 10 {
+		t.Errorf("record %+v, %d queued", f, w.queued(&o.Job))
+	}
+	w.work("m", okay)
+	if err := w.run(w.owner(scanned(t, in))).end(); err != nil {
+		t.Errorf("as it was created: %v", err)
+	}
+}
+
 // TestNotes: why nothing moves is said, and unsaid.
 func TestNotes(t *testing.T) {
 	w := newWorld(t, &broker.Server{})

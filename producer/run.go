@@ -159,10 +159,21 @@ func (r *run) obtain(ctx context.Context) error {
 		}
 		r.d = d
 	}
-	if r.job.SHA256 != r.d.SHA256 || r.job.Lines != r.d.Lines || !slices.Equal(r.job.Models, r.d.Models()) {
+	if r.job.SHA256 != r.d.SHA256 || r.job.Lines != r.d.Lines {
 		return fmt.Errorf("job %s was made from another input: %w", r.job.ID, ErrChanged)
 	}
+	if now := r.d.Models(); !slices.Equal(r.job.Models, now) {
+		return fmt.Errorf("%w: %s lines were valid, %s are; the broker's max_payload or this program is another than then (millrace %s); "+
+			"run it as it was created, or cancel it and begin anew with --again", ErrJudged, commas(count(r.job.Models)), commas(count(now)), r.job.Program)
+	}
 	return nil
+}
+
+func count(models []proto.ModelLines) (n int64) {
+	for _, m := range models {
+		n += m.Lines
+	}
+	return n
 }
 
 // phase returns a context that ends with errTurn when another demand comes.
