@@ -1,12 +1,12 @@
 package producer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"millrace/broker"
@@ -99,12 +99,9 @@ func TestHalt(t *testing.T) {
 	o := w.owner(scanned(t, in))
 	o.Window = 10
 	a := w.aggregate(o.Job)
-	var healthy atomic.Bool
-	w.work("m", func(q *proto.Request) *proto.Result {
+	stop := w.work("m", func(q *proto.Request) *proto.Result {
 		r := okay(q)
-		if !healthy.Load() {
-			r.OK, r.Status, r.Code, r.Message = false, 500, proto.CodeEngineError, "boom"
-		}
+		r.OK, r.Status, r.Code, r.Message = false, 500, proto.CodeEngineError, "boom"
 		return r
 	})
 	err := w.run(o).end()
@@ -117,7 +114,15 @@ func TestHalt(t *testing.T) {
 	if n := a.folded(); n >= 200 {
 		t.Errorf("%d lines ended, the halt came too late", n)
 	}
-	healthy.Store(true)
+	// Run again and interrupted, it halts only at new failures: what was forgiven stays so.
+	stop()
+	s := w.run(w.owner(scanned(t, in)))
+	until(t, "it goes on", func() bool { f := w.feed(o.Job.ID); return f.State != proto.FeedHalted && f.BasisFailed > 10 })
+	s.stop()
+	if err := s.end(); !errors.Is(err, context.Canceled) {
+		t.Fatalf("error %v", err)
+	}
+	w.work("m", okay)
 	if err := w.run(w.owner(scanned(t, in))).end(); err != nil {
 		t.Errorf("run again: %v", err)
 	}

@@ -195,7 +195,7 @@ func (r *run) look(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.before == proto.FeedHalted { // it may fail as often again
-		r.basis = r.progress
+		r.feed.BasisFailed, r.feed.BasisEnded = r.counted(r.progress)
 		if r.want == wantHalt {
 			r.want = wantRun
 		}
@@ -260,18 +260,16 @@ func (r *run) judge(c proto.Control, p proto.Progress) demand {
 	return wantRun
 }
 
-// failures counts what speaks for halting: not the lines that were known to be invalid, and not those that failed
-// before a halted job was started again.
+// failures counts what speaks for halting: not what was so before a halted job was started again.
 func (r *run) failures(p proto.Progress) (failed, ended int64) {
-	invalid := min(r.job.Invalid, p.Failed)
-	failed = p.Failed - invalid
-	ended = p.OK + failed
-	if r.basis.Lines > 0 {
-		known := min(r.job.Invalid, r.basis.Failed)
-		failed -= r.basis.Failed - known
-		ended -= r.basis.OK + r.basis.Failed - known
-	}
-	return max(failed, 0), max(ended, 0)
+	failed, ended = r.counted(p)
+	return max(failed-r.feed.BasisFailed, 0), max(ended-r.feed.BasisEnded, 0)
+}
+
+// counted counts the lines that ended, without those that were known to be invalid.
+func (r *run) counted(p proto.Progress) (failed, ended int64) {
+	failed = p.Failed - min(r.job.Invalid, p.Failed)
+	return failed, p.OK + failed
 }
 
 // worst describes the most frequent error.

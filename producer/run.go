@@ -43,8 +43,7 @@ type run struct {
 	notes    map[noteKind]string
 	full     []string // of each queue: why it takes no more
 	progress proto.Progress
-	basis    proto.Progress // as it was when a halted job was started again
-	doneAt   time.Time      // since when the aggregator says that every line has ended
+	doneAt   time.Time // since when the aggregator says that every line has ended
 	want     demand
 	unheld   bool // the lease could not be renewed and may be another's
 	turn     context.CancelCauseFunc

@@ -104,6 +104,10 @@ type Feed struct {
 	Resent   int64        // lines sent again because they were missing
 	Ended    int64        // lines that the owner ended itself: invalid, cancelled, expired
 	Models   []ModelLines // of Enqueued, per model: where the next owner goes on
+
+	// What had failed, and ended, when a halted job was started again: it does not count towards --max-errors any more.
+	BasisFailed int64
+	BasisEnded  int64
 }
 
 // States of a feed.
@@ -124,6 +128,8 @@ func (f *Feed) visit(c *codec) {
 	c.int(&f.Resent)
 	c.int(&f.Ended)
 	list(c, &f.Models)
+	c.int(&f.BasisFailed)
+	c.int(&f.BasisEnded)
 }
 
 // Progress is how far the aggregator has folded a job. Key: agg.<id>.
