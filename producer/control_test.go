@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -89,6 +90,54 @@ func TestExpire(t *testing.T) {
 		if r := best(a.of(i)); r.Code != proto.CodeExpired || r.Message != "This request could not be executed before the completion window expired." {
 			t.Errorf("line %d: %+v", i, r)
 		}
+	}
+}
+
+// TestExpireGoesOn: a job whose time is over stays so, whoever owns it: no line runs after the first was given up, and
+// time passes while nobody owns it.
+func TestExpireGoesOn(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(50, "m")), LifetimeMS: 300}
+	o := w.owner(scanned(t, in))
+	a := w.aggregate(o.Job)
+	a.set(func(a *aggregator) { a.mute = true }) // the end of the lines takes a while
+	s := w.run(o)
+	until(t, "the rest is being ended", func() bool { return w.feed(o.Job.ID).State == proto.FeedEnding })
+	s.stop()
+	if err := s.end(); !errors.Is(err, context.Canceled) {
+		t.Fatalf("error %v", err)
+	}
+	in.LifetimeMS = time.Hour.Milliseconds() // too late
+	a.set(func(a *aggregator) { a.mute = false })
+	w.work("m", okay)
+	if err := w.run(w.owner(scanned(t, in))).end(); !errors.Is(err, ErrExpired) {
+		t.Errorf("error %v", err)
+	}
+	for i := range o.Job.Lines {
+		if r := best(a.of(i)); r.Code != proto.CodeExpired {
+			t.Errorf("line %d: %+v", i, r)
+		}
+	}
+}
+
+// TestExpireCounts: the time of a job counts from its first owner on.
+func TestExpireCounts(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(10, "m")), LifetimeMS: time.Hour.Milliseconds()}
+	o := w.owner(scanned(t, in))
+	w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	s.stop()
+	s.end()
+	f := w.feed(o.Job.ID)
+	if now, err := broker.Now(t.Context(), w.conn.JS); err != nil || f.Since == 0 || f.Since > now.UnixNano() {
+		t.Fatalf("began %d, it is %v, %v", f.Since, now, err)
+	}
+	f.Since -= time.Hour.Nanoseconds()
+	w.put(proto.FeedKey(o.Job.ID), &f)
+	if err := w.run(w.owner(scanned(t, in))).end(); !errors.Is(err, ErrExpired) {
+		t.Errorf("error %v", err)
 	}
 }
 

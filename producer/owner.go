@@ -83,7 +83,7 @@ func (o *Owner) Run(ctx context.Context) error {
 }
 
 func newRun(o *Owner, m *metrics) *run {
-	r := &run{o: o, metrics: m, job: o.Job, d: o.Dataset, log: o.Log, began: time.Now(), notes: map[noteKind]string{}}
+	r := &run{o: o, metrics: m, job: o.Job, d: o.Dataset, log: o.Log, notes: map[noteKind]string{}}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
@@ -156,19 +156,21 @@ func putJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) error {
 
 // recall reads how far the last owner came, so that the first thing this one writes does not forget it.
 func (r *run) recall(ctx context.Context) error {
-	e, err := r.kv.Get(ctx, proto.FeedKey(r.job.ID))
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return nil
-	}
+	now, err := broker.Now(ctx, r.o.Conn.JS)
 	if err != nil {
-		return fmt.Errorf("read how far the job is: %w", err)
+		return err
 	}
 	var f proto.Feed
-	if err := f.Decode(e.Value()); err != nil {
-		return fmt.Errorf("read how far the job is: %w", err)
+	if err := r.get(ctx, proto.FeedKey(r.job.ID), f.Decode); err != nil {
+		return err
 	}
 	f.Owner, f.Note = proto.Owner{}, ""
-	r.before, r.feed, r.known = f.State, f, true
+	if f.Since == 0 {
+		f.Since = now.UnixNano()
+	}
+	r.began = time.Now().Add(min(time.Unix(0, f.Since).Sub(now), 0))
+	r.before, r.feed = f.State, f
+	r.ending = f.State == proto.FeedEnding
 	for _, m := range f.Models {
 		for i, q := range r.queues {
 			if q.model == m.Model {

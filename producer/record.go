@@ -250,7 +250,7 @@ func (r *run) judge(c proto.Control, p proto.Progress) demand {
 		return wantDone
 	case c.Want == proto.WantCancel:
 		return wantCancel
-	case r.job.LifetimeMS > 0 && time.Since(r.began) >= time.Duration(r.job.LifetimeMS)*time.Millisecond:
+	case r.ending, r.job.LifetimeMS > 0 && time.Since(r.began) >= time.Duration(r.job.LifetimeMS)*time.Millisecond:
 		return wantExpire
 	case r.limit.reached(r.failures(p)):
 		return wantHalt

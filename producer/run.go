@@ -28,11 +28,11 @@ type run struct {
 	metrics *metrics
 	queues  []*queue
 	limit   threshold
-	began   time.Time
-	known   bool   // the job had an owner before
-	before  string // state in which that one left it
-	gave    error  // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
-	purged  bool   // requests were dropped: what is missing must be asked
+	began   time.Time // since when the job has had owners, on the clock here
+	ending  bool      // the last one had begun to end it: what was given up stays given up
+	before  string    // state in which that one left it
+	gave    error     // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
+	purged  bool      // requests were dropped: what is missing must be asked
 
 	kv jetstream.KeyValue
 

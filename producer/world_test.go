@@ -381,6 +381,18 @@ func (w *world) queued(job *proto.Job) (n int64) {
 	return n
 }
 
+// put writes a key of JOBS.
+func (w *world) put(key string, v interface{ Encode() ([]byte, error) }) {
+	w.t.Helper()
+	b, err := v.Encode()
+	if err == nil {
+		_, err = mustKV(w.t, w).Put(w.t.Context(), key, b)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 func (w *world) want(id, what string) {
 	w.t.Helper()
 	if err := broker.Want(w.t.Context(), w.conn.JS, id, proto.Control{Want: what}); err != nil {
