@@ -254,6 +254,30 @@ func TestEmptyDisk(t *testing.T) {
 	}
 }
 
+// TestRemoved: a job that was removed stays removed, though its owner lives and has its input: the owner ends.
+func TestRemoved(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(100, "m"))}))
+	w.aggregate(o.Job).set(func(a *aggregator) { a.noKey = true })
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 100 })
+	w.remove(o.Job.ID)
+	if err := s.end(); !errors.Is(err, ErrRemoved) {
+		t.Fatalf("error %v", err)
+	}
+	if left := w.keys(); len(left) > 0 || w.queued(&o.Job) > 0 {
+		t.Errorf("left are %v and %d requests", left, w.queued(&o.Job))
+	}
+	if err := w.run(o).end(); !errors.Is(err, ErrRemoved) {
+		t.Errorf("an owner of a removed job: %v", err)
+	}
+	if _, _, err := Create(t.Context(), w.conn, o.Job, false); err != nil {
+		t.Fatal(err)
+	}
+	s = w.run(o)
+	until(t, "created anew, it runs", func() bool { return w.queued(&o.Job) == 100 })
+}
+
 // TestNoProgressRecord: where the aggregator writes no progress, its word that every line has ended does.
 func TestNoProgressRecord(t *testing.T) {
 	w := newWorld(t, &broker.Server{})

@@ -31,7 +31,7 @@ const detachTries = 5
 func Detach(ctx context.Context, conn *broker.Conn, d *Dataset, job proto.Job) error {
 	_, err := backoff.Retry(ctx, func() (struct{}, error) {
 		err := detach(ctx, conn, d, job)
-		if errors.Is(err, ErrChanged) {
+		if errors.Is(err, ErrChanged) || errors.Is(err, ErrRemoved) {
 			err = backoff.Permanent(err)
 		}
 		return struct{}{}, err

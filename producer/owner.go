@@ -43,6 +43,7 @@ var (
 	ErrCancelled = errors.New("the job was cancelled")
 	ErrExpired   = errors.New("the job's time was over before all lines had run")
 	ErrHalted    = errors.New("too many lines failed, the job was halted")
+	ErrRemoved   = errors.New("the job was removed")
 	ErrJudged    = errors.New("the input is the same, but other lines of it are valid now than when the job was created")
 )
 
@@ -59,6 +60,7 @@ func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }
 //   - nil when every line has ended, or ErrCancelled or ErrExpired when that is how lines ended;
 //   - a *HeldError (broker.ErrLeaseHeld) when a living process has the lease: watch the job instead;
 //   - broker.ErrLeaseLost when another process took it;
+//   - ErrRemoved when the job was removed at the broker: nothing of it is put again;
 //   - ErrHalted, with the most frequent error, when Job.MaxErrors was exceeded: it can be run again;
 //   - ErrChanged when the input is not what it was, and ErrJudged when it is but other lines of it can run;
 //   - the cause of ctx when that ended first. What is in the queues runs on, and a later Run continues.
@@ -127,8 +129,8 @@ func (r *run) start(ctx context.Context) (err error) {
 	return r.take(ctx)
 }
 
-// base declares what all jobs share, and puts the job where its key is not there: at first, and when the broker came
-// back with an empty disk.
+// base declares what all jobs share, and puts the job where its key never was: at first, and when the broker came back
+// with an empty disk.
 func (r *run) base(ctx context.Context) error {
 	if err := r.declare.Base(ctx); err != nil {
 		return err
@@ -143,12 +145,22 @@ func (r *run) base(ctx context.Context) error {
 	return putJob(ctx, r.kv, r.job)
 }
 
+// putJob puts the job where its key never was. A key that was removed left a marker, and is not put again (Create does
+// that, where a user wants it).
 func putJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) error {
 	b, err := job.Encode()
 	if err != nil {
 		return err
 	}
-	if _, err = kv.Create(ctx, proto.JobKey(job.ID), b); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+	key := proto.JobKey(job.ID)
+	_, err = kv.Update(ctx, key, b, 0)
+	if errors.Is(err, jetstream.ErrKeyExists) {
+		_, err = kv.Get(ctx, key)
+	}
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return ErrRemoved
+	}
+	if err != nil {
 		return fmt.Errorf("put the job: %w", err)
 	}
 	return nil

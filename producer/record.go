@@ -150,41 +150,39 @@ const (
 	keyEvery   = 8 // times watchEvery
 )
 
-// watch turns what is wanted, and what became of the job so far, into demands.
-func (r *run) watch(ctx context.Context) {
+// watch turns what is wanted, and what became of the job so far, into demands. Its error is ErrRemoved.
+func (r *run) watch(ctx context.Context) error {
 	for n := 1; sleep(ctx, watchEvery) == nil; n++ {
 		err := r.read(ctx)
 		if err == nil && n%keyEvery == 0 {
 			err = r.uphold(ctx)
 		}
-		if err != nil && ctx.Err() == nil {
-			r.log.Debug("read the job's keys", "error", err)
-			r.restore(ctx)
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		r.log.Debug("read the job's keys", "error", err)
+		if err := r.restore(ctx); errors.Is(err, ErrRemoved) {
+			return err
+		} else if err != nil {
+			r.log.Debug("restore the job's keys", "error", err)
 		}
 	}
+	return nil
 }
-
-// errKeyGone is returned when the broker does not know the job any more.
-var errKeyGone = errors.New("the job's key is gone")
 
 // uphold looks whether the job's key is there.
 func (r *run) uphold(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	_, err := r.kv.Get(ctx, proto.JobKey(r.job.ID))
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return errKeyGone
-	}
 	return err
 }
 
 // restore puts what a broker that came back with an empty disk does not have.
-func (r *run) restore(ctx context.Context) {
+func (r *run) restore(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	if err := r.base(ctx); err != nil {
-		r.log.Debug("restore the job's keys", "error", err)
-	}
+	return r.base(ctx)
 }
 
 // look is the first reading, which is waited for.

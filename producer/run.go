@@ -74,7 +74,11 @@ func (r *run) live(ctx context.Context) error {
 	wg.Go(func() {
 		_ = r.lease.Keep(ctx, func(err error) { r.lost(err, stop) }, r.regained) // what it returns, lost has heard
 	})
-	wg.Go(func() { r.watch(ctx) })
+	wg.Go(func() {
+		if err := r.watch(ctx); err != nil {
+			stop(err)
+		}
+	})
 	wg.Go(func() { r.notice(ctx) })
 	err := r.drive(ctx)
 	if ctx.Err() != nil { // whatever broke then broke because of it
@@ -253,13 +257,31 @@ func (r *run) leave(err error) error {
 		r.note(noteEnd, err.Error())
 		r.state(proto.FeedHalted)
 	}
-	if rerr := r.lease.Release(ctx); rerr != nil {
+	if errors.Is(err, ErrRemoved) {
+		r.purge(ctx)
+		r.vanish(ctx)
+	} else if rerr := r.lease.Release(ctx); rerr != nil {
 		r.log.Warn("lease not released, the next owner waits for it to run out", "error", rerr)
 	}
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
 	return fmt.Errorf("feed job %s: %w", r.job.ID, err)
+}
+
+// vanish removes the record of a job that was removed, where a renewal of the lease put it again.
+func (r *run) vanish(ctx context.Context) {
+	e, err := r.kv.Get(ctx, r.lease.Key)
+	if err == nil {
+		var f proto.Feed
+		if err = f.Decode(e.Value()); err == nil && f.Owner.ID != r.lease.Self.ID {
+			return // of one that was created anew
+		}
+		err = r.kv.Purge(ctx, r.lease.Key, jetstream.LastRevision(e.Revision()))
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrKeyNotFound) {
+		r.log.Warn("the record of a removed job stays at the broker", "error", err)
+	}
 }
 
 // unmeasure takes the job's queues out of the depth that all owners share.
@@ -309,6 +331,6 @@ func (r *run) trouble(doing string, err error) {
 }
 
 func permanent(err error) bool {
-	return errors.Is(err, proto.ErrNewerVersion) || errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, ErrChanged) ||
+	return errors.Is(err, proto.ErrNewerVersion) || errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, ErrChanged) || errors.Is(err, ErrRemoved) ||
 		errors.Is(err, jetstream.ErrJetStreamNotEnabled) || errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount)
 }

@@ -393,6 +393,28 @@ func (w *world) put(key string, v interface{ Encode() ([]byte, error) }) {
 	}
 }
 
+// keys lists the keys of JOBS.
+func (w *world) keys() []string {
+	w.t.Helper()
+	keys, err := mustKV(w.t, w).Keys(w.t.Context())
+	if err != nil && !errors.Is(err, jetstream.ErrNoKeysFound) {
+		w.t.Fatal(err)
+	}
+	return keys
+}
+
+// remove is `millrace rm --force`.
+func (w *world) remove(id string) {
+	w.t.Helper()
+	v, err := broker.Get(w.t.Context(), w.conn.JS, id)
+	if err == nil {
+		err = broker.Remove(w.t.Context(), w.conn.JS, v)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 func (w *world) want(id, what string) {
 	w.t.Helper()
 	if err := broker.Want(w.t.Context(), w.conn.JS, id, proto.Control{Want: what}); err != nil {
