@@ -92,6 +92,24 @@ func TestDetachAdopt(t *testing.T) {
 	stop()
 }
 
+// TestAdoptKeepsInput: the copy of the input stays until the files are final, whatever the aggregator says before.
+func TestAdoptKeepsInput(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	job := w.detach(Input{Path: file(t, linesOf(10, "m"))})
+	a := w.aggregate(job)
+	a.set(func(a *aggregator) { a.noKey = true })
+	w.work("m", okay)
+	w.adopter(t.TempDir())
+	a.saysDone(t)
+	if w.left() != 1 || w.feed(job.ID).Owner.ID == "" {
+		t.Errorf("%d objects, record %+v", w.left(), w.feed(job.ID))
+	}
+	a.set(func(a *aggregator) { clear(a.results) }) // it loses all before it wrote a file
+	until(t, "all lines have run again", func() bool { return a.folded() == 10 })
+	a.set(func(a *aggregator) { a.noKey = false })
+	until(t, "the input is gone", func() bool { return w.left() == 0 })
+}
+
 // TestAdoptTakesOver: when an adopter goes, another one goes on; when it died with half of the input laid down, its
 // leftovers do no harm.
 func TestAdoptTakesOver(t *testing.T) {

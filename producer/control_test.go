@@ -278,8 +278,8 @@ func TestRemoved(t *testing.T) {
 	until(t, "created anew, it runs", func() bool { return w.queued(&o.Job) == 100 })
 }
 
-// TestNoProgressRecord: where the aggregator writes no progress, its word that every line has ended does.
-func TestNoProgressRecord(t *testing.T) {
+// TestNotFinal: that every line has ended is not enough, the files must be final: until then the input is needed.
+func TestNotFinal(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
 	for name, cancelled := range map[string]bool{"m": false, "n": true} {
 		o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, name))}))
@@ -290,7 +290,13 @@ func TestNoProgressRecord(t *testing.T) {
 		} else {
 			w.work(name, okay)
 		}
-		if err := w.run(o).end(); cancelled != errors.Is(err, ErrCancelled) || !cancelled && err != nil {
+		s := w.run(o)
+		a.saysDone(t)
+		a.set(func(a *aggregator) { clear(a.results) }) // it loses all
+		until(t, "all have run, or ended, again", func() bool { return a.folded() == 10 })
+		a.saysDone(t)
+		a.set(func(a *aggregator) { a.noKey = false })
+		if err := s.end(); cancelled != errors.Is(err, ErrCancelled) || !cancelled && err != nil {
 			t.Errorf("cancelled %v: %v", cancelled, err)
 		}
 	}

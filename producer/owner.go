@@ -18,7 +18,7 @@ import (
 // defaultWindow is how many requests of a job are kept in the queues at least.
 const defaultWindow = 20_000
 
-// Owner feeds one job from its input until every line has ended. Its fields may be set until Run.
+// Owner feeds one job from its input until every line has ended and its files are final. Its fields may be set until Run.
 type Owner struct {
 	Conn     *broker.Conn
 	Dataset  *Dataset
@@ -57,7 +57,7 @@ func (e *HeldError) Error() string {
 func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }
 
 // Run takes the lease on the job and feeds it. It returns
-//   - nil when every line has ended, or ErrCancelled or ErrExpired when that is how lines ended;
+//   - nil when the job is finished, or ErrCancelled or ErrExpired when that is how lines ended;
 //   - a *HeldError (broker.ErrLeaseHeld) when a living process has the lease: watch the job instead;
 //   - broker.ErrLeaseLost when another process took it;
 //   - ErrRemoved when the job was removed at the broker: nothing of it is put again;

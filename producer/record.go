@@ -234,17 +234,13 @@ func (r *run) get(ctx context.Context, key string, decode func([]byte) error) er
 	return nil
 }
 
-// doneWait is how long the aggregator's word that every line has ended goes before a progress record that does not
-// say so: that of a broker with an older disk never will.
-const doneWait = 10 * time.Second
-
-// judge is what is demanded now.
+// judge is what is demanded now. A job is done when its files are final, not when its lines have ended: until then the
+// aggregator may lose what it folded, and the input is still needed. Its record says so, again after each reconnect.
 func (r *run) judge(c proto.Control, p proto.Progress) demand {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	said := !r.doneAt.IsZero() && p.State != proto.FoldWriting
 	switch {
-	case p.State == proto.FoldDone, said && (p.State == "" || time.Since(r.doneAt) >= doneWait):
+	case p.State == proto.FoldDone:
 		return wantDone
 	case c.Want == proto.WantCancel:
 		return wantCancel

@@ -43,7 +43,6 @@ type run struct {
 	notes    map[noteKind]string
 	full     []string // of each queue: why it takes no more
 	progress proto.Progress
-	doneAt   time.Time // since when the aggregator says that every line has ended
 	want     demand
 	unheld   bool // the lease could not be renewed and may be another's
 	turn     context.CancelCauseFunc
@@ -215,7 +214,7 @@ func (r *run) do(ctx context.Context, want demand) error {
 	return r.serve(ctx)
 }
 
-// finished is how a job ended whose every line has ended.
+// finished is how a job ended whose files are final.
 func (r *run) finished() error {
 	if r.d != nil {
 		r.d.ended()

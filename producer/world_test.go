@@ -288,6 +288,15 @@ func (a *aggregator) questions() int {
 	return a.asked
 }
 
+// saysDone waits until the aggregator has said a few times that every line has ended.
+func (a *aggregator) saysDone(t *testing.T) {
+	t.Helper()
+	until(t, "every line has ended", func() bool { return int64(a.folded()) == a.job.Lines })
+	const times = 5
+	before := a.questions()
+	until(t, "the owner has heard so", func() bool { return a.questions() >= before+times })
+}
+
 // of returns the results of a line.
 func (a *aggregator) of(i int64) []*proto.Result {
 	a.mu.Lock()
