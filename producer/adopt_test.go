@@ -29,6 +29,13 @@ func (w *world) adopter(dir string) (a *Adopter, stop func()) {
 	})
 }
 
+// knows says whether the adopter has nothing to do, and thinks that of a job.
+func (a *Adopter) knows() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.busy) == 0 && len(a.next)+len(a.done) > 0
+}
+
 // left counts what lies in the object store.
 func (w *world) left() int {
 	w.t.Helper()
@@ -90,6 +97,59 @@ func TestDetachAdopt(t *testing.T) {
 		}
 	}
 	stop()
+}
+
+// TestAdoptAgain: a job that was removed and left again, which has the same id, is adopted again: when it was finished,
+// and, faster than the adopter looks, while it ran. Nothing is left of what was removed.
+func TestAdoptAgain(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(10, "m"))}
+	job := w.detach(in)
+	a := w.aggregate(job)
+	dir := t.TempDir()
+	ad, _ := w.adopter(dir)
+	removed := func() {
+		t.Helper()
+		a.set(func(a *aggregator) { a.noKey = true })
+		w.remove(job.ID)
+		a.set(func(a *aggregator) { clear(a.results) })
+		if again := w.detach(in); again.ID != job.ID {
+			t.Fatalf("job %s, was %s", again.ID, job.ID)
+		}
+		a.set(func(a *aggregator) { a.noKey = false })
+	}
+	until(t, "all are enqueued", func() bool { return w.queued(&job) == 10 })
+	removed()
+	stop := w.work("m", okay)
+	until(t, "left again, it is done", func() bool { return a.folded() == 10 && w.left() == 0 })
+	until(t, "the adopter knows", ad.knows)
+	removed()
+	until(t, "left again, it is done again", func() bool { return a.folded() == 10 && w.left() == 0 })
+	until(t, "it is let go", func() bool { return w.feed(job.ID).State == proto.FeedFinished })
+	stop()
+	removed()
+	until(t, "all are enqueued", func() bool { return w.queued(&job) == 10 })
+	w.remove(job.ID)
+	until(t, "nothing lies in its folder", func() bool { l, _ := filepath.Glob(filepath.Join(dir, "*")); return len(l) == 0 })
+	if left := w.left(); left > 0 {
+		t.Errorf("%d objects", left)
+	}
+}
+
+// TestAdoptUnfinished: a finished job that is not so any more, since the broker came back with an older disk, is
+// adopted again.
+func TestAdoptUnfinished(t *testing.T) {
+	w := tcpWorld(t)
+	job := w.detach(Input{Path: file(t, linesOf(10, "m"))})
+	w.restart(func(dir string) { copyDir(t, dir, dir+".old") })
+	a := w.aggregate(job)
+	ad, _ := w.adopter(t.TempDir())
+	w.work("m", okay)
+	until(t, "the adopter knows that it is done", ad.knows)
+	a.set(func(a *aggregator) { a.behind = true; clear(a.results) })
+	w.restart(func(dir string) { copyDir(t, dir+".old", dir) })
+	a.set(func(a *aggregator) { a.behind = false })
+	until(t, "all have run again, and the input is gone", func() bool { return a.folded() == 10 && w.left() == 0 })
 }
 
 // TestAdoptKeepsInput: the copy of the input stays until the files are final, whatever the aggregator says before.
@@ -154,7 +214,7 @@ func TestAdoptLeavesAlone(t *testing.T) {
 	})
 	ad, _ := w.adopter(t.TempDir())
 	until(t, "it is halted", func() bool { f := w.feed(job.ID); return f.State == proto.FeedHalted && f.Owner.ID == "" })
-	until(t, "the adopter knows", func() bool { ad.mu.Lock(); defer ad.mu.Unlock(); return len(ad.next) > 0 && len(ad.busy) == 0 })
+	until(t, "the adopter knows", ad.knows)
 	if _, todo, err := ad.judge(t.Context(), mustKV(t, w), job.ID); todo != adoptNot || err != nil {
 		t.Errorf("to do for a halted job: %d, %v", todo, err)
 	}
