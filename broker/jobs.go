@@ -234,14 +234,12 @@ func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	if err := Purge(ctx, js, proto.ResultStream, proto.ResultSubject(id)); err != nil {
 		return err
 	}
-	if v.Job.Object != "" {
-		os, err := js.ObjectStore(ctx, proto.InputsBucket)
-		if err == nil {
-			err = os.Delete(ctx, v.Job.Object)
-		}
-		if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
-			return explain("remove the input's copy", err)
-		}
+	os, err := js.ObjectStore(ctx, proto.InputsBucket)
+	if err == nil {
+		err = os.Delete(ctx, cmp.Or(v.Job.Object, id)) // it may lie there before the job says so
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
+		return explain("remove the input's copy", err)
 	}
 	for _, key := range []string{proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id), proto.JobKey(id)} {
 		if err := kv.Purge(ctx, key); err != nil {

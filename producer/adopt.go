@@ -78,13 +78,27 @@ func (a *Adopter) Run(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	var swept time.Time
 	for {
+		if time.Since(swept) >= uploadIdle {
+			swept = time.Now()
+			a.sweep(ctx)
+		}
 		if err := a.look(ctx, &wg); err != nil && ctx.Err() == nil {
 			a.Log.Debug("look for jobs to adopt", "error", err)
 		}
 		if err := sleep(ctx, every); err != nil {
 			return err
 		}
+	}
+}
+
+// sweep removes what interrupted uploads left at the broker.
+func (a *Adopter) sweep(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := sweepUploads(ctx, a.Conn, uploadIdle); err != nil && ctx.Err() == nil {
+		a.Log.Debug("sweep interrupted uploads", "error", err)
 	}
 }
 
@@ -318,15 +332,5 @@ func (a *Adopter) forget(ctx context.Context, job proto.Job) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	store, err := a.Conn.JS.ObjectStore(ctx, proto.InputsBucket)
-	if err == nil {
-		_, err = store.GetInfo(ctx, job.Object) // deleting what is deleted would write a new marker
-	}
-	if err == nil {
-		err = store.Delete(ctx, job.Object)
-	}
-	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
-		return fmt.Errorf("remove the input's copy: %w", err)
-	}
-	return nil
+	return dropObject(ctx, a.Conn, job.Object)
 }

@@ -2,8 +2,10 @@ package producer
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -258,7 +260,7 @@ func TestAdoptEndsOrphans(t *testing.T) {
 // TestDetachChanged: what is copied is what was scanned, or nothing.
 func TestDetachChanged(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
-	text := linesOf(10, "m")
+	text := randomLines(100) // some chunks are stored before it shows
 	name := file(t, text)
 	d := scanned(t, Input{Path: name})
 	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
@@ -271,19 +273,112 @@ func TestDetachChanged(t *testing.T) {
 	if err := Detach(t.Context(), w.conn, d, job); !errors.Is(err, ErrChanged) {
 		t.Errorf("error %v", err)
 	}
-	if w.left() > 0 {
-		t.Error("an object is left")
+	if w.left() > 0 || w.chunks() > 0 {
+		t.Errorf("%d objects and %d chunks are left", w.left(), w.chunks())
+	}
+}
+
+// randomLines are lines of 20 KB that do not compress to less than half.
+func randomLines(n int) string {
+	var b strings.Builder
+	rnd := rand.NewChaCha8([32]byte{})
+	text := make([]byte, 10_000)
+	for i := range n {
+		_, _ = rnd.Read(text) // never fails
+		fmt.Fprintln(&b, line(fmt.Sprint("id-", i), "m", hex.EncodeToString(text)))
+	}
+	return b.String()
+}
+
+// chunks counts the chunks of objects at the broker, and of uploads that never became one.
+func (w *world) chunks() (n uint64) {
+	w.t.Helper()
+	s, err := w.conn.JS.Stream(w.t.Context(), inputsStream)
+	var i *jetstream.StreamInfo
+	if err == nil {
+		i, err = s.Info(w.t.Context(), jetstream.WithSubjectFilter(chunksOf+">"))
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, k := range i.State.Subjects {
+		n += k
+	}
+	return n
+}
+
+// TestDetachInterrupted: an upload that is interrupted leaves nothing behind, and one whose process was killed only
+// until it is swept away. What an object names stays.
+func TestDetachInterrupted(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	w.detach(Input{Path: file(t, linesOf(10, "m"))})
+	whole := w.chunks()
+	s, err := w.conn.JS.Stream(t.Context(), inputsStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	begun := func() *uploader {
+		t.Helper()
+		u := newUploader(ctx, w.conn, "x")
+		if _, err := u.Write(make([]byte, (chunkBatch+1)*chunkBytes)); err != nil || w.chunks() != whole+chunkBatch {
+			t.Fatalf("%d chunks, %v", w.chunks(), err)
+		}
+		return u
+	}
+	killed := begun()
+	if err := sweepUploads(t.Context(), w.conn, time.Hour); err != nil || w.chunks() != whole+chunkBatch {
+		t.Errorf("%d chunks, which may be those of an upload under way, %v", w.chunks(), err)
+	}
+	if err := sweepUploads(t.Context(), w.conn, 0); err != nil || w.chunks() != whole {
+		t.Errorf("%d chunks, want %d, %v", w.chunks(), whole, err)
+	}
+	if err := errors.Join(killed.flush(), killed.check(s)); err == nil || !strings.Contains(err.Error(), "1 of 9 chunks") {
+		t.Errorf("an upload whose chunks were swept away goes on: %v", err)
+	}
+	killed.abandon(s)
+	interrupted := begun()
+	cancel()
+	if err := interrupted.flush(); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	interrupted.abandon(s)
+	if n := w.chunks(); n != whole {
+		t.Errorf("%d chunks, want %d", n, whole)
+	}
+}
+
+// TestDetachRemoved: nothing is left of the input of a job that is removed before its record names the copy.
+func TestDetachRemoved(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	d := scanned(t, Input{Path: file(t, linesOf(10, "m"))})
+	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copied := func() {
+		t.Helper()
+		if err := upload(t.Context(), w.conn, d, job.ID); err != nil || w.left() != 1 {
+			t.Fatalf("%d objects, %v", w.left(), err)
+		}
+	}
+	copied()
+	copied() // the second replaces the first
+	w.remove(job.ID)
+	if w.chunks() > 0 {
+		t.Errorf("%d chunks after rm", w.chunks())
+	}
+	copied() // it was under way
+	if err := Detach(t.Context(), w.conn, d, job); !errors.Is(err, ErrRemoved) || w.chunks() > 0 {
+		t.Errorf("%d chunks, %v", w.chunks(), err)
 	}
 }
 
 // TestDetachLarge: an input of many chunks comes back as it was.
 func TestDetachLarge(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
-	var b strings.Builder
-	for i := range 3000 {
-		fmt.Fprintln(&b, line(fmt.Sprint(i), "m", strings.Repeat(fmt.Sprintf("%x", uint64(i)*0x9e3779b97f4a7c15), 40)))
-	}
-	d := scanned(t, Input{Path: file(t, b.String())})
+	text := randomLines(300)
+	d := scanned(t, Input{Path: file(t, text)})
 	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
 	if err != nil {
 		t.Fatal(err)
@@ -295,8 +390,8 @@ func TestDetachLarge(t *testing.T) {
 	if err := download(t.Context(), w.conn, job.ID, name); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := os.ReadFile(name); err != nil || string(got) != b.String() {
-		t.Errorf("%d bytes came back of %d, %v", len(got), b.Len(), err)
+	if got, err := os.ReadFile(name); err != nil || string(got) != text {
+		t.Errorf("%d bytes came back of %d, %v", len(got), len(text), err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
