@@ -33,6 +33,7 @@ type Adopter struct {
 	Every    time.Duration // how often it looks for jobs; 0: 2 s
 
 	metrics *metrics
+	reading chan struct{} // holds one for each input that is fetched or scanned
 
 	mu   sync.Mutex           // guards the rest
 	busy map[string]bool      // jobs that a goroutine has
@@ -43,6 +44,9 @@ type Adopter struct {
 // versions are the revisions of a job's own key and of its progress: a job that was removed and left again has others,
 // and so has one whose progress went back.
 type versions struct{ job, progress uint64 }
+
+// adoptReading is how many inputs are fetched and scanned at once: a scan takes up to 150 MB of memory.
+const adoptReading = 2
 
 // adoptAgain is how long a job is left alone that another process has or that could not be fed, and adoptLater one
 // that needs another program or broker first.
@@ -68,7 +72,7 @@ func (a *Adopter) Run(ctx context.Context) error {
 		return err
 	}
 	defer stop()
-	a.metrics = m
+	a.metrics, a.reading = m, make(chan struct{}, adoptReading)
 	a.mu.Lock()
 	a.busy, a.done, a.next = map[string]bool{}, map[string]versions{}, map[string]time.Time{}
 	a.mu.Unlock()
@@ -296,6 +300,12 @@ func revision(ctx context.Context, kv jetstream.KeyValue, key string, decode fun
 
 // fetch lays the input down, unless that was done before, and scans it.
 func (a *Adopter) fetch(ctx context.Context, job proto.Job) (*Dataset, error) {
+	select {
+	case a.reading <- struct{}{}:
+		defer func() { <-a.reading }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 	broker.CrashPoint("adopt.lease-taken")
 	name := a.file(job.ID)
 	if _, err := os.Stat(name); errors.Is(err, os.ErrNotExist) {

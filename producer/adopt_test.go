@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -235,6 +236,27 @@ func mustKV(t *testing.T, w *world) jetstream.KeyValue {
 		t.Fatal(err)
 	}
 	return kv
+}
+
+// TestAdoptMany: however many jobs there are, few inputs are read at once; all of them are in the end.
+func TestAdoptMany(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	text := randomLines(30)
+	var all []proto.Job
+	for i := range 5 {
+		all = append(all, w.detach(Input{Path: file(t, text), Name: fmt.Sprint("job ", i)}))
+	}
+	dir := t.TempDir()
+	w.adopter(dir)
+	most := 0
+	until(t, "all are enqueued", func() bool {
+		l, _ := filepath.Glob(filepath.Join(dir, tempLaid))
+		most = max(most, len(l))
+		return !slices.ContainsFunc(all, func(job proto.Job) bool { return w.queued(&job) < job.Lines })
+	})
+	if most > adoptReading {
+		t.Errorf("%d inputs are laid down at once", most)
+	}
 }
 
 // TestAdoptEndsOrphans: a cancelled job ends although nobody has its input any more.
