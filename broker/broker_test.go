@@ -263,6 +263,13 @@ func TestJobs(t *testing.T) {
 			t.Errorf("%s: %s, %v, want %s", what, v.State(), err, want)
 		}
 	}
+	silent, err := broker.Get(t.Context(), c.JS, "alpha-1")
+	if err != nil || silent.Silent <= 0 || silent.Silent > time.Minute {
+		t.Errorf("silent for %s, %v", silent.Silent, err)
+	}
+	if silent.Silent = 2 * broker.DefaultLeaseTTL; silent.State() != broker.StateOrphaned {
+		t.Errorf("a job whose owner has been silent for %s is %s", silent.Silent, silent.State())
+	}
 	if _, err := broker.Find(t.Context(), c.JS, "alpha"); err == nil || !strings.Contains(err.Error(), "alpha-1, alpha-2") && !strings.Contains(err.Error(), "alpha-2, alpha-1") {
 		t.Errorf("ambiguous: %v", err)
 	}

@@ -21,6 +21,7 @@ type JobView struct {
 	Control  proto.Control
 	Feed     proto.Feed
 	Progress proto.Progress
+	Silent   time.Duration // since the owner last wrote its record, on the broker's clock; 0 where there is none, or nothing to own
 }
 
 // States of a job, as people see it.
@@ -47,7 +48,7 @@ func (v *JobView) State() string {
 		return StateHalted
 	case v.Control.Want == proto.WantPause:
 		return StatePaused
-	case v.Feed.Owner.ID == "":
+	case v.Feed.Owner.ID == "", v.Silent > DefaultLeaseTTL:
 		return StateOrphaned
 	}
 	return StateRunning
@@ -150,6 +151,7 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 	if err != nil {
 		return v, explain("open bucket "+proto.JobsBucket, err)
 	}
+	var fed time.Time
 	for _, key := range []string{proto.JobKey(id), proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id)} {
 		e, err := kv.Get(ctx, key)
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
@@ -165,8 +167,16 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 		if err := v.set(kind, e.Value()); err != nil {
 			return v, fmt.Errorf("read %s: %w", key, err)
 		}
+		if kind == "feed" {
+			fed = e.Created()
+		}
 	}
-	return v, nil
+	if v.Feed.Owner.ID == "" || v.Progress.State == proto.FoldDone {
+		return v, nil
+	}
+	now, err := Now(ctx, js)
+	v.Silent = max(now.Sub(fed), 0)
+	return v, err
 }
 
 // Find reads the job whose id or name is what, or the only one whose id begins so.
@@ -226,14 +236,12 @@ func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	if err := Purge(ctx, js, proto.ResultStream, proto.ResultSubject(id)); err != nil {
 		return err
 	}
-	if v.Job.Object != "" {
-		os, err := js.ObjectStore(ctx, proto.InputsBucket)
-		if err == nil {
-			err = os.Delete(ctx, v.Job.Object)
-		}
-		if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
-			return explain("remove the input's copy", err)
-		}
+	os, err := js.ObjectStore(ctx, proto.InputsBucket)
+	if err == nil {
+		err = os.Delete(ctx, cmp.Or(v.Job.Object, id)) // it may lie there before the job says so
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
+		return explain("remove the input's copy", err)
 	}
 	for _, key := range []string{proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id), proto.JobKey(id)} {
 		if err := kv.Purge(ctx, key); err != nil {

@@ -13,7 +13,8 @@ import (
 )
 
 // Create finds the job that spec (from Dataset.Job) is, or puts a new one; with again a new one always, whose id ends
-// in -r2, -r3, … A job that exists gets the thresholds, the lifetime and the lane of now.
+// in -r2, -r3, … A job that is continued gets the thresholds, the lifetime and the lane of now; those that again passes
+// over stay as they are.
 //
 // changed is, for a new job, the newest older one of the same input file or name whose content was another: its input
 // is gone, and it can only be cancelled.
@@ -27,16 +28,15 @@ func Create(ctx context.Context, conn *broker.Conn, spec proto.Job, again bool) 
 		if n > 1 {
 			job.ID, job.Again = spec.ID+"-r"+strconv.FormatInt(n, 10), n-1
 		}
-		existed, err := createJob(ctx, kv, &job)
-		if err != nil {
+		existed, err := createJob(ctx, kv, job)
+		switch {
+		case err != nil:
 			return job, nil, err
-		}
-		if !existed {
+		case !existed:
 			changed, err = olderContent(ctx, conn, &job)
 			return job, changed, err
-		}
-		if !again {
-			return job, nil, nil
+		case !again:
+			return job, nil, mergeJob(ctx, kv, &job)
 		}
 	}
 }
@@ -56,8 +56,8 @@ func jobs(ctx context.Context, conn *broker.Conn) (jetstream.KeyValue, error) {
 	return kv, nil
 }
 
-// createJob puts the job, or says that it is there, and reads it.
-func createJob(ctx context.Context, kv jetstream.KeyValue, job *proto.Job) (existed bool, err error) {
+// createJob puts the job, or says that it is there.
+func createJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) (existed bool, err error) {
 	b, err := job.Encode()
 	if err != nil {
 		return false, err
@@ -70,7 +70,7 @@ func createJob(ctx context.Context, kv jetstream.KeyValue, job *proto.Job) (exis
 	if !errors.Is(err, jetstream.ErrKeyExists) {
 		return false, fmt.Errorf("put the job: %w", err)
 	}
-	return true, mergeJob(ctx, kv, job)
+	return true, nil
 }
 
 // mergeJob makes job the one that is there, with the limits that job brings.

@@ -159,7 +159,7 @@ func ended(err error) bool {
 	return err == nil || errors.Is(err, producer.ErrCancelled) || errors.Is(err, producer.ErrExpired)
 }
 
-// own runs the owner of the job's input, or watches the one that there is, and shows the progress to the end.
+// own runs the owner of the job's input, which watches the one that there is first, and shows the progress to the end.
 func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -170,12 +170,11 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 		v, err = a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
 		seen <- err
 	}()
+	o.Held = func(by *producer.HeldError) {
+		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it, and going on where that one stops\n", o.Job.ID, by)
+	}
 	err := o.Run(ctx)
-	switch {
-	case errors.Is(err, broker.ErrLeaseHeld):
-		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it\n", o.Job.ID, err)
-		err = nil
-	case !ended(err):
+	if !ended(err) {
 		cancel()
 	}
 	werr := <-seen

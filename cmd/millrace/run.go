@@ -179,6 +179,9 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	if err := a.declareRun(take, conn, srv, &job, r.ackWait); err != nil {
 		return v, err
 	}
+	if job, _, err = producer.Create(take, conn, job, false); err != nil {
+		return v, err
+	}
 	stopAgg, err := a.startAggregator(srv, job, p, files, reg)
 	if err != nil {
 		return v, err
