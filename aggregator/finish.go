@@ -247,12 +247,8 @@ func (f *finisher) done(j *job, to Files, m *Manifest) error {
 	if !m.Valid {
 		p.Verdict += ": " + first(m.Reasons)
 	}
-	b, err := p.Encode()
-	if err != nil {
+	if err := j.saveDone(p); err != nil {
 		return err
-	}
-	if err := writeDurable(filepath.Join(j.dir, fileDone), b); err != nil {
-		return hint(j.dir, err)
 	}
 	if f.s.finish(j, p, f.linger) {
 		f.s.dropSpool(j)
@@ -260,14 +256,19 @@ func (f *finisher) done(j *job, to Files, m *Manifest) error {
 	return nil
 }
 
+func (j *job) saveDone(p *proto.Progress) error {
+	b, err := p.Encode()
+	if err != nil {
+		return err
+	}
+	return hint(filepath.Join(j.dir, fileDone), writeDurable(filepath.Join(j.dir, fileDone), b))
+}
+
 // finish closes a job in memory, and says whether its spool may go: nobody is reading on in it.
 func (s *state) finish(j *job, p *proto.Progress, linger time.Duration) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	j.finished, j.state, j.doneAt = p, proto.FoldDone, time.Now()
-	j.touch()
-	j.urgent = true
-	s.kick()
+	s.over(j, p)
 	if time.Since(j.followed) < linger {
 		return false
 	}
@@ -290,7 +291,7 @@ func (s *state) final(j *job) *proto.Progress {
 // and needs no lock.
 func (j *job) release() {
 	j.spool.close()
-	j.at, j.spool.flushed, j.durable = nil, 0, 0
+	j.at, j.spool.flushed, j.spool.buf, j.durable = nil, 0, nil, 0
 }
 
 func (s *state) dropSpool(j *job) {

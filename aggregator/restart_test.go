@@ -280,7 +280,7 @@ func TestPurgeable(t *testing.T) {
 	if p := s.purgeable(true); p.Seq != 2 {
 		t.Errorf("shared disk: %+v", p)
 	}
-	if err := s.know(spec("k", 1), 1); err != nil {
+	if err := s.know(spec("k", 1), 1, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.fold(st.add(t, good("k", 0, 1))); err != nil {
@@ -313,7 +313,7 @@ func TestSpecThatCannotBeReadComesAgain(t *testing.T) {
 	}
 	s.moved = true
 	save(t, s) // the job's mark must survive
-	if err := s.know(spec("j", 5), 1); err != nil {
+	if err := s.know(spec("j", 5), 1, nil); err != nil {
 		t.Fatal(err)
 	}
 	catchUp(t, s, st)
@@ -335,10 +335,10 @@ func TestForgetAndCreateAgain(t *testing.T) {
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("its folder: %v", err)
 	}
-	if err := s.know(spec("j", 5), 55); err != nil || s.job("j") != nil {
+	if err := s.know(spec("j", 5), 55, nil); err != nil || s.job("j") != nil {
 		t.Errorf("a spec older than the delete came back: %v", err)
 	}
-	if err := s.know(spec("j", 5), 70); err != nil || s.job("j") == nil {
+	if err := s.know(spec("j", 5), 70, nil); err != nil || s.job("j") == nil {
 		t.Errorf("a younger spec did not: %v", err)
 	}
 	wantLines(t, s, "")
@@ -348,14 +348,14 @@ func TestBadSpecs(t *testing.T) {
 	s := openTest(t, t.TempDir())
 	t.Cleanup(s.close)
 	for _, spec := range []*proto.Job{spec("../x", 1), spec("", 1), spec("a.b", 1), spec("x", -1), spec("x", maxLines+1)} {
-		if err := s.know(spec, 1); !errors.Is(err, errBadJob) {
+		if err := s.know(spec, 1, nil); !errors.Is(err, errBadJob) {
 			t.Errorf("%q with %d lines: %v", spec.ID, spec.Lines, err)
 		}
 	}
-	if err := s.know(spec("x", 2), 1); err != nil {
+	if err := s.know(spec("x", 2), 1, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.know(spec("x", 3), 2); !errors.Is(err, errBadJob) {
+	if err := s.know(spec("x", 3), 2, nil); !errors.Is(err, errBadJob) {
 		t.Errorf("the same id with other lines: %v", err)
 	}
 }

@@ -178,7 +178,7 @@ func (r *rig) await(id string, wanted func(*proto.Progress) bool) *proto.Progres
 				cancel()
 			}
 		}
-	})
+	}, func() {})
 	if err != nil || last == nil || !wanted(last) {
 		r.t.Fatalf("job %s came to %+v: %v", id, last, err)
 	}
@@ -286,23 +286,85 @@ func TestSharedDiskPurges(t *testing.T) {
 	}
 }
 
-func TestOtherDiskKeepsUnfinishedJobs(t *testing.T) {
-	r := newRig(t)
-	a := r.start(func(a *Aggregator) { a.SharedDisk = false })
-	r.job("i", 3)
-	r.job("j", 20)
-	r.send(all("i", 0, 3)...)
-	seq := r.send(all("j", 0, 10)...)
-	r.await("i", done)
-	r.await("j", folding(seq))
-	a.stop()
-	// An aggregator with an empty disk rebuilds the job that is not finished.
-	r.start(func(a *Aggregator) { a.SharedDisk, a.Dir = false, t.TempDir() })
-	r.send(all("j", 10, 20)...)
-	if p := r.await("j", done); p.OK != 20 || p.Duplicates != 0 {
-		t.Errorf("%+v", p)
+// An aggregator with an empty or an older disk rebuilds the job that is not finished, and leaves the one that is.
+func TestOtherDisk(t *testing.T) {
+	for _, disk := range []string{"empty", "older"} {
+		t.Run(disk, func(t *testing.T) {
+			r := newRig(t)
+			keep := func(a *Aggregator) { a.SharedDisk = false }
+			a := r.start(keep)
+			r.job("i", 3)
+			r.job("j", 20)
+			r.await("i", folding(r.send(all("i", 0, 2)...)))
+			a.stop()
+			other := filepath.Join(t.TempDir(), "other")
+			if disk == "older" {
+				copyDir(t, r.dir, other)
+			}
+			a = r.start(keep)
+			r.send(all("i", 2, 3)...)
+			r.await("i", done)
+			r.await("j", folding(r.send(all("j", 0, 10)...)))
+			a.stop()
+			// The results of i are gone where those of j need not be kept for them.
+			if err := broker.Purge(t.Context(), r.conn.JS, proto.ResultStream, proto.ResultSubject("i")); err != nil {
+				t.Fatal(err)
+			}
+			told := r.history("i")
+			r.dir = other
+			a = r.start(keep)
+			r.send(all("j", 10, 20)...)
+			if p := r.await("j", done); p.OK != 20 || p.Duplicates != 0 {
+				t.Errorf("%+v", p)
+			}
+			r.verify("j")
+			var m proto.MissingAnswer
+			r.ask(proto.SubjectMissing, &proto.MissingQuestion{Job: "i"}, &m)
+			if !m.Known || !m.Done {
+				t.Errorf("the finished job: %+v", m)
+			}
+			a.stop()
+			for _, p := range told() {
+				if p.State != proto.FoldDone || p.OK != 3 || p.Verdict != Valid {
+					t.Errorf("the finished job was told to be %+v", p)
+				}
+			}
+			a = r.start(keep) // it is so on the disk, too
+			if p := r.await("i", done); p.OK != 3 {
+				t.Errorf("%+v", p)
+			}
+			a.stop()
+		})
 	}
-	r.verify("j")
+}
+
+// history collects every progress of a job that is told from now on.
+func (r *rig) history(id string) func() []*proto.Progress {
+	r.t.Helper()
+	ctx, cancel := context.WithCancel(r.t.Context())
+	var out []*proto.Progress
+	over, began := make(chan error, 1), make(chan struct{})
+	go func() {
+		over <- watch(ctx, r.kv(), proto.ProgressKey(id), func(e jetstream.KeyValueEntry) {
+			p := new(proto.Progress)
+			if e.Operation() == jetstream.KeyValuePut && p.Decode(e.Value()) == nil {
+				out = append(out, p)
+			}
+		}, func() { close(began) })
+	}()
+	<-began
+	return func() []*proto.Progress {
+		r.t.Helper()
+		cancel()
+		if err := <-over; err != nil {
+			r.t.Fatal(err)
+		}
+		v, err := broker.Get(r.t.Context(), r.conn.JS, id)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		return append(out, &v.Progress)
+	}
 }
 
 func TestJobThatTheWatchHasNotSeenYet(t *testing.T) {

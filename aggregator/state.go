@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"millrace/proto"
 )
@@ -185,9 +186,10 @@ func (s *state) close() {
 	s.aside.close()
 }
 
-// know adds a job that was created at the broker's time born (Unix ns). It does nothing when the job is known, or was
-// deleted since.
-func (s *state) know(spec *proto.Job, born int64) error {
+// know adds a job that was created at the broker's time born (Unix ns), unless it was deleted since. was is what was
+// last told of it, which may be nil: a job that another aggregator has finished, or this one with a disk that was lost,
+// is finished.
+func (s *state) know(spec *proto.Job, born int64, was *proto.Progress) error {
 	s.add.Lock()
 	defer s.add.Unlock()
 	s.mu.Lock()
@@ -196,8 +198,13 @@ func (s *state) know(spec *proto.Job, born int64) error {
 	if gone {
 		return nil
 	}
+	over := was != nil && was.State == proto.FoldDone
 	if have != nil {
-		return s.same(have, spec)
+		err := s.same(have, spec)
+		if err == nil && over {
+			err = s.conclude(have, was)
+		}
+		return err
 	}
 	j, err := newJob(s.ctx, filepath.Join(s.jobsDir(), spec.ID), spec)
 	if err != nil {
@@ -210,7 +217,12 @@ func (s *state) know(spec *proto.Job, born int64) error {
 	s.mu.Lock()
 	mark := s.mark(j)
 	s.mu.Unlock()
-	if err := j.restore(s.ctx, mark.Length); err != nil && !errors.Is(err, errSpoolShort) {
+	if over {
+		err = s.conclude(j, was)
+	} else {
+		err = j.restore(s.ctx, mark.Length)
+	}
+	if err != nil && !errors.Is(err, errSpoolShort) {
 		return err
 	}
 	s.mu.Lock()
@@ -219,6 +231,43 @@ func (s *state) know(spec *proto.Job, born int64) error {
 	j.touch()
 	s.whole(j)
 	return nil
+}
+
+// settled says whether nothing that the broker holds of a job can change what is known of it here.
+func (s *state) settled(spec *proto.Job) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := s.jobs[spec.ID]
+	return j != nil && j.state != proto.FoldFolding
+}
+
+// conclude takes an aggregator's word that the job's files are whole. The caller has s.add.
+func (s *state) conclude(j *job, was *proto.Progress) error {
+	if s.settled(j.spec) {
+		return nil
+	}
+	if err := j.saveDone(was); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if j.state != proto.FoldFolding { // its last result came meanwhile: the files are written here too
+		s.mu.Unlock()
+		return nil
+	}
+	j.drops = dropped{Late: was.Late}
+	s.over(j, was)
+	j.release()
+	s.mu.Unlock()
+	s.log.Info("job was finished before", "job", j.spec.ID, "host", was.Host, "output", was.Output)
+	return remove(j.spool.path)
+}
+
+// over closes a job in memory.
+func (s *state) over(j *job, p *proto.Progress) {
+	j.finished, j.state, j.left, j.doneAt, j.note = p, proto.FoldDone, 0, time.Now(), ""
+	j.touch()
+	j.urgent = true
+	s.kick()
 }
 
 func (s *state) same(j *job, spec *proto.Job) error {

@@ -131,7 +131,7 @@ func (t *tenure) work(ctx context.Context, cancel context.CancelCauseFunc) error
 
 // part saves for the last time, and tells it if the lease is still ours.
 func (t *tenure) part(k *keeper, ours bool) {
-	if k.save() != nil || !ours || !t.holding.Load() {
+	if k.save() != nil || !ours || !t.holding.Load() || t.link.Load() == nil {
 		return // what is not saved is folded again
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
@@ -198,10 +198,13 @@ func (t *tenure) session(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel(nil)
-	t.link.Store(link{ctx})
-	t.s.showAgain()
 	wg.Go(func() { t.attend(ctx, cancel) })
-	wg.Go(func() { t.watchJobs(ctx, cancel) })
+	wg.Go(func() {
+		t.watchJobs(ctx, cancel, func() {
+			t.link.Store(link{ctx})
+			t.s.showAgain()
+		})
+	})
 	wg.Go(func() { t.watchWorkers(ctx, cancel) })
 	err = t.read(ctx, src)
 	if cause := context.Cause(ctx); cause != nil {
@@ -210,7 +213,9 @@ func (t *tenure) session(ctx context.Context) error {
 	return err
 }
 
-// link is how the keeper reaches the broker: as long as the session lasts that found the stream to be the right one.
+// link is how the keeper reaches the broker: as long as the session lasts that found the stream to be the right one,
+// and once what the broker knows of the jobs was read. Before that, an older or an empty disk would make finished jobs
+// unfinished ones.
 type link struct{ context.Context }
 
 // linked returns a context for talking to the broker; false where there is no session.
