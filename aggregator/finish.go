@@ -26,10 +26,12 @@ type finisher struct {
 	s       *state
 	output  func(*proto.Job) Files
 	program string
-	log     *slog.Logger
-	retry   time.Duration
-	linger  time.Duration
-	wake    <-chan struct{}
+	// mine makes sure that the lease is ours at this instant, also after a sleep of the process in which it ended.
+	mine   func(context.Context) error
+	log    *slog.Logger
+	retry  time.Duration
+	linger time.Duration
+	wake   <-chan struct{}
 }
 
 // run works until ctx ends, or a spool turns out to be damaged (errReload).
@@ -136,7 +138,7 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 	}
 	rep.Drop(f.s.droppedOf(j))
 	facts := ManifestPair{out.facts(to.Manifest, to.Output), failed.facts(to.Manifest, to.Errors)}
-	if err := commit(out, failed, to); err != nil {
+	if err := f.commit(ctx, out, failed, to); err != nil {
 		return nil, err
 	}
 	m := newManifest(f.program, j.spec, rep.Close())
@@ -145,7 +147,7 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 	if err := check(ctx, m, to, facts); err != nil {
 		return nil, err
 	}
-	return m, hint(to.Manifest, putManifest(m, to.Manifest))
+	return m, f.putManifest(ctx, m, to.Manifest)
 }
 
 func (s *state) droppedOf(j *job) Dropped {
@@ -161,12 +163,16 @@ func (s *state) enginesOf(j *job) []*proto.Worker {
 }
 
 // commit puts the two files in their places. A manifest that is there already speaks of other files: it goes first.
-func commit(out, failed *partFile, to Files) error {
+// Whoever lost the lease must not touch what the next holder wrote.
+func (f *finisher) commit(ctx context.Context, out, failed *partFile, to Files) error {
 	if err := out.settle(); err != nil {
 		return hint(to.Output, err)
 	}
 	if err := failed.settle(); err != nil {
 		return hint(to.Errors, err)
+	}
+	if err := f.ours(ctx); err != nil {
+		return err
 	}
 	if err := remove(to.Manifest); err != nil {
 		return hint(to.Manifest, err)
@@ -186,6 +192,17 @@ func commit(out, failed *partFile, to Files) error {
 	return hint(to.Errors, broker.SyncDir(filepath.Dir(to.Errors)))
 }
 
+// ours makes sure that the job's files are still ours to put in place.
+func (f *finisher) ours(ctx context.Context) error {
+	if err := f.mine(ctx); err != nil {
+		return err
+	}
+	return context.Cause(ctx)
+}
+
+// errAltered says that the files are to be written again.
+var errAltered = errors.New("the files read back are not those that were written")
+
 // check reads the files again, completes the manifest with what it finds, and sets the verdict.
 func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error {
 	var a audit
@@ -200,7 +217,7 @@ func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error
 	m.Files.Output, m.Files.Errors = *out, *failed
 	m.Files.Output.Name, m.Files.Errors.Name = wrote.Output.Name, wrote.Errors.Name
 	if out.SHA256 != wrote.Output.SHA256 || failed.SHA256 != wrote.Errors.SHA256 {
-		a.say("the files read back are not those that were written: the disk or another program changed them")
+		return fmt.Errorf("%w: the disk or another program changed %s or %s; the results are kept", errAltered, to.Output, to.Errors)
 	}
 	a.counts(m)
 	a.indexes(m.Job.ID, m.Input.Lines)
@@ -216,28 +233,31 @@ func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error
 	return nil
 }
 
-func putManifest(m *Manifest, path string) error {
+func (f *finisher) putManifest(ctx context.Context, m *Manifest, path string) error {
 	b, err := m.encode()
 	if err != nil {
 		return err
 	}
 	p, err := newPart(path)
 	if err != nil {
-		return err
+		return hint(path, err)
 	}
 	defer p.discard()
 	if err := p.write(b); err != nil {
-		return err
+		return hint(path, err)
 	}
 	if err := p.settle(); err != nil {
+		return hint(path, err)
+	}
+	if err := f.ours(ctx); err != nil {
 		return err
 	}
 	broker.CrashPoint("agg.manifest-before-rename")
 	if err := p.rename(); err != nil {
-		return err
+		return hint(path, err)
 	}
 	broker.CrashPoint("agg.manifest-after-rename")
-	return broker.SyncDir(filepath.Dir(path))
+	return hint(path, broker.SyncDir(filepath.Dir(path)))
 }
 
 // done makes it known, durably, that the files are whole.
@@ -287,14 +307,17 @@ func (s *state) final(j *job) *proto.Progress {
 	return p
 }
 
-// release lets go of the spool of a finished job in memory; dropSpool deletes it. That takes a while where it is large,
-// and needs no lock.
+// release lets go of the spool of a finished job in memory; dropSpool deletes it, unless the verdict is INVALID. That
+// takes a while where it is large, and needs no lock.
 func (j *job) release() {
 	j.spool.close()
 	j.at, j.spool.flushed, j.spool.buf, j.durable = nil, 0, nil, 0
 }
 
 func (s *state) dropSpool(j *job) {
+	if j.finished.Verdict != Valid { // the results may be more right than the files
+		return
+	}
 	broker.CrashPoint("agg.before-spool-delete")
 	if err := remove(j.spool.path); err != nil {
 		s.log.Warn("the spool of a finished job stays on disk", "job", j.spec.ID, "error", err)

@@ -129,7 +129,8 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 	s.jobs[id] = j
 	mark := s.mark(j)
 	if j.loadDone() {
-		return remove(j.spool.path)
+		s.dropSpool(j)
+		return nil
 	}
 	if lost {
 		mark.Length = -1

@@ -83,6 +83,16 @@ func (t *tenure) keepLease(ctx context.Context, cancel context.CancelCauseFunc) 
 	}
 }
 
+// mine renews the lease: nobody else can have it then.
+func (t *tenure) mine(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
+	defer cancel()
+	if err := t.lease.Renew(ctx); err != nil {
+		return fmt.Errorf("renew the lease of the aggregator: %w", err)
+	}
+	return nil
+}
+
 // lock takes the folder of jobs. A process that lost the lease in its sleep still has it: it is waited for.
 func (t *tenure) lock(ctx context.Context) (*broker.Lock, error) {
 	said := false
@@ -108,7 +118,10 @@ func (t *tenure) work(ctx context.Context, cancel context.CancelCauseFunc) error
 		return err
 	}
 	k := &keeper{t: t, said: said{}}
-	f := &finisher{s: t.s, output: t.a.Output, program: t.a.Program, log: t.log, retry: t.a.retry(), linger: t.a.linger(), wake: t.finish}
+	f := &finisher{
+		s: t.s, output: t.a.Output, program: t.a.Program, mine: t.mine, log: t.log,
+		retry: t.a.retry(), linger: t.a.linger(), wake: t.finish,
+	}
 	var wg sync.WaitGroup
 	part := func(run func(context.Context) error) {
 		wg.Go(func() {
