@@ -260,8 +260,14 @@ func (f *finisher) putManifest(ctx context.Context, m *Manifest, path string) er
 	return hint(path, broker.SyncDir(filepath.Dir(path)))
 }
 
-// done makes it known, durably, that the files are whole.
+// done makes it known, durably, that the files are whole. A job that was deleted meanwhile may have a successor of the
+// same name by now, in the same folder.
 func (f *finisher) done(j *job, to Files, m *Manifest) error {
+	f.s.add.Lock()
+	defer f.s.add.Unlock()
+	if !f.s.has(j) {
+		return errDeleted
+	}
 	p := f.s.final(j)
 	p.Output, p.ErrorFile, p.Manifest, p.Verdict = to.Output, to.Errors, to.Manifest, m.Verdict
 	if !m.Valid {
@@ -271,7 +277,7 @@ func (f *finisher) done(j *job, to Files, m *Manifest) error {
 		return err
 	}
 	if f.s.finish(j, p, f.linger) {
-		f.s.dropSpool(j)
+		f.s.unlink(j)
 	}
 	return nil
 }
@@ -308,13 +314,22 @@ func (s *state) final(j *job) *proto.Progress {
 }
 
 // release lets go of the spool of a finished job in memory; dropSpool deletes it, unless the verdict is INVALID. That
-// takes a while where it is large, and needs no lock.
+// takes a while where it is large, and does not stop the fold.
 func (j *job) release() {
 	j.spool.close()
 	j.at, j.spool.flushed, j.spool.buf, j.durable = nil, 0, nil, 0
 }
 
 func (s *state) dropSpool(j *job) {
+	s.add.Lock()
+	defer s.add.Unlock()
+	if s.has(j) {
+		s.unlink(j)
+	}
+}
+
+// unlink is dropSpool for those who have s.add.
+func (s *state) unlink(j *job) {
 	if j.finished.Verdict != Valid { // the results may be more right than the files
 		return
 	}

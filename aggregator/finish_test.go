@@ -554,3 +554,33 @@ func TestPartsAreNotShared(t *testing.T) {
 		t.Errorf("it holds %q, not %q", got, name)
 	}
 }
+
+// The last steps for a job that was deleted do not touch the one that was created again under its name.
+func TestDeletedJobLeavesItsSuccessorAlone(t *testing.T) {
+	s, f, to := finished(t, 11)
+	old := s.job("j")
+	m, err := f.write(t.Context(), old, to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.forget("j", 5)
+	if err := s.know(spec("j", 11), 9, nil); err != nil {
+		t.Fatal(err)
+	}
+	st := &stream{created: s.pos.Stream}
+	if err := s.fold(st.add(t, good("j", 4, 4))); err != nil {
+		t.Fatal(err)
+	}
+	save(t, s)
+	if err := f.done(old, to, m); !errors.Is(err, errDeleted) {
+		t.Errorf("%v", err)
+	}
+	s.dropSpool(old)
+	if err := s.saveAbout(old, about{Born: 77}); err != nil {
+		t.Error(err)
+	}
+	s = reopen(t, s)
+	if j := s.job("j"); j.finished != nil || j.left != 10 || j.born != 9 {
+		t.Errorf("%s, %d lines left, born %d", j.state, j.left, j.born)
+	}
+}

@@ -134,12 +134,22 @@ func (s *state) write(v *saved) error {
 		}
 	}
 	for j, a := range v.about {
-		if err := j.saveAbout(a); err != nil && j.ctx.Err() == nil {
+		if err := s.saveAbout(j, a); err != nil {
 			return err
 		}
 	}
 	broker.CrashPoint("agg.spool-written")
 	return writeCheckpoint(s.checkpointFile(), &v.checkpoint)
+}
+
+// saveAbout leaves the folder of a deleted job's successor alone.
+func (s *state) saveAbout(j *job, a about) error {
+	s.add.Lock()
+	defer s.add.Unlock()
+	if !s.has(j) {
+		return nil
+	}
+	return j.saveAbout(a)
 }
 
 // purgeable is the position up to which (the message itself excluded) results need not be kept at the broker. The

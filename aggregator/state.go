@@ -129,7 +129,7 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 	s.jobs[id] = j
 	mark := s.mark(j)
 	if j.loadDone() {
-		s.dropSpool(j)
+		s.unlink(j)
 		return nil
 	}
 	if lost {
@@ -379,6 +379,9 @@ func (s *state) position() position {
 	defer s.mu.Unlock()
 	return s.pos
 }
+
+// has says whether a job was not deleted, with or without a successor. The answer holds for those who have s.add.
+func (s *state) has(j *job) bool { return s.job(j.spec.ID) == j }
 
 func (s *state) job(id string) *job {
 	s.mu.Lock()
