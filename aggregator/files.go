@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"github.com/nats-io/nuid"
+
+	"millrace/broker"
 )
 
 // partFile is a file that is being written beside the one it will replace, under a name that no other writer has: one
@@ -30,7 +32,7 @@ type partFile struct {
 // newPart begins a file. What others left of theirs goes: they are dead, or have lost the lease, and then cannot rename
 // it any more.
 func newPart(path string) (*partFile, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := broker.MakeDir(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
 	if err := sweepParts(path); err != nil {

@@ -88,7 +88,7 @@ func newJob(ctx context.Context, dir string, spec *proto.Job) (*job, error) {
 
 // create makes the job's folder, so that an aggregator whose broker lost its disk still knows the job.
 func (j *job) create() error {
-	if err := os.MkdirAll(j.dir, 0o755); err != nil {
+	if err := broker.MakeDir(j.dir); err != nil {
 		return fmt.Errorf("make the job's folder: %w", err)
 	}
 	b, err := j.spec.Encode()
@@ -98,10 +98,7 @@ func (j *job) create() error {
 	if err := j.saveAbout(j.about()); err != nil {
 		return err
 	}
-	if err := writeDurable(filepath.Join(j.dir, fileSpec), b); err != nil {
-		return err
-	}
-	return broker.SyncDir(filepath.Dir(j.dir))
+	return writeDurable(filepath.Join(j.dir, fileSpec), b)
 }
 
 // about renders what saveAbout writes.

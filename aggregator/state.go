@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -49,7 +50,7 @@ func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter
 		jobs: map[string]*job{}, marks: map[string]jobMark{}, gone: map[string]int64{},
 		aside: &spool{path: filepath.Join(dir, "unknown")},
 	}
-	if err := os.MkdirAll(s.jobsDir(), 0o755); err != nil {
+	if err := broker.MakeDir(s.jobsDir()); err != nil {
 		return nil, fmt.Errorf("make the folder of jobs: %w", err)
 	}
 	sweep(dir)

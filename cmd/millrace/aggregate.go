@@ -133,7 +133,7 @@ func together(ctx context.Context, parts ...func(context.Context) error) error {
 
 // writable makes the folder and tries to write there, so that a mistake shows at the start and not at the end.
 func writable(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := broker.MakeDir(dir); err != nil {
 		return fmt.Errorf("make the output folder: %w; choose another --output", err)
 	}
 	f, err := os.CreateTemp(dir, ".millrace-*")
