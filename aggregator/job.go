@@ -151,8 +151,12 @@ func (j *job) restore(ctx context.Context, length int64) error {
 	if err := j.spool.open(); err != nil {
 		return err
 	}
-	if length < 0 {
+	unsure := length < 0
+	if unsure {
 		length = size
+		if err := j.spool.renew(size); err != nil {
+			return err
+		}
 	}
 	j.spool.flushed = min(size, length) // the records of replaced errors are read again
 	rd := NewSpoolReader(j.spool.file, min(size, length))
@@ -164,6 +168,10 @@ func (j *job) restore(ctx context.Context, length int64) error {
 		return err
 	}
 	j.durable = rd.End()
+	if unsure { // nobody knows what of it was synced
+		j.durable = 0
+		j.touch()
+	}
 	if rd.End() < length || rd.Damaged() > 0 || strange > 0 {
 		return errSpoolShort
 	}
