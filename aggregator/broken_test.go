@@ -142,15 +142,26 @@ func TestPurgeOfAnotherStream(t *testing.T) {
 		t.Fatal(err)
 	}
 	created := s.CachedInfo().Created.UnixNano()
+	m, err := s.GetMsg(t.Context(), 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := m.Time.UnixNano()
 	for _, c := range []struct {
-		stream int64
-		left   uint64
-		want   error
-	}{{created + 1, 9, errAnotherStream}, {created, 4, nil}} {
-		err := purge(t.Context(), r.conn.JS, position{Stream: c.stream, Seq: 6})
+		name string
+		at   position
+		left uint64
+		want error
+	}{
+		{"another stream", position{created + 1, 7, at}, 9, errAnotherStream},
+		{"an older disk", position{created, 10, at}, 9, errAnotherStream},
+		{"an older disk that was written on", position{created, 7, at + 1}, 9, errAnotherStream},
+		{"the one", position{created, 7, at}, 4, nil},
+	} {
+		err := purge(t.Context(), r.conn.JS, 6, c.at)
 		info, ierr := s.Info(t.Context())
 		if ierr != nil || !errors.Is(err, c.want) || info.State.Msgs != c.left {
-			t.Errorf("%d messages left, want %d: %v %v", info.State.Msgs, c.left, err, ierr)
+			t.Errorf("%s: %d messages left, want %d: %v %v", c.name, info.State.Msgs, c.left, err, ierr)
 		}
 	}
 }

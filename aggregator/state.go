@@ -32,7 +32,8 @@ type state struct {
 	high  position           // see checkpoint
 	marks map[string]jobMark // of jobs in the checkpoint that could not be opened
 	gone  map[string]int64   // when jobs were deleted, by the broker's clock, Unix ns
-	kept  position           // of the checkpoint on disk
+	kept  position           // of the checkpoint on disk; zero where the stream is folded again since
+	turns int64              // how often the fold began anew
 	notes [notes]string      // why the fold does not go on, for people
 	moved bool               // pos differs from the last checkpoint
 	wake  chan<- struct{}    // tells the keeper that a job is whole
@@ -73,7 +74,7 @@ func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter
 		return nil, err
 	}
 	if again {
-		s.pos.Seq, s.pos.Time = 0, 0
+		s.pos.Seq, s.pos.Time, s.kept = 0, 0, position{}
 	}
 	return s, s.openAside()
 }
@@ -358,7 +359,8 @@ func (s *state) setNote(who int, note string) bool {
 // why is the first note there is.
 func (s *state) why() string { return cmp.Or(s.notes[:]...) }
 
-// moveTo sets where the fold stands in the stream. again says that it begins anew, at the first message there is.
+// moveTo sets where the fold stands in the stream. again says that it begins anew, at the first message there is: then
+// the checkpoint on disk, and one on its way there, speak of messages that are not folded.
 func (s *state) moveTo(p position, again bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -366,6 +368,8 @@ func (s *state) moveTo(p position, again bool) {
 		s.high = position{Stream: p.Stream}
 	}
 	if again {
+		s.kept = position{}
+		s.turns++
 		for _, j := range s.jobs {
 			j.first = 0
 		}

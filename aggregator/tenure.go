@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -378,17 +377,22 @@ func (t *tenure) look(ctx context.Context, pos position) int64 {
 	return lag
 }
 
-// purge drops what lies before a position, if the stream is the one it speaks of.
-func purge(ctx context.Context, js jetstream.JetStream, to position) error {
+// purge drops what lies before a sequence, if the stream is the one that at speaks of and still holds what was folded:
+// the broker may have come back with an older disk a moment ago.
+func purge(ctx context.Context, js jetstream.JetStream, before uint64, at position) error {
 	stream, err := js.Stream(ctx, proto.ResultStream)
 	if err != nil {
 		return fmt.Errorf("open the stream of results: %w", err)
 	}
-	if stream.CachedInfo().Created.UnixNano() != to.Stream {
+	_, again, err := resume(at, stream.CachedInfo(), func(seq uint64) (int64, error) { return stamp(ctx, stream, seq) })
+	if err != nil {
+		return err
+	}
+	if again {
 		return errAnotherStream
 	}
-	if err := stream.Purge(ctx, jetstream.WithPurgeSequence(to.Seq)); err != nil {
-		return fmt.Errorf("purge results before %s: %w", strconv.FormatUint(to.Seq, 10), err)
+	if err := stream.Purge(ctx, jetstream.WithPurgeSequence(before)); err != nil {
+		return fmt.Errorf("purge results before %d: %w", before, err)
 	}
 	return nil
 }
