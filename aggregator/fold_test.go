@@ -152,6 +152,21 @@ func TestOKReplacesErrorAndNothingElseDoes(t *testing.T) {
 	}
 }
 
+// Whoever ends a line without its input does not know its custom_id; the answer does.
+func TestOKReplacesAnErrorWithoutACustomID(t *testing.T) {
+	nameless := bad("j", 0, proto.CodeCancelled)
+	nameless.CustomID, nameless.Line = "", 1
+	s, _ := folded(t, t.TempDir(), 2, nameless, good("j", 0, 1), good("j", 1, 2))
+	save(t, s)
+	s = reopen(t, s)
+	wantLines(t, s, "ok req-1", "ok req-2")
+	to := filesIn(t.TempDir())
+	finish(t, newFinisher(s, to))
+	if got := fmt.Sprint(ids(t, to.Output)); got != "[id-0 id-1]" {
+		t.Errorf("output: %s", got)
+	}
+}
+
 func TestNothingReplacesOnceTheJobIsWhole(t *testing.T) {
 	s, st := folded(t, t.TempDir(), 2, bad("j", 0, "a"), good("j", 1, 1))
 	j := s.job("j")

@@ -268,13 +268,13 @@ func (j *job) place(r *proto.Result, off int64) error {
 	return nil
 }
 
-// undo takes back the error that r replaces.
+// undo takes back the error that r replaces. That error has no custom_id where whoever ended the line could not read it.
 func (j *job) undo(r *proto.Result) error {
 	old, err := j.result(r.Index)
 	if err != nil {
 		return err
 	}
-	if old.CustomID != r.CustomID {
+	if old.CustomID != "" && old.CustomID != r.CustomID {
 		return fmt.Errorf("line %d: %w: it was %q and now is %q", r.Index, errMixedUp, old.CustomID, r.CustomID)
 	}
 	j.tally.add(old, -1)
