@@ -217,7 +217,7 @@ func (t *tenure) session(ctx context.Context) error {
 			t.s.showAgain()
 		})
 	})
-	wg.Go(func() { t.watchWorkers(ctx, cancel) })
+	wg.Go(func() { t.watchWorkers(ctx) })
 	err = t.read(ctx, src)
 	if cause := context.Cause(ctx); cause != nil {
 		return cause

@@ -183,18 +183,30 @@ func (w *workers) put(v *proto.Worker) {
 }
 
 // watchWorkers listens to what workers say of themselves, for the manifests. It is best effort: a session goes on
-// without it.
-func (t *tenure) watchWorkers(ctx context.Context, cancel context.CancelCauseFunc) {
+// without it, and it is tried again.
+func (t *tenure) watchWorkers(ctx context.Context) {
+	said := said{}
+	for {
+		err := t.hearWorkers(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		said.warn(t.log, "workers cannot be heard; manifests may miss engines; trying again", err)
+		if !sleep(ctx, stuckWait) {
+			return
+		}
+	}
+}
+
+func (t *tenure) hearWorkers(ctx context.Context) error {
 	kv, err := t.a.Conn.JS.KeyValue(ctx, proto.WorkersBucket)
-	if err == nil {
-		err = watch(ctx, kv, "*", func(e jetstream.KeyValueEntry) {
-			w := new(proto.Worker)
-			if e.Operation() == jetstream.KeyValuePut && w.Decode(e.Value()) == nil && w.Version != "" {
-				t.workers.put(w)
-			}
-		}, func() {})
-	}
 	if err != nil {
-		cancel(err)
+		return fmt.Errorf("open bucket %s: %w", proto.WorkersBucket, err)
 	}
+	return watch(ctx, kv, "*", func(e jetstream.KeyValueEntry) {
+		w := new(proto.Worker)
+		if e.Operation() == jetstream.KeyValuePut && w.Decode(e.Value()) == nil && w.Version != "" {
+			t.workers.put(w)
+		}
+	}, func() {})
 }
