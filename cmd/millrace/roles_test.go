@@ -32,23 +32,32 @@ func TestDetached(t *testing.T) {
 	}
 }
 
-// TestTwoAggregators: the second waits for the lease, and takes over with an empty disk when the first dies.
+// TestTwoAggregators: the second waits for the lease, and takes over when the first dies, with an empty disk or with the
+// same one.
 func TestTwoAggregators(t *testing.T) {
-	f := newFleet(t)
-	input := writeInput(t, killLines, nil)
-	e := newEngine(t, slow())
-	f.broker()
-	first := f.aggregate()
-	first.says("results are folded")
-	second := f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator2"))
-	f.worker(1, e)
-	p := f.produce(input)
-	answered(t, killLines/2, e)
-	first.kill()
-	if code := p.wait(); code != exitOK {
-		t.Fatalf("the producer ended with %d\n%s", code, second.err)
+	for disk, folder := range map[string]string{"empty": "aggregator2", "same": "aggregator"} {
+		t.Run(disk, func(t *testing.T) {
+			f := newFleet(t)
+			input := writeInput(t, killLines, nil)
+			e := newEngine(t, slow())
+			f.broker()
+			first := f.aggregate()
+			first.says("results are folded")
+			second := f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path(folder))
+			second.says("another aggregator folds")
+			f.worker(1, e)
+			p := f.produce(input)
+			answered(t, killLines/2, e)
+			first.kill()
+			if code := p.wait(); code != exitOK {
+				t.Fatalf("the producer ended with %d\n%s", code, second.err)
+			}
+			oracleDir(t, input, f.output())
+			if n, _ := e.count(); disk == "same" && n > killLines*3/2 {
+				t.Errorf("%d calls for %d lines: what the first had was run again", n, killLines)
+			}
+		})
 	}
-	oracleDir(t, input, f.output())
 }
 
 // TestWorkerRestartGivesBackAtOnce: a worker that was killed and is started again gives back what its dead process
