@@ -367,8 +367,18 @@ type row struct {
 // Lines are read and rendered in batches, by several goroutines, and used in order.
 const (
 	batchLines = 1024
-	batchBytes = 64 << 20 // of results in memory; a batch ends early there
+	batchBytes = 64 << 20 // of results and lines in memory; a batch ends early there
+	keptBytes  = 64 << 10 // of a line's memory is used again for another
 )
+
+// clear lets go of the result, and of the memory of a line that was long: one in a thousand must not make every row as
+// large as it is.
+func (r *row) clear() {
+	r.result = nil
+	if cap(r.line) > keptBytes {
+		r.line = nil
+	}
+}
 
 // eachResult calls use with the result of every line, in the order of the input.
 func eachResult(ctx context.Context, j *job, use func(*row) error) error {
@@ -393,6 +403,7 @@ func eachResult(ctx context.Context, j *job, use func(*row) error) error {
 			if err := use(&b.rows[i]); err != nil {
 				return err
 			}
+			b.rows[i].clear()
 		}
 		from += n
 	}
@@ -419,8 +430,9 @@ func (b *batch) read(from int64) (int64, error) {
 				if i >= most {
 					return
 				}
-				errs[w] = b.row(from+i, &b.rows[i], buf)
-				bytes.Add(int64(len(b.rows[i].line)))
+				n, err := b.row(from+i, &b.rows[i], buf)
+				errs[w] = err
+				bytes.Add(n)
 			}
 		})
 	}
@@ -428,21 +440,21 @@ func (b *batch) read(from int64) (int64, error) {
 	return min(next.Load(), most), errors.Join(errs...)
 }
 
-// row reads the result of one line. It needs no lock: the job is frozen.
-func (b *batch) row(index int64, to *row, buf []byte) error {
+// row reads the result of one line, and returns how many bytes it takes. It needs no lock: the job is frozen.
+func (b *batch) row(index int64, to *row, buf []byte) (int64, error) {
 	off := b.j.at[index]
 	rec, err := readRecord(b.spool, max(off, -off), buf)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errReload, err)
+		return 0, fmt.Errorf("%w: %w", errReload, err)
 	}
 	r, err := proto.DecodeResult(rec.Data)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errReload, err)
+		return 0, fmt.Errorf("%w: %w", errReload, err)
 	}
 	if r.Index != index || r.Job != b.j.spec.ID || r.OK != (off > 0) {
-		return fmt.Errorf("%w: the record of line %d is another's", errReload, index)
+		return 0, fmt.Errorf("%w: the record of line %d is another's", errReload, index)
 	}
 	to.result, to.time = r, rec.Time
 	to.line = proto.AppendLine(to.line[:0], r)
-	return nil
+	return int64(len(rec.Data) + len(to.line)), nil
 }
