@@ -83,6 +83,14 @@ type counts struct{ ok, failed int }
 func oracle(t *testing.T, input, output, errors, manifest string) counts {
 	t.Helper()
 	w := readInput(t, input)
+	return audit(t, w, output, errors, manifest, func(id string, l *proto.OutputLine) bool {
+		return strings.Contains(string(l.Response.Body), `"sim:`+w.hash[id]+` `)
+	})
+}
+
+// audit is the oracle for any engine: own says whether an answer is the one to its line.
+func audit(t *testing.T, w want, output, errors, manifest string, own func(id string, l *proto.OutputLine) bool) counts {
+	t.Helper()
 	seen := map[string]bool{}
 	var c counts
 	var tokens proto.Usage
@@ -112,7 +120,7 @@ func oracle(t *testing.T, input, output, errors, manifest string) counts {
 			t.Errorf("%s: not an ok line: %s", id, b)
 			return
 		}
-		if !strings.Contains(string(l.Response.Body), `"sim:`+w.hash[id]+` `) {
+		if !own(id, l) {
 			t.Errorf("%s: not the answer to its own prompt: %s", id, b)
 		}
 		u := proto.ReadUsage(l.Response.Body)

@@ -301,7 +301,7 @@ func (a *app) simulate(ctx context.Context, job *proto.Job) (urls []string, stop
 		wg.Wait()
 	}
 	for _, m := range job.Models {
-		eng, err := sim.New(sim.Config{Models: []string{m.Model}, StepTime: 5 * time.Millisecond, DecodeTime: 20 * time.Microsecond, PrefillTime: 10 * time.Microsecond})
+		eng, err := sim.New(sim.Config{Models: []string{m.Model}, KVTokens: 4096, StepTime: 5 * time.Millisecond, DecodeTime: 20 * time.Microsecond, PrefillTime: 10 * time.Microsecond})
 		if err != nil {
 			return nil, stop, fmt.Errorf("start the simulated engine: %w", err)
 		}

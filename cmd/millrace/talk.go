@@ -25,6 +25,7 @@ type talk struct {
 	start time.Time
 	from  int64 // lines that had ended when we began to look
 	seen  bool
+	fed   bool // it had an owner while we looked
 }
 
 const sayEvery = 10 * time.Second
@@ -46,7 +47,7 @@ func (t *talk) see(v broker.JobView) {
 	if !t.seen {
 		t.seen, t.from = true, v.Ended()
 	}
-	if n := v.Note(); n != t.note {
+	if n := t.why(&v); n != t.note {
 		t.note = n
 		if n != "" {
 			t.line(n)
@@ -60,6 +61,17 @@ func (t *talk) see(v broker.JobView) {
 		t.said = time.Now()
 		fmt.Fprintf(t.a.std.err, "%s: %d of %d lines, %d failed%s\n", t.job.ID, v.Ended(), t.job.Lines, v.Progress.Failed, t.rate())
 	}
+}
+
+// why says why nothing moves. That nobody feeds a job is no news before somebody did: who starts it begins to look
+// before it is the owner.
+func (t *talk) why(v *broker.JobView) string {
+	orphaned := v.State() == broker.StateOrphaned
+	t.fed = t.fed || !orphaned
+	if orphaned && !t.fed {
+		return v.Progress.Note
+	}
+	return v.Note()
 }
 
 func (t *talk) line(s string) {

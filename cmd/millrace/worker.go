@@ -25,6 +25,7 @@ type engineFlags struct {
 	concurrency    string
 	requestTimeout time.Duration
 	maxAttempts    int64
+	stallTimeout   time.Duration
 }
 
 func (e *engineFlags) bind(cmd *cobra.Command) {
@@ -32,6 +33,7 @@ func (e *engineFlags) bind(cmd *cobra.Command) {
 	f.StringArrayVar(&e.urls, "engine", nil, "URL of an engine (any OpenAI-compatible server); repeat it for several")
 	f.StringVar(&e.key, "engine-api-key", "", "key that the engines ask for; better in MILLRACE_ENGINE_API_KEY or a file")
 	f.StringVar(&e.keyFile, "engine-api-key-file", "", "file with that key")
+	f.DurationVar(&e.stallTimeout, "stall-timeout", 2*time.Minute, "how long an engine with requests may make no token until it is thought hung")
 	f.StringVar(&e.concurrency, "concurrency", "auto", "requests in flight at an engine: a number, or auto")
 }
 
@@ -82,7 +84,7 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 		}
 		out = append(out, &worker.Worker{
 			Conn: conn, Self: broker.Self(), Engine: eng, Concurrency: n, RequestTimeout: e.requestTimeout,
-			MaxAttempts: int(e.maxAttempts), AckWait: ackWait, Dir: filepath.Join(dir, proto.ModelToken(hostPortOf(u))),
+			MaxAttempts: int(e.maxAttempts), AckWait: ackWait, StallTimeout: e.stallTimeout, Dir: filepath.Join(dir, proto.ModelToken(hostPortOf(u))),
 			Log: a.log, Registry: reg, Program: programVersion(),
 		})
 	}
