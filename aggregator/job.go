@@ -24,6 +24,8 @@ type job struct {
 	spec *proto.Job
 	dir  string
 	born int64 // the broker's timestamp of the spec, Unix ns; 0: not known
+	// after is that of the spec at the broker. A broker that lost its disk may have another one than our spec.
+	after int64
 
 	state string  // one of proto's Fold constants
 	at    []int64 // where a line's record begins in the spool, negative for an error; 0: the line has not ended
@@ -80,7 +82,7 @@ func newJob(ctx context.Context, dir string, spec *proto.Job) (*job, error) {
 	case spec.Lines < 0 || spec.Lines > maxLines:
 		return nil, fmt.Errorf("%w: %s has %d lines, at most %d are allowed; split the input", errBadJob, spec.ID, spec.Lines, maxLines)
 	}
-	j := &job{spec: spec, dir: dir, state: proto.FoldFolding, left: spec.Lines, engines: engines{}}
+	j := &job{spec: spec, dir: dir, after: spec.After, state: proto.FoldFolding, left: spec.Lines, engines: engines{}}
 	j.spool.path = filepath.Join(dir, fileSpool)
 	j.ctx, j.stop = context.WithCancel(ctx)
 	return j, nil
@@ -317,13 +319,13 @@ func (j *job) touch() { j.unsaved, j.unshown = true, true }
 func (j *job) progress(pos position, host, note string) *proto.Progress {
 	if j.finished != nil {
 		p := *j.finished
-		p.Late, p.Stream, p.Seq = j.drops.Late, pos.Stream, int64(pos.Seq)
+		p.Late, p.Stream, p.Seq, p.After = j.drops.Late, pos.Stream, int64(pos.Seq), j.after
 		addUsage(&p.Wasted, j.drops.LateWasted, 1)
 		return &p
 	}
 	p := &proto.Progress{
 		State: j.state, Lines: j.spec.Lines, Duplicates: j.drops.Duplicates, Late: j.drops.Late,
-		Stream: pos.Stream, Seq: int64(pos.Seq), Host: host, Note: note,
+		Stream: pos.Stream, Seq: int64(pos.Seq), Host: host, Note: note, After: j.after,
 	}
 	if j.note != "" {
 		p.Note = j.note

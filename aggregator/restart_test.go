@@ -389,6 +389,31 @@ func TestForgetAndCreateAgain(t *testing.T) {
 	wantLines(t, s, "")
 }
 
+// A broker that lost its disk does not know of removals: the job that its owner puts again is the one that is known.
+func TestSpecOfABrokerThatForgot(t *testing.T) {
+	s, _ := folded(t, t.TempDir(), 5)
+	first := spec("j", 5)
+	first.After = 40
+	if err := s.know(first, 50, nil); err != nil || s.job("j").left != 5 {
+		t.Fatal(err)
+	}
+	st := &stream{created: s.pos.Stream}
+	if err := s.fold(st.add(t, good("j", 0, 1))); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ after, born, left, told int64 }{{40, 50, 4, 40}, {0, 90, 4, 0}, {30, 45, 4, 30}, {60, 70, 5, 60}} {
+		again := spec("j", 5)
+		again.After = c.after
+		if err := s.know(again, c.born, nil); err != nil {
+			t.Fatal(err)
+		}
+		j := s.job("j")
+		if p := j.progress(s.pos, "", ""); j.left != c.left || p.After != c.told {
+			t.Errorf("%+v: %d lines left, after %d", c, j.left, p.After)
+		}
+	}
+}
+
 func TestBadSpecs(t *testing.T) {
 	s := openTest(t, t.TempDir())
 	t.Cleanup(s.close)

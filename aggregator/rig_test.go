@@ -138,13 +138,15 @@ func (r *rig) kv() jetstream.KeyValue {
 	return kv
 }
 
-func (r *rig) job(id string, lines int64) {
+func (r *rig) job(id string, lines int64) { r.put(spec(id, lines)) }
+
+func (r *rig) put(job *proto.Job) {
 	r.t.Helper()
-	b, err := spec(id, lines).Encode()
+	b, err := job.Encode()
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	if _, err := r.kv().Put(r.t.Context(), proto.JobKey(id), b); err != nil {
+	if _, err := r.kv().Put(r.t.Context(), proto.JobKey(job.ID), b); err != nil {
 		r.t.Fatal(err)
 	}
 }

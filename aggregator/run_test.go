@@ -215,6 +215,71 @@ func TestRemovedWhileNobodyLooked(t *testing.T) {
 	r.await("j", done)
 }
 
+// A job that was removed and created again while no aggregator ran begins anew: the marker of its removal is gone, but
+// the new spec tells.
+func TestCreatedAgainWhileNobodyLooked(t *testing.T) {
+	for _, disk := range []string{"same", "empty"} {
+		t.Run(disk, func(t *testing.T) {
+			r := newRig(t)
+			a := r.start()
+			r.job("i", 2)
+			r.job("j", 2)
+			r.send(all("i", 0, 2)...)
+			r.send(good("j", 0, 1))
+			r.await("i", done)
+			r.await("j", func(p *proto.Progress) bool { return p.OK == 1 })
+			a.stop()
+			for _, id := range []string{"i", "j"} {
+				v, err := broker.Get(t.Context(), r.conn.JS, id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := broker.Remove(t.Context(), r.conn.JS, v); err != nil {
+					t.Fatal(err)
+				}
+				es, err := r.kv().History(t.Context(), proto.JobKey(id))
+				if err != nil {
+					t.Fatal(err)
+				}
+				again := spec(id, 2)
+				again.After = es[0].Created().UnixNano()
+				r.put(again)
+				b, err := v.Progress.Encode() // a dying aggregator told once more
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := r.kv().Put(t.Context(), proto.ProgressKey(id), b); err != nil {
+					t.Fatal(err)
+				}
+			}
+			told := r.history("i")
+			if disk == "empty" {
+				r.dir = t.TempDir()
+			}
+			a = r.start()
+			r.await("i", func(p *proto.Progress) bool { return p.State == proto.FoldFolding && p.OK == 0 && p.After != 0 })
+			for range 2 { // and it is known again by the next one
+				r.await("j", func(p *proto.Progress) bool { return p.OK == 0 && p.After != 0 })
+				a.stop()
+				a = r.start()
+			}
+			for i, p := range told() {
+				if i > 0 && p.State == proto.FoldDone { // the first was there before
+					t.Errorf("a job that was just created was told to be %+v", p)
+				}
+			}
+			r.send(all("i", 0, 2)...)
+			if p := r.await("i", done); p.OK != 2 || p.Late != 0 || p.Duplicates != 0 {
+				t.Errorf("%+v", p)
+			}
+			a.stop()
+			a = r.start()
+			r.await("i", done)
+			a.stop()
+		})
+	}
+}
+
 func TestKeepFor(t *testing.T) {
 	r := newRig(t)
 	r.start(func(a *Aggregator) { a.KeepFor = time.Millisecond })

@@ -191,17 +191,20 @@ func (s *state) close() {
 
 // know adds a job that was created at the broker's time born (Unix ns), unless it was deleted since. was is what was
 // last told of it, which may be nil: a job that another aggregator has finished, or this one with a disk that was lost,
-// is finished.
+// is finished. What is here of a job that was removed before this one was created is forgotten.
 func (s *state) know(spec *proto.Job, born int64, was *proto.Progress) error {
 	s.add.Lock()
 	defer s.add.Unlock()
+	if s.stale(spec) {
+		s.drop(spec.ID, spec.After)
+	}
 	s.mu.Lock()
 	have, gone := s.jobs[spec.ID], s.gone[spec.ID] >= born && born > 0
 	s.mu.Unlock()
 	if gone {
 		return nil
 	}
-	over := was != nil && was.State == proto.FoldDone
+	over := was != nil && was.State == proto.FoldDone && was.After == spec.After
 	if have != nil {
 		err := s.same(have, spec)
 		if err == nil && over {
@@ -241,12 +244,21 @@ func (s *state) settled(spec *proto.Job) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	j := s.jobs[spec.ID]
-	return j != nil && j.state != proto.FoldFolding
+	return j != nil && j.state != proto.FoldFolding && j.after == spec.After
+}
+
+// stale says whether the job that is known may be one that was removed before this one was created.
+func (s *state) stale(spec *proto.Job) bool {
+	j := s.job(spec.ID)
+	return j != nil && spec.After != 0 && j.spec.After != spec.After
 }
 
 // conclude takes an aggregator's word that the job's files are whole. The caller has s.add.
 func (s *state) conclude(j *job, was *proto.Progress) error {
-	if s.settled(j.spec) {
+	s.mu.Lock()
+	folding := j.state == proto.FoldFolding
+	s.mu.Unlock()
+	if !folding {
 		return nil
 	}
 	if err := j.saveDone(was); err != nil {
@@ -277,6 +289,9 @@ func (s *state) same(j *job, spec *proto.Job) error {
 	if j.spec.Lines != spec.Lines || j.spec.SHA256 != spec.SHA256 {
 		return fmt.Errorf("%w: %s came again with another input; that is ignored", errBadJob, spec.ID)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j.after = spec.After
 	return nil
 }
 
@@ -285,6 +300,11 @@ func (s *state) same(j *job, spec *proto.Job) error {
 func (s *state) forget(id string, when int64) bool {
 	s.add.Lock()
 	defer s.add.Unlock()
+	return s.drop(id, when)
+}
+
+// drop is forget for those who have s.add.
+func (s *state) drop(id string, when int64) bool {
 	s.mu.Lock()
 	j := s.jobs[id]
 	if j != nil && j.born > when {
