@@ -205,7 +205,7 @@ var errAltered = errors.New("the files read back are not those that were written
 
 // check reads the files again, completes the manifest with what it finds, and sets the verdict.
 func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error {
-	var a audit
+	a := audit{expect: m.Input.Lines}
 	out, err := a.file(ctx, to.Output, true)
 	if err != nil {
 		return err
@@ -224,10 +224,8 @@ func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error
 	if err := a.twice(ctx); err != nil {
 		return err
 	}
-	prompt, completion := out.PromptTokens+failed.PromptTokens, out.CompletionTokens+failed.CompletionTokens
-	if s := m.Statistics; prompt != s.InputTokens || completion != s.OutputTokens {
-		m.Notes = append(m.Notes, fmt.Sprintf("the bodies in the files hold %d prompt and %d completion tokens, the results %d and %d",
-			prompt, completion, s.InputTokens, s.OutputTokens))
+	if n := m.tokenNote(); n != "" {
+		m.Notes = append(m.Notes, n)
 	}
 	m.judge(a.reasons)
 	return nil

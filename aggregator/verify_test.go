@@ -67,6 +67,40 @@ func TestVerifyNoticesEveryTampering(t *testing.T) {
 		"the counts are changed": {func(t *testing.T, to Files) {
 			edit(t, to.Manifest, func(s string) string { return strings.Replace(s, `"ok": 8`, `"ok": 9`, 1) })
 		}, "9 lines ended ok, the output file has 8"},
+		"the completed lines are changed": {func(t *testing.T, to Files) {
+			edit(t, to.Manifest, func(s string) string { return strings.Replace(s, `"completed": 8`, `"completed": 9`, 1) })
+		}, "there are 9 lines that ended ok, and elsewhere 8"},
+		"the failed lines are changed": {func(t *testing.T, to Files) {
+			edit(t, to.Manifest, func(s string) string {
+				i := strings.Index(s, `"statistics"`)
+				return s[:i] + strings.Replace(s[i:], `"failed": 3`, `"failed": 2`, 1)
+			})
+		}, "there are 2 lines that failed, and elsewhere 3"},
+		"the lines of a model are changed": {func(t *testing.T, to Files) {
+			edit(t, to.Manifest, func(s string) string {
+				i := strings.Index(s, `"by_model"`)
+				return s[:i] + strings.Replace(s[i:], `"ok": 8`, `"ok": 7`, 1)
+			})
+		}, "there are 7 lines of all models that ended ok, and elsewhere 8"},
+		"the output tokens are changed": {func(t *testing.T, to Files) {
+			edit(t, to.Manifest, func(s string) string {
+				return strings.ReplaceAll(s, `"total_output_tokens": `, `"total_output_tokens": 9`)
+			})
+		}, "completion tokens, the results"},
+		"the input tokens of a model are changed": {func(t *testing.T, to Files) {
+			edit(t, to.Manifest, func(s string) string {
+				i := strings.LastIndex(s, `"by_model"`)
+				return s[:i] + strings.Replace(s[i:], `"total_input_tokens": `, `"total_input_tokens": 9`, 1)
+			})
+		}, "input tokens of all models"},
+		"a failure is changed": {func(t *testing.T, to Files) {
+			edit(t, to.Manifest, func(s string) string { return strings.Replace(s, `"count": 3`, `"count": 4`, 1) })
+		}, "failures by their kind"},
+		"an answer is in the errors": {func(t *testing.T, to Files) {
+			line := firstLine(string(read(t, to.Output)))
+			edit(t, to.Output, func(s string) string { return s[len(line):] })
+			edit(t, to.Errors, func(s string) string { return s + line })
+		}, "the line is the answer of an engine"},
 		"the verdict is changed": {func(t *testing.T, to Files) {
 			edit(t, to.Manifest, func(s string) string { return strings.Replace(s, `"valid": true`, `"valid": false`, 1) })
 		}, "the manifest itself says"},
@@ -83,6 +117,39 @@ func TestVerifyNoticesEveryTampering(t *testing.T) {
 				t.Errorf("want %q in:\n%s", c.want, all)
 			}
 		})
+	}
+}
+
+// Engines that count otherwise than their bodies say are no reason, as long as the manifest says so.
+func TestVerifyKnowsWhatWasNoted(t *testing.T) {
+	odd := good("j", 0, 1)
+	odd.Usage.Completion++
+	s, _ := folded(t, t.TempDir(), 1, odd)
+	save(t, s)
+	to := filesIn(t.TempDir())
+	finish(t, newFinisher(s, to))
+	m, reasons, err := Verify(to.Manifest)
+	if err != nil || len(reasons) > 0 || len(m.Notes) != 1 {
+		t.Fatalf("%v %v %v", m.Notes, reasons, err)
+	}
+	edit(t, to.Manifest, func(s string) string {
+		return strings.ReplaceAll(s, `"total_output_tokens": 102`, `"total_output_tokens": 103`)
+	})
+	if _, reasons, err := Verify(to.Manifest); err != nil || len(reasons) != 1 {
+		t.Errorf("%v %v", reasons, err)
+	}
+}
+
+// A failed line of an engine that answered 200 is no answer in the error file.
+func TestFailedAnswerIsValid(t *testing.T) {
+	r := good("j", 0, 1)
+	r.OK, r.Code, r.Message, r.Body = false, proto.CodeBadResponse, "the body is not whole", []byte(`{"choices":[`)
+	s, _ := folded(t, t.TempDir(), 1, r)
+	save(t, s)
+	to := filesIn(t.TempDir())
+	finish(t, newFinisher(s, to))
+	if _, reasons, err := Verify(to.Manifest); err != nil || len(reasons) > 0 {
+		t.Errorf("%v %v", reasons, err)
 	}
 }
 
