@@ -38,6 +38,7 @@ type job struct {
 	drops    dropped     // unlike the two above, not to be had from the spool
 	first    uint64      // sequence of the job's first result in the present stream; 0: none yet, or not known
 	durable  int64       // bytes of the spool that a checkpoint counts
+	seal     int64       // of the spool, see newSeal; 0: made by an older program
 	engines  engines     // what the workers of its results said of themselves
 	finished *proto.Progress
 	note     string // why the files cannot be written, for people
@@ -68,6 +69,7 @@ const (
 // about is what a job's folder holds beside its spec.
 type about struct {
 	Born    int64           `json:"born"`
+	Spool   int64           `json:"spool"` // its seal
 	Engines []*proto.Worker `json:"engines,omitempty"`
 }
 
@@ -82,7 +84,7 @@ func newJob(ctx context.Context, dir string, spec *proto.Job) (*job, error) {
 	case spec.Lines < 0 || spec.Lines > maxLines:
 		return nil, fmt.Errorf("%w: %s has %d lines, at most %d are allowed; split the input", errBadJob, spec.ID, spec.Lines, maxLines)
 	}
-	j := &job{spec: spec, dir: dir, after: spec.After, state: proto.FoldFolding, left: spec.Lines, engines: engines{}}
+	j := &job{spec: spec, dir: dir, after: spec.After, state: proto.FoldFolding, left: spec.Lines, seal: newSeal(), engines: engines{}}
 	j.spool.path = filepath.Join(dir, fileSpool)
 	j.ctx, j.stop = context.WithCancel(ctx)
 	return j, nil
@@ -104,7 +106,7 @@ func (j *job) create() error {
 }
 
 // about renders what saveAbout writes.
-func (j *job) about() about { return about{Born: j.born, Engines: j.engines.known()} }
+func (j *job) about() about { return about{Born: j.born, Spool: j.seal, Engines: j.engines.known()} }
 
 // saveAbout needs no lock.
 func (j *job) saveAbout(v about) error {
@@ -115,7 +117,7 @@ func (j *job) saveAbout(v about) error {
 	return writeDurable(filepath.Join(j.dir, fileAbout), b)
 }
 
-// loadAbout is best effort: what it cannot read is only missing from the manifest.
+// loadAbout is best effort: what it cannot read is only missing from the manifest, and followers begin anew.
 func (j *job) loadAbout() {
 	b, err := os.ReadFile(filepath.Join(j.dir, fileAbout))
 	if err != nil {
@@ -125,7 +127,7 @@ func (j *job) loadAbout() {
 	if json.Unmarshal(b, &v) != nil {
 		return
 	}
-	j.born = v.Born
+	j.born, j.seal = v.Born, v.Spool&(spoolSeals-1)
 	for _, w := range v.Engines {
 		if w != nil {
 			j.engines[w.ID] = w
@@ -135,6 +137,12 @@ func (j *job) loadAbout() {
 
 // errSpoolShort says that a spool holds less than the checkpoint promised, or damaged records.
 var errSpoolShort = errors.New("the spool lost records")
+
+// another notes that the spool holds other results than before: it lost some, which will come again behind the rest.
+func (j *job) another() error {
+	j.seal = newSeal()
+	return j.saveAbout(j.about())
+}
 
 // restore reads the spool's first length bytes (all, where length is negative), cuts off the rest, and rebuilds what
 // follows from the records. It returns errSpoolShort when some are lost; the others count all the same.

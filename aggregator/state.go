@@ -138,7 +138,13 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 		mark.Length = -1
 	}
 	err = j.restore(ctx, mark.Length)
-	if err != nil && !errors.Is(err, errSpoolShort) {
+	short := errors.Is(err, errSpoolShort)
+	if short {
+		if aerr := j.another(); aerr != nil {
+			return fmt.Errorf("open job %s: %w", id, aerr)
+		}
+	}
+	if err != nil && !short {
 		return fmt.Errorf("open job %s: %w", id, err)
 	}
 	s.whole(j)
