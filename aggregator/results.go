@@ -80,7 +80,7 @@ func (p *page) fill(s *state, j *job) error {
 		return err
 	}
 	if v.files != nil {
-		return p.files(v.files)
+		return elsewhere(p.files(v.files), v.files, s.host)
 	}
 	if p.q.Which == proto.WhichManifest {
 		return errUnfinished
@@ -103,6 +103,14 @@ func (p *page) fill(s *state, j *job) error {
 		p.a.Next |= v.seal << spoolShift
 	}
 	p.a.Done = err == nil && v.done
+	return err
+}
+
+// elsewhere says on which machine files are that are not here.
+func elsewhere(err error, done *proto.Progress, host string) error {
+	if errors.Is(err, os.ErrNotExist) && done.Host != host {
+		return fmt.Errorf("%w; the job was finished on %s", err, done.Host)
+	}
 	return err
 }
 

@@ -232,6 +232,19 @@ func TestResultsWhoseFileIsGone(t *testing.T) {
 	}
 }
 
+// An aggregator that took over a job's end from another machine says where its files are.
+func TestResultsOfAnotherMachine(t *testing.T) {
+	s, _ := folded(t, t.TempDir(), 1)
+	was := &proto.Progress{State: proto.FoldDone, Lines: 1, OK: 1, Host: "far", Output: "/nowhere/output.jsonl", Verdict: Valid}
+	if err := s.know(spec("j", 1), 1, was); err != nil {
+		t.Fatal(err)
+	}
+	f := &follower{t: t, s: s, j: s.job("j"), which: proto.WhichOK}
+	if a := f.ask(); !strings.Contains(a.Error, "finished on far") {
+		t.Errorf("%+v", a)
+	}
+}
+
 // TestManifestByPages: the bytes of the file, once there is one.
 func TestManifestByPages(t *testing.T) {
 	s, fin, to := finished(t, 11)

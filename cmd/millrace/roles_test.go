@@ -60,6 +60,32 @@ func TestTwoAggregators(t *testing.T) {
 	}
 }
 
+// TestFinishedStaysFinished: an aggregator with an empty disk does not make a finished job run again.
+func TestFinishedStaysFinished(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, 50, nil)
+	e := newEngine(t, slow())
+	f.broker()
+	first := f.aggregate()
+	f.worker(1, e)
+	if code := f.produce(input).wait(); code != exitOK {
+		t.Fatalf("the producer ended with %d", code)
+	}
+	f.finished(50)
+	calls, _ := e.count()
+	first.kill()
+	f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator2")).says("results are folded")
+	p := f.produce(input)
+	if code := p.wait(); code != exitOK {
+		t.Errorf("the producer ended with %d\n%s", code, p.err)
+	}
+	f.finished(50)
+	if n, _ := e.count(); n != calls {
+		t.Errorf("%d more calls", n-calls)
+	}
+	oracleDir(t, input, f.output())
+}
+
 // TestWorkerRestartGivesBackAtOnce: a worker that was killed and is started again gives back what its dead process
 // held; AckWait is an hour.
 func TestWorkerRestartGivesBackAtOnce(t *testing.T) {
