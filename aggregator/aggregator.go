@@ -68,7 +68,7 @@ func (a *Aggregator) check() error {
 		a.Log = slog.New(slog.DiscardHandler)
 	}
 	a.hostname, _ = os.Hostname() // only shown
-	if err := os.MkdirAll(filepath.Join(a.Dir, "jobs"), 0o755); err != nil {
+	if err := broker.MakeDir(filepath.Join(a.Dir, "jobs")); err != nil {
 		return fmt.Errorf("make the aggregator's folder: %w; choose another --data", err)
 	}
 	return nil

@@ -164,25 +164,22 @@ func (s *service) verify(b []byte) (encoder, error) {
 		return a, nil
 	}
 	a.Known = true
-	path := s.t.s.manifestOf(j)
-	if path == "" {
+	done := s.t.s.finishedOf(j)
+	if done == nil {
 		a.Error = errUnfinished.Error()
 		return a, nil
 	}
-	_, reasons, err := verify(s.ctx, path)
+	_, reasons, err := verify(s.ctx, done.Manifest)
 	if err != nil {
-		a.Error = err.Error()
+		a.Error = elsewhere(err, done, s.t.s.host).Error()
 		return a, nil
 	}
 	a.Valid, a.Reasons = len(reasons) == 0, reasons
 	return a, nil
 }
 
-func (s *state) manifestOf(j *job) string {
+func (s *state) finishedOf(j *job) *proto.Progress {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if j.finished == nil {
-		return ""
-	}
-	return j.finished.Manifest
+	return j.finished
 }

@@ -1,9 +1,12 @@
 package aggregator
 
 import (
+	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -142,15 +145,26 @@ func TestPurgeOfAnotherStream(t *testing.T) {
 		t.Fatal(err)
 	}
 	created := s.CachedInfo().Created.UnixNano()
+	m, err := s.GetMsg(t.Context(), 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := m.Time.UnixNano()
 	for _, c := range []struct {
-		stream int64
-		left   uint64
-		want   error
-	}{{created + 1, 9, errAnotherStream}, {created, 4, nil}} {
-		err := purge(t.Context(), r.conn.JS, position{Stream: c.stream, Seq: 6})
+		name string
+		at   position
+		left uint64
+		want error
+	}{
+		{"another stream", position{created + 1, 7, at}, 9, errAnotherStream},
+		{"an older disk", position{created, 10, at}, 9, errAnotherStream},
+		{"an older disk that was written on", position{created, 7, at + 1}, 9, errAnotherStream},
+		{"the one", position{created, 7, at}, 4, nil},
+	} {
+		err := purge(t.Context(), r.conn.JS, 6, c.at)
 		info, ierr := s.Info(t.Context())
 		if ierr != nil || !errors.Is(err, c.want) || info.State.Msgs != c.left {
-			t.Errorf("%d messages left, want %d: %v %v", info.State.Msgs, c.left, err, ierr)
+			t.Errorf("%s: %d messages left, want %d: %v %v", c.name, info.State.Msgs, c.left, err, ierr)
 		}
 	}
 }
@@ -376,6 +390,53 @@ func TestEnginesAreInTheManifest(t *testing.T) {
 	if len(e) != 1 || e[0].Worker != "w0" || !e[0].Simulated || e[0].KVTokens != 7 {
 		t.Errorf("%+v", e)
 	}
+}
+
+// A bucket of workers that is not there ends nothing, and is heard once it is.
+func TestWorkersAreHeardLate(t *testing.T) {
+	r := newRig(t)
+	if err := r.conn.JS.DeleteKeyValue(t.Context(), proto.WorkersBucket); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	tried := make(chan struct{}, 1)
+	n := &tenure{a: &Aggregator{Conn: r.conn}, log: slog.New(slog.NewTextHandler(signalWriter(tried), nil))}
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		n.watchWorkers(ctx)
+	}()
+	<-tried
+	if err := (broker.Declarer{JS: r.conn.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := r.conn.JS.KeyValue(t.Context(), proto.WorkersBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := (&proto.Worker{ID: "w0", Version: "0.11.0"}).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kv.Put(t.Context(), "w0", b); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(patience); n.workers.get("w0") == nil; {
+		if time.Now().After(end) {
+			t.Fatal("the worker is not heard")
+		}
+		runtime.Gosched()
+	}
+	cancel()
+	<-over
+}
+
+// signalWriter says that something is written.
+type signalWriter chan struct{}
+
+func (w signalWriter) Write(b []byte) (int, error) {
+	signal(w)
+	return len(b), nil
 }
 
 // Run must end at once, also when it waits for the lease.

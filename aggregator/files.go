@@ -10,12 +10,18 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+
+	"github.com/nats-io/nuid"
+
+	"millrace/broker"
 )
 
-// partFile is a file that is being written beside the one it will replace. Its name does not change, so that what a crash
-// leaves behind is written over by the next attempt.
+// partFile is a file that is being written beside the one it will replace, under a name that no other writer has: one
+// that lost the lease without noticing may be writing, too.
 type partFile struct {
 	path  string
+	temp  string // empty once it was renamed
 	f     *os.File
 	w     *bufio.Writer
 	sum   hash.Hash
@@ -23,19 +29,45 @@ type partFile struct {
 	bytes int64
 }
 
+// newPart begins a file. What others left of theirs goes: they are dead, or have lost the lease, and then cannot rename
+// it any more.
 func newPart(path string) (*partFile, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := broker.MakeDir(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(partName(path), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err := sweepParts(path); err != nil {
+		return nil, err
+	}
+	temp := partName(path, nuid.Next())
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return nil, err
 	}
-	return &partFile{path: path, f: f, w: bufio.NewWriterSize(f, 1<<20), sum: sha256.New()}, nil
+	return &partFile{path: path, temp: temp, f: f, w: bufio.NewWriterSize(f, 1<<20), sum: sha256.New()}, nil
 }
 
-func partName(path string) string {
-	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".part")
+func partName(path, id string) string {
+	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"."+id+".part")
+}
+
+// partID is the length of what nuid draws.
+const partID = 22
+
+func sweepParts(path string) error {
+	names, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		id, ok := strings.CutPrefix(n.Name(), "."+filepath.Base(path)+".")
+		id, part := strings.CutSuffix(id, ".part")
+		if ok && part && len(id) == partID && !strings.Contains(id, ".") {
+			if err := remove(partName(path, id)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // write adds one line, or all of a file.
@@ -62,10 +94,10 @@ func (p *partFile) settle() error {
 
 // rename puts the file in its place. The folder is to be synced after it.
 func (p *partFile) rename() error {
-	if err := os.Rename(partName(p.path), p.path); err != nil {
+	if err := os.Rename(p.temp, p.path); err != nil {
 		return err
 	}
-	p.path = ""
+	p.temp = ""
 	return nil
 }
 
@@ -74,8 +106,8 @@ func (p *partFile) discard() {
 	if p.f != nil {
 		p.f.Close() // nothing in it is wanted
 	}
-	if p.path != "" {
-		_ = os.Remove(partName(p.path)) // the next attempt writes it over
+	if p.temp != "" {
+		_ = os.Remove(p.temp) // the next attempt tries again
 	}
 }
 

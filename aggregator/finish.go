@@ -26,10 +26,12 @@ type finisher struct {
 	s       *state
 	output  func(*proto.Job) Files
 	program string
-	log     *slog.Logger
-	retry   time.Duration
-	linger  time.Duration
-	wake    <-chan struct{}
+	// mine makes sure that the lease is ours at this instant, also after a sleep of the process in which it ended.
+	mine   func(context.Context) error
+	log    *slog.Logger
+	retry  time.Duration
+	linger time.Duration
+	wake   <-chan struct{}
 }
 
 // run works until ctx ends, or a spool turns out to be damaged (errReload).
@@ -136,7 +138,7 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 	}
 	rep.Drop(f.s.droppedOf(j))
 	facts := ManifestPair{out.facts(to.Manifest, to.Output), failed.facts(to.Manifest, to.Errors)}
-	if err := commit(out, failed, to); err != nil {
+	if err := f.commit(ctx, out, failed, to); err != nil {
 		return nil, err
 	}
 	m := newManifest(f.program, j.spec, rep.Close())
@@ -145,7 +147,7 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 	if err := check(ctx, m, to, facts); err != nil {
 		return nil, err
 	}
-	return m, hint(to.Manifest, putManifest(m, to.Manifest))
+	return m, f.putManifest(ctx, m, to.Manifest)
 }
 
 func (s *state) droppedOf(j *job) Dropped {
@@ -161,12 +163,16 @@ func (s *state) enginesOf(j *job) []*proto.Worker {
 }
 
 // commit puts the two files in their places. A manifest that is there already speaks of other files: it goes first.
-func commit(out, failed *partFile, to Files) error {
+// Whoever lost the lease must not touch what the next holder wrote.
+func (f *finisher) commit(ctx context.Context, out, failed *partFile, to Files) error {
 	if err := out.settle(); err != nil {
 		return hint(to.Output, err)
 	}
 	if err := failed.settle(); err != nil {
 		return hint(to.Errors, err)
+	}
+	if err := f.ours(ctx); err != nil {
+		return err
 	}
 	if err := remove(to.Manifest); err != nil {
 		return hint(to.Manifest, err)
@@ -186,9 +192,20 @@ func commit(out, failed *partFile, to Files) error {
 	return hint(to.Errors, broker.SyncDir(filepath.Dir(to.Errors)))
 }
 
+// ours makes sure that the job's files are still ours to put in place.
+func (f *finisher) ours(ctx context.Context) error {
+	if err := f.mine(ctx); err != nil {
+		return err
+	}
+	return context.Cause(ctx)
+}
+
+// errAltered says that the files are to be written again.
+var errAltered = errors.New("the files read back are not those that were written")
+
 // check reads the files again, completes the manifest with what it finds, and sets the verdict.
 func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error {
-	var a audit
+	a := audit{expect: m.Input.Lines}
 	out, err := a.file(ctx, to.Output, true)
 	if err != nil {
 		return err
@@ -200,74 +217,82 @@ func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error
 	m.Files.Output, m.Files.Errors = *out, *failed
 	m.Files.Output.Name, m.Files.Errors.Name = wrote.Output.Name, wrote.Errors.Name
 	if out.SHA256 != wrote.Output.SHA256 || failed.SHA256 != wrote.Errors.SHA256 {
-		a.say("the files read back are not those that were written: the disk or another program changed them")
+		return fmt.Errorf("%w: the disk or another program changed %s or %s; the results are kept", errAltered, to.Output, to.Errors)
 	}
 	a.counts(m)
 	a.indexes(m.Job.ID, m.Input.Lines)
 	if err := a.twice(ctx); err != nil {
 		return err
 	}
-	prompt, completion := out.PromptTokens+failed.PromptTokens, out.CompletionTokens+failed.CompletionTokens
-	if s := m.Statistics; prompt != s.InputTokens || completion != s.OutputTokens {
-		m.Notes = append(m.Notes, fmt.Sprintf("the bodies in the files hold %d prompt and %d completion tokens, the results %d and %d",
-			prompt, completion, s.InputTokens, s.OutputTokens))
+	if n := m.tokenNote(); n != "" {
+		m.Notes = append(m.Notes, n)
 	}
 	m.judge(a.reasons)
 	return nil
 }
 
-func putManifest(m *Manifest, path string) error {
+func (f *finisher) putManifest(ctx context.Context, m *Manifest, path string) error {
 	b, err := m.encode()
 	if err != nil {
 		return err
 	}
 	p, err := newPart(path)
 	if err != nil {
-		return err
+		return hint(path, err)
 	}
 	defer p.discard()
 	if err := p.write(b); err != nil {
-		return err
+		return hint(path, err)
 	}
 	if err := p.settle(); err != nil {
+		return hint(path, err)
+	}
+	if err := f.ours(ctx); err != nil {
 		return err
 	}
 	broker.CrashPoint("agg.manifest-before-rename")
 	if err := p.rename(); err != nil {
-		return err
+		return hint(path, err)
 	}
 	broker.CrashPoint("agg.manifest-after-rename")
-	return broker.SyncDir(filepath.Dir(path))
+	return hint(path, broker.SyncDir(filepath.Dir(path)))
 }
 
-// done makes it known, durably, that the files are whole.
+// done makes it known, durably, that the files are whole. A job that was deleted meanwhile may have a successor of the
+// same name by now, in the same folder.
 func (f *finisher) done(j *job, to Files, m *Manifest) error {
+	f.s.add.Lock()
+	defer f.s.add.Unlock()
+	if !f.s.has(j) {
+		return errDeleted
+	}
 	p := f.s.final(j)
 	p.Output, p.ErrorFile, p.Manifest, p.Verdict = to.Output, to.Errors, to.Manifest, m.Verdict
 	if !m.Valid {
 		p.Verdict += ": " + first(m.Reasons)
 	}
+	if err := j.saveDone(p); err != nil {
+		return err
+	}
+	if f.s.finish(j, p, f.linger) {
+		f.s.unlink(j)
+	}
+	return nil
+}
+
+func (j *job) saveDone(p *proto.Progress) error {
 	b, err := p.Encode()
 	if err != nil {
 		return err
 	}
-	if err := writeDurable(filepath.Join(j.dir, fileDone), b); err != nil {
-		return hint(j.dir, err)
-	}
-	if f.s.finish(j, p, f.linger) {
-		f.s.dropSpool(j)
-	}
-	return nil
+	return hint(filepath.Join(j.dir, fileDone), writeDurable(filepath.Join(j.dir, fileDone), b))
 }
 
 // finish closes a job in memory, and says whether its spool may go: nobody is reading on in it.
 func (s *state) finish(j *job, p *proto.Progress, linger time.Duration) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	j.finished, j.state, j.doneAt = p, proto.FoldDone, time.Now()
-	j.touch()
-	j.urgent = true
-	s.kick()
+	s.over(j, p)
 	if time.Since(j.followed) < linger {
 		return false
 	}
@@ -286,14 +311,26 @@ func (s *state) final(j *job) *proto.Progress {
 	return p
 }
 
-// release lets go of the spool of a finished job in memory; dropSpool deletes it. That takes a while where it is large,
-// and needs no lock.
+// release lets go of the spool of a finished job in memory; dropSpool deletes it, unless the verdict is INVALID. That
+// takes a while where it is large, and does not stop the fold.
 func (j *job) release() {
 	j.spool.close()
-	j.at, j.spool.flushed, j.durable = nil, 0, 0
+	j.at, j.spool.flushed, j.spool.buf, j.durable = nil, 0, nil, 0
 }
 
 func (s *state) dropSpool(j *job) {
+	s.add.Lock()
+	defer s.add.Unlock()
+	if s.has(j) {
+		s.unlink(j)
+	}
+}
+
+// unlink is dropSpool for those who have s.add.
+func (s *state) unlink(j *job) {
+	if j.finished.Verdict != Valid { // the results may be more right than the files
+		return
+	}
 	broker.CrashPoint("agg.before-spool-delete")
 	if err := remove(j.spool.path); err != nil {
 		s.log.Warn("the spool of a finished job stays on disk", "job", j.spec.ID, "error", err)
@@ -328,8 +365,18 @@ type row struct {
 // Lines are read and rendered in batches, by several goroutines, and used in order.
 const (
 	batchLines = 1024
-	batchBytes = 64 << 20 // of results in memory; a batch ends early there
+	batchBytes = 64 << 20 // of results and lines in memory; a batch ends early there
+	keptBytes  = 64 << 10 // of a line's memory is used again for another
 )
+
+// clear lets go of the result, and of the memory of a line that was long: one in a thousand must not make every row as
+// large as it is.
+func (r *row) clear() {
+	r.result = nil
+	if cap(r.line) > keptBytes {
+		r.line = nil
+	}
+}
 
 // eachResult calls use with the result of every line, in the order of the input.
 func eachResult(ctx context.Context, j *job, use func(*row) error) error {
@@ -354,6 +401,7 @@ func eachResult(ctx context.Context, j *job, use func(*row) error) error {
 			if err := use(&b.rows[i]); err != nil {
 				return err
 			}
+			b.rows[i].clear()
 		}
 		from += n
 	}
@@ -380,8 +428,9 @@ func (b *batch) read(from int64) (int64, error) {
 				if i >= most {
 					return
 				}
-				errs[w] = b.row(from+i, &b.rows[i], buf)
-				bytes.Add(int64(len(b.rows[i].line)))
+				n, err := b.row(from+i, &b.rows[i], buf)
+				errs[w] = err
+				bytes.Add(n)
 			}
 		})
 	}
@@ -389,21 +438,21 @@ func (b *batch) read(from int64) (int64, error) {
 	return min(next.Load(), most), errors.Join(errs...)
 }
 
-// row reads the result of one line. It needs no lock: the job is frozen.
-func (b *batch) row(index int64, to *row, buf []byte) error {
+// row reads the result of one line, and returns how many bytes it takes. It needs no lock: the job is frozen.
+func (b *batch) row(index int64, to *row, buf []byte) (int64, error) {
 	off := b.j.at[index]
 	rec, err := readRecord(b.spool, max(off, -off), buf)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errReload, err)
+		return 0, fmt.Errorf("%w: %w", errReload, err)
 	}
 	r, err := proto.DecodeResult(rec.Data)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errReload, err)
+		return 0, fmt.Errorf("%w: %w", errReload, err)
 	}
 	if r.Index != index || r.Job != b.j.spec.ID || r.OK != (off > 0) {
-		return fmt.Errorf("%w: the record of line %d is another's", errReload, index)
+		return 0, fmt.Errorf("%w: the record of line %d is another's", errReload, index)
 	}
 	to.result, to.time = r, rec.Time
 	to.line = proto.AppendLine(to.line[:0], r)
-	return nil
+	return int64(len(rec.Data) + len(to.line)), nil
 }

@@ -54,7 +54,7 @@ func TestFoldIsExact(t *testing.T) {
 		s := openTest(t, dir)
 		defer func() { s.close() }()
 		// One line more than are sent, so that the job never becomes whole.
-		if err := s.know(spec("j", lines+1), 1); err != nil {
+		if err := s.know(spec("j", lines+1), 1, nil); err != nil {
 			rt.Fatal(err)
 		}
 		salt := int64(0)
@@ -78,8 +78,8 @@ func TestFoldIsExact(t *testing.T) {
 			"fold": func(*rapid.T) { catchUp(t, s, st) },
 			"save": func(*rapid.T) { save(t, s) },
 			"purge": func(*rapid.T) {
-				if p := s.purgeable(true); p.Stream == st.created && p.Seq > 0 {
-					st.purged = max(st.purged, p.Seq-1)
+				if n, at := s.purgeable(true); at.Stream == st.created && n > 0 {
+					st.purged = max(st.purged, n-1)
 				}
 			},
 			"crash": func(*rapid.T) {
@@ -129,7 +129,7 @@ func folded(t *testing.T, dir string, n int64, rs ...*proto.Result) (*state, *st
 	t.Helper()
 	s := openTest(t, dir)
 	t.Cleanup(s.close)
-	if err := s.know(spec("j", n), 1); err != nil {
+	if err := s.know(spec("j", n), 1, nil); err != nil {
 		t.Fatal(err)
 	}
 	st := &stream{created: 7_000_000}
@@ -149,6 +149,21 @@ func TestOKReplacesErrorAndNothingElseDoes(t *testing.T) {
 	}
 	if j.replaced != 1 || j.drops.Duplicates != 3 || j.tally.ok != 2 || j.tally.failed != 0 || len(j.tally.errors) != 0 {
 		t.Errorf("%d replaced, %+v, %d ok, %d failed, errors %v", j.replaced, j.drops, j.tally.ok, j.tally.failed, j.tally.errors)
+	}
+}
+
+// Whoever ends a line without its input does not know its custom_id; the answer does.
+func TestOKReplacesAnErrorWithoutACustomID(t *testing.T) {
+	nameless := bad("j", 0, proto.CodeCancelled)
+	nameless.CustomID, nameless.Line = "", 1
+	s, _ := folded(t, t.TempDir(), 2, nameless, good("j", 0, 1), good("j", 1, 2))
+	save(t, s)
+	s = reopen(t, s)
+	wantLines(t, s, "ok req-1", "ok req-2")
+	to := filesIn(t.TempDir())
+	finish(t, newFinisher(s, to))
+	if got := fmt.Sprint(ids(t, to.Output)); got != "[id-0 id-1]" {
+		t.Errorf("output: %s", got)
 	}
 }
 

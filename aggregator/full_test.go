@@ -1,7 +1,9 @@
 package aggregator
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -80,6 +82,45 @@ func TestSyncFails(t *testing.T) {
 	j.spool.file = w
 	if err := s.save(noWorkers); !errors.Is(err, errReload) {
 		t.Errorf("%v", err)
+	}
+}
+
+// Without a checkpoint nobody knows what of a spool was ever synced: kill -9 came before the first one, or it could not
+// be synced, or the file is lost.
+func TestSpoolWithoutACheckpointIsSyncedAgain(t *testing.T) {
+	big := good("j", 2, 3)
+	big.Body = fmt.Appendf(nil, `{"x":%q}`, strings.Repeat("y", 3*readerWindow))
+	s, st := folded(t, t.TempDir(), 5, good("j", 0, 1), good("j", 1, 2), big)
+	j := s.job("j")
+	if err := j.spool.flush(); err != nil {
+		t.Fatal(err)
+	}
+	before := read(t, j.spool.path)
+	s = reopen(t, s)
+	wantLines(t, s, "ok req-1", "ok req-2", "ok req-3")
+	catchUp(t, s, st)
+	v, err := s.snapshot(noWorkers)
+	if err != nil || v == nil || len(v.sync) != 1 || len(v.dirs) != 1 || v.Jobs[0].Length != int64(len(before)) {
+		t.Fatalf("%+v %v", v, err)
+	}
+	if !bytes.Equal(before, read(t, s.job("j").spool.path)) {
+		t.Error("the spool is another one")
+	}
+}
+
+// What is whole is not finished before it was synced.
+func TestWholeWithoutACheckpoint(t *testing.T) {
+	s, _ := folded(t, t.TempDir(), 1, good("j", 0, 1))
+	if err := s.job("j").spool.flush(); err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(t, s)
+	if len(s.finishable()) > 0 {
+		t.Error("before the checkpoint")
+	}
+	save(t, s)
+	if len(s.finishable()) != 1 {
+		t.Error("after it")
 	}
 }
 

@@ -24,6 +24,8 @@ type job struct {
 	spec *proto.Job
 	dir  string
 	born int64 // the broker's timestamp of the spec, Unix ns; 0: not known
+	// after is that of the spec at the broker. A broker that lost its disk may have another one than our spec.
+	after int64
 
 	state string  // one of proto's Fold constants
 	at    []int64 // where a line's record begins in the spool, negative for an error; 0: the line has not ended
@@ -36,6 +38,7 @@ type job struct {
 	drops    dropped     // unlike the two above, not to be had from the spool
 	first    uint64      // sequence of the job's first result in the present stream; 0: none yet, or not known
 	durable  int64       // bytes of the spool that a checkpoint counts
+	seal     int64       // of the spool, see newSeal; 0: made by an older program
 	engines  engines     // what the workers of its results said of themselves
 	finished *proto.Progress
 	note     string // why the files cannot be written, for people
@@ -66,6 +69,7 @@ const (
 // about is what a job's folder holds beside its spec.
 type about struct {
 	Born    int64           `json:"born"`
+	Spool   int64           `json:"spool"` // its seal
 	Engines []*proto.Worker `json:"engines,omitempty"`
 }
 
@@ -80,7 +84,7 @@ func newJob(ctx context.Context, dir string, spec *proto.Job) (*job, error) {
 	case spec.Lines < 0 || spec.Lines > maxLines:
 		return nil, fmt.Errorf("%w: %s has %d lines, at most %d are allowed; split the input", errBadJob, spec.ID, spec.Lines, maxLines)
 	}
-	j := &job{spec: spec, dir: dir, state: proto.FoldFolding, left: spec.Lines, engines: engines{}}
+	j := &job{spec: spec, dir: dir, after: spec.After, state: proto.FoldFolding, left: spec.Lines, seal: newSeal(), engines: engines{}}
 	j.spool.path = filepath.Join(dir, fileSpool)
 	j.ctx, j.stop = context.WithCancel(ctx)
 	return j, nil
@@ -88,7 +92,7 @@ func newJob(ctx context.Context, dir string, spec *proto.Job) (*job, error) {
 
 // create makes the job's folder, so that an aggregator whose broker lost its disk still knows the job.
 func (j *job) create() error {
-	if err := os.MkdirAll(j.dir, 0o755); err != nil {
+	if err := broker.MakeDir(j.dir); err != nil {
 		return fmt.Errorf("make the job's folder: %w", err)
 	}
 	b, err := j.spec.Encode()
@@ -98,14 +102,11 @@ func (j *job) create() error {
 	if err := j.saveAbout(j.about()); err != nil {
 		return err
 	}
-	if err := writeDurable(filepath.Join(j.dir, fileSpec), b); err != nil {
-		return err
-	}
-	return broker.SyncDir(filepath.Dir(j.dir))
+	return writeDurable(filepath.Join(j.dir, fileSpec), b)
 }
 
 // about renders what saveAbout writes.
-func (j *job) about() about { return about{Born: j.born, Engines: j.engines.known()} }
+func (j *job) about() about { return about{Born: j.born, Spool: j.seal, Engines: j.engines.known()} }
 
 // saveAbout needs no lock.
 func (j *job) saveAbout(v about) error {
@@ -116,7 +117,7 @@ func (j *job) saveAbout(v about) error {
 	return writeDurable(filepath.Join(j.dir, fileAbout), b)
 }
 
-// loadAbout is best effort: what it cannot read is only missing from the manifest.
+// loadAbout is best effort: what it cannot read is only missing from the manifest, and followers begin anew.
 func (j *job) loadAbout() {
 	b, err := os.ReadFile(filepath.Join(j.dir, fileAbout))
 	if err != nil {
@@ -126,7 +127,7 @@ func (j *job) loadAbout() {
 	if json.Unmarshal(b, &v) != nil {
 		return
 	}
-	j.born = v.Born
+	j.born, j.seal = v.Born, v.Spool&(spoolSeals-1)
 	for _, w := range v.Engines {
 		if w != nil {
 			j.engines[w.ID] = w
@@ -136,6 +137,12 @@ func (j *job) loadAbout() {
 
 // errSpoolShort says that a spool holds less than the checkpoint promised, or damaged records.
 var errSpoolShort = errors.New("the spool lost records")
+
+// another notes that the spool holds other results than before: it lost some, which will come again behind the rest.
+func (j *job) another() error {
+	j.seal = newSeal()
+	return j.saveAbout(j.about())
+}
 
 // restore reads the spool's first length bytes (all, where length is negative), cuts off the rest, and rebuilds what
 // follows from the records. It returns errSpoolShort when some are lost; the others count all the same.
@@ -154,8 +161,12 @@ func (j *job) restore(ctx context.Context, length int64) error {
 	if err := j.spool.open(); err != nil {
 		return err
 	}
-	if length < 0 {
+	unsure := length < 0
+	if unsure {
 		length = size
+		if err := j.spool.renew(size); err != nil {
+			return err
+		}
 	}
 	j.spool.flushed = min(size, length) // the records of replaced errors are read again
 	rd := NewSpoolReader(j.spool.file, min(size, length))
@@ -167,6 +178,10 @@ func (j *job) restore(ctx context.Context, length int64) error {
 		return err
 	}
 	j.durable = rd.End()
+	if unsure { // nobody knows what of it was synced
+		j.durable = 0
+		j.touch()
+	}
 	if rd.End() < length || rd.Damaged() > 0 || strange > 0 {
 		return errSpoolShort
 	}
@@ -263,13 +278,13 @@ func (j *job) place(r *proto.Result, off int64) error {
 	return nil
 }
 
-// undo takes back the error that r replaces.
+// undo takes back the error that r replaces. That error has no custom_id where whoever ended the line could not read it.
 func (j *job) undo(r *proto.Result) error {
 	old, err := j.result(r.Index)
 	if err != nil {
 		return err
 	}
-	if old.CustomID != r.CustomID {
+	if old.CustomID != "" && old.CustomID != r.CustomID {
 		return fmt.Errorf("line %d: %w: it was %q and now is %q", r.Index, errMixedUp, old.CustomID, r.CustomID)
 	}
 	j.tally.add(old, -1)
@@ -312,13 +327,13 @@ func (j *job) touch() { j.unsaved, j.unshown = true, true }
 func (j *job) progress(pos position, host, note string) *proto.Progress {
 	if j.finished != nil {
 		p := *j.finished
-		p.Late, p.Stream, p.Seq = j.drops.Late, pos.Stream, int64(pos.Seq)
+		p.Late, p.Stream, p.Seq, p.After = j.drops.Late, pos.Stream, int64(pos.Seq), j.after
 		addUsage(&p.Wasted, j.drops.LateWasted, 1)
 		return &p
 	}
 	p := &proto.Progress{
 		State: j.state, Lines: j.spec.Lines, Duplicates: j.drops.Duplicates, Late: j.drops.Late,
-		Stream: pos.Stream, Seq: int64(pos.Seq), Host: host, Note: note,
+		Stream: pos.Stream, Seq: int64(pos.Seq), Host: host, Note: note, After: j.after,
 	}
 	if j.note != "" {
 		p.Note = j.note

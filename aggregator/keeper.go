@@ -16,6 +16,7 @@ import (
 // saved is what a checkpoint on its way to disk holds.
 type saved struct {
 	checkpoint
+	turns int64          // of the state
 	jobs  map[*job]int64 // length of the spool
 	sync  []*os.File
 	dirs  []string // whose names changed
@@ -27,7 +28,7 @@ type saved struct {
 func (s *state) snapshot(workers func(id string) *proto.Worker) (*saved, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := &saved{jobs: map[*job]int64{}, about: map[*job]about{}}
+	v := &saved{turns: s.turns, jobs: map[*job]int64{}, about: map[*job]about{}}
 	v.position, v.High = s.pos, s.high
 	changed := s.moved
 	for _, j := range s.jobs {
@@ -99,25 +100,33 @@ func (s *state) save(workers func(id string) *proto.Worker) error {
 	if err == nil && v != nil {
 		err = s.write(v)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if err != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		s.moved = true
 		return err
 	}
-	if v == nil {
-		return nil
+	if v != nil {
+		s.stored(v, began)
 	}
+	return nil
+}
+
+// stored takes in that a checkpoint, begun then, is on disk.
+func (s *state) stored(v *saved, began time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for j, n := range v.jobs {
 		j.durable = n
 	}
-	s.kept = v.position
+	if v.turns == s.turns {
+		s.kept = v.position
+	}
 	if s.moved {
 		s.m.since.Store(began.UnixNano())
 	} else {
 		s.m.since.Store(0)
 	}
-	return nil
 }
 
 func (s *state) write(v *saved) error {
@@ -134,7 +143,7 @@ func (s *state) write(v *saved) error {
 		}
 	}
 	for j, a := range v.about {
-		if err := j.saveAbout(a); err != nil && j.ctx.Err() == nil {
+		if err := s.saveAbout(j, a); err != nil {
 			return err
 		}
 	}
@@ -142,23 +151,33 @@ func (s *state) write(v *saved) error {
 	return writeCheckpoint(s.checkpointFile(), &v.checkpoint)
 }
 
-// purgeable is the position up to which (the message itself excluded) results need not be kept at the broker. The
+// saveAbout leaves the folder of a deleted job's successor alone.
+func (s *state) saveAbout(j *job, a about) error {
+	s.add.Lock()
+	defer s.add.Unlock()
+	if !s.has(j) {
+		return nil
+	}
+	return j.saveAbout(a)
+}
+
+// purgeable is the sequence up to which (the message itself excluded) results need not be kept at the broker. The
 // last message that is folded stays: by its timestamp the next start knows the stream again. With all it is that of the
 // checkpoint, otherwise the first result of an unfinished job, so that an aggregator with an empty disk could begin
-// anew.
-func (s *state) purgeable(all bool) position {
+// anew. at is that checkpoint.
+func (s *state) purgeable(all bool) (before uint64, at position) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := s.kept
-	if p.Stream != s.pos.Stream {
-		return position{}
+	if s.kept.Stream != s.pos.Stream {
+		return 0, position{}
 	}
+	before = s.kept.Seq
 	for _, j := range s.jobs {
 		if !all && j.finished == nil && j.first > 0 {
-			p.Seq = min(p.Seq, j.first)
+			before = min(before, j.first)
 		}
 	}
-	return p
+	return before, s.kept
 }
 
 // news is a progress to be put.
@@ -232,7 +251,7 @@ func (s *state) aged(now time.Time, keep, linger time.Duration) (old, left []*jo
 // keeper does what is done every second: the checkpoint, what is told of it, and what need not be kept for it.
 type keeper struct {
 	t      *tenure
-	purged position
+	purged position // what was purged: before Seq
 	said   said
 }
 
@@ -276,11 +295,9 @@ func (k *keeper) tell(ctx context.Context) error {
 	for _, j := range left {
 		s.dropSpool(j)
 	}
-	to := s.purgeable(k.t.a.SharedDisk || k.t.full.Load())
-	if to.Seq <= 1 || to.Stream == k.purged.Stream && to.Seq <= k.purged.Seq {
-		to = position{}
-	}
-	if len(due) == 0 && len(old) == 0 && to.Stream == 0 {
+	before, at := s.purgeable(k.t.a.SharedDisk || k.t.full.Load())
+	purge := before > 1 && (at.Stream != k.purged.Stream || before > k.purged.Seq)
+	if len(due) == 0 && len(old) == 0 && !purge {
 		return nil
 	}
 	err := k.t.lease.Renew(ctx)
@@ -293,8 +310,8 @@ func (k *keeper) tell(ctx context.Context) error {
 		return nil
 	}
 	k.show(ctx, due)
-	if to.Stream != 0 {
-		k.purge(ctx, to)
+	if purge {
+		k.purge(ctx, before, at)
 	}
 	k.expire(ctx, old)
 	return nil
@@ -333,12 +350,12 @@ func (k *keeper) show(ctx context.Context, due []news) {
 }
 
 // purge drops results that are in the checkpoint.
-func (k *keeper) purge(ctx context.Context, to position) {
+func (k *keeper) purge(ctx context.Context, before uint64, at position) {
 	broker.CrashPoint("agg.before-purge")
-	err := purge(ctx, k.t.a.Conn.JS, to)
+	err := purge(ctx, k.t.a.Conn.JS, before, at)
 	broker.CrashPoint("agg.after-purge")
 	if err == nil {
-		k.purged = to
+		k.purged = position{Stream: at.Stream, Seq: before}
 	}
 	k.said.warn(k.t.log, "folded results cannot be purged; trying again", err)
 }

@@ -273,30 +273,75 @@ func TestARolledBackStreamIsFoldedFromItsFirst(t *testing.T) {
 
 func TestPurgeable(t *testing.T) {
 	s, st := folded(t, t.TempDir(), 5, good("j", 0, 1), good("j", 1, 2))
-	if p := s.purgeable(true); p.Seq != 0 {
-		t.Errorf("before any checkpoint: %+v", p)
+	purgeable := func(all bool) uint64 { n, _ := s.purgeable(all); return n }
+	if n := purgeable(true); n != 0 {
+		t.Errorf("before any checkpoint: %d", n)
 	}
 	save(t, s)
-	if p := s.purgeable(true); p.Seq != 2 {
-		t.Errorf("shared disk: %+v", p)
+	if n := purgeable(true); n != 2 {
+		t.Errorf("shared disk: %d", n)
 	}
-	if err := s.know(spec("k", 1), 1); err != nil {
+	if err := s.know(spec("k", 1), 1, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.fold(st.add(t, good("k", 0, 1))); err != nil {
 		t.Fatal(err)
 	}
 	save(t, s)
-	if p := s.purgeable(false); p.Seq != 1 {
-		t.Errorf("other disk, j is not finished: %+v", p)
+	if n := purgeable(false); n != 1 {
+		t.Errorf("other disk, j is not finished: %d", n)
 	}
 	s.forget("j", 2)
-	if p := s.purgeable(false); p.Seq != 3 {
-		t.Errorf("other disk, k began at 3: %+v", p)
+	if n := purgeable(false); n != 3 {
+		t.Errorf("other disk, k began at 3: %d", n)
 	}
 	s.moveTo(position{Stream: 8_000_000}, true)
-	if p := s.purgeable(true); p.Stream != 0 {
-		t.Errorf("the checkpoint is of another stream: %+v", p)
+	if n := purgeable(true); n != 0 {
+		t.Errorf("the checkpoint is of another stream: %d", n)
+	}
+}
+
+// The broker comes back with an older disk while a checkpoint is on its way: neither this one nor the last says what
+// may be purged.
+func TestNothingIsPurgedOnTheWordOfAnOldCheckpoint(t *testing.T) {
+	s, st := folded(t, t.TempDir(), 9, good("j", 0, 1), good("j", 1, 2))
+	save(t, s)
+	if err := s.fold(st.add(t, good("j", 2, 3))); err != nil {
+		t.Fatal(err)
+	}
+	v, err := s.snapshot(noWorkers)
+	if err != nil || v == nil {
+		t.Fatalf("%+v %v", v, err)
+	}
+	s.moveTo(position{Stream: st.created}, true)
+	if n, _ := s.purgeable(true); n != 0 {
+		t.Errorf("the last checkpoint: results before %d", n)
+	}
+	if err := s.write(v); err != nil {
+		t.Fatal(err)
+	}
+	s.stored(v, time.Now())
+	if n, _ := s.purgeable(true); n != 0 {
+		t.Errorf("the one on its way: results before %d", n)
+	}
+	s.moved = true
+	save(t, s)
+	if n, at := s.purgeable(true); n != 0 || at.Stream != st.created {
+		t.Errorf("the next one: results before %d, %+v", n, at)
+	}
+}
+
+// And no more when a spool lost results that the broker may still have.
+func TestNothingIsPurgedThatIsFoldedAgain(t *testing.T) {
+	s, st := folded(t, t.TempDir(), 9, good("j", 0, 1), good("j", 1, 2))
+	save(t, s)
+	if err := os.Remove(s.job("j").spool.path); err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(t, s)
+	s.moveTo(position{Stream: st.created}, false)
+	if n, _ := s.purgeable(true); n != 0 {
+		t.Errorf("results before %d", n)
 	}
 }
 
@@ -313,7 +358,7 @@ func TestSpecThatCannotBeReadComesAgain(t *testing.T) {
 	}
 	s.moved = true
 	save(t, s) // the job's mark must survive
-	if err := s.know(spec("j", 5), 1); err != nil {
+	if err := s.know(spec("j", 5), 1, nil); err != nil {
 		t.Fatal(err)
 	}
 	catchUp(t, s, st)
@@ -335,27 +380,52 @@ func TestForgetAndCreateAgain(t *testing.T) {
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("its folder: %v", err)
 	}
-	if err := s.know(spec("j", 5), 55); err != nil || s.job("j") != nil {
+	if err := s.know(spec("j", 5), 55, nil); err != nil || s.job("j") != nil {
 		t.Errorf("a spec older than the delete came back: %v", err)
 	}
-	if err := s.know(spec("j", 5), 70); err != nil || s.job("j") == nil {
+	if err := s.know(spec("j", 5), 70, nil); err != nil || s.job("j") == nil {
 		t.Errorf("a younger spec did not: %v", err)
 	}
 	wantLines(t, s, "")
+}
+
+// A broker that lost its disk does not know of removals: the job that its owner puts again is the one that is known.
+func TestSpecOfABrokerThatForgot(t *testing.T) {
+	s, _ := folded(t, t.TempDir(), 5)
+	first := spec("j", 5)
+	first.After = 40
+	if err := s.know(first, 50, nil); err != nil || s.job("j").left != 5 {
+		t.Fatal(err)
+	}
+	st := &stream{created: s.pos.Stream}
+	if err := s.fold(st.add(t, good("j", 0, 1))); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ after, born, left, told int64 }{{40, 50, 4, 40}, {0, 90, 4, 0}, {30, 45, 4, 30}, {60, 70, 5, 60}} {
+		again := spec("j", 5)
+		again.After = c.after
+		if err := s.know(again, c.born, nil); err != nil {
+			t.Fatal(err)
+		}
+		j := s.job("j")
+		if p := j.progress(s.pos, "", ""); j.left != c.left || p.After != c.told {
+			t.Errorf("%+v: %d lines left, after %d", c, j.left, p.After)
+		}
+	}
 }
 
 func TestBadSpecs(t *testing.T) {
 	s := openTest(t, t.TempDir())
 	t.Cleanup(s.close)
 	for _, spec := range []*proto.Job{spec("../x", 1), spec("", 1), spec("a.b", 1), spec("x", -1), spec("x", maxLines+1)} {
-		if err := s.know(spec, 1); !errors.Is(err, errBadJob) {
+		if err := s.know(spec, 1, nil); !errors.Is(err, errBadJob) {
 			t.Errorf("%q with %d lines: %v", spec.ID, spec.Lines, err)
 		}
 	}
-	if err := s.know(spec("x", 2), 1); err != nil {
+	if err := s.know(spec("x", 2), 1, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.know(spec("x", 3), 2); !errors.Is(err, errBadJob) {
+	if err := s.know(spec("x", 3), 2, nil); !errors.Is(err, errBadJob) {
 		t.Errorf("the same id with other lines: %v", err)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"time"
@@ -13,18 +14,27 @@ import (
 )
 
 // A cursor says where to read on: in the spool while the job runs, in its files when it is finished. The three kinds
-// are told apart by their upper bits.
+// are told apart by their upper bits. Those of a spool hold its seal, too: another spool has the same results at other
+// places, or does not have them yet.
 const (
 	cursorErrors = int64(1) << 61 // in the error file
 	cursorFile   = int64(1) << 62 // in one of the files
 	cursorOffset = cursorErrors - 1
+
+	spoolShift  = 45 // a spool has less than 32 TiB
+	spoolSeals  = int64(1) << 16
+	spoolOffset = int64(1)<<spoolShift - 1
 )
+
+// newSeal draws what tells a spool from any that the job had before, or has at another aggregator.
+func newSeal() int64 { return 1 + rand.Int64N(spoolSeals-1) }
 
 // answerOverhead is what an answer takes besides its lines, in bytes.
 const answerOverhead = 1 << 10
 
 var (
 	errCursor     = errors.New("these results were being read while the job ran, and it has ended since; read its files, or begin anew")
+	errSpool      = errors.New("these results were being read in another order than they have now: another aggregator took over, or its disk was damaged; begin anew, and what was read comes again")
 	errUnfinished = errors.New("the job is not finished")
 	errLong       = errors.New("the next line does not fit one answer; read the job's files when it is finished")
 )
@@ -34,7 +44,8 @@ var (
 //
 // What a follower sees: every line that counts at the time it is read, none twice, but for one case: a line that was
 // read as an error and ends ok after all is read again, as ok, further on. Only what is in a checkpoint is given. A
-// follower who stops reading while the job ends, and comes back more than a minute later, is told to begin anew.
+// follower who stops reading while the job ends, and comes back more than a minute later, is told to begin anew, as is
+// one whose spool is not there any more.
 func (s *service) results(b []byte) (encoder, error) {
 	var q proto.ResultsQuestion
 	if err := q.Decode(b); err != nil {
@@ -69,7 +80,7 @@ func (p *page) fill(s *state, j *job) error {
 		return err
 	}
 	if v.files != nil {
-		return p.files(v.files)
+		return elsewhere(p.files(v.files), v.files, s.host)
 	}
 	if p.q.Which == proto.WhichManifest {
 		return errUnfinished
@@ -82,12 +93,24 @@ func (p *page) fill(s *state, j *job) error {
 		return fmt.Errorf("open spool: %w", err)
 	}
 	defer f.Close()
+	p.a.Next = p.q.Cursor & spoolOffset
 	if p.q.Which == proto.WhichErrors {
 		err = p.errors(s, j, f, v)
 	} else {
 		err = p.scan(s, j, f, v)
 	}
+	if p.a.Next > 0 {
+		p.a.Next |= v.seal << spoolShift
+	}
 	p.a.Done = err == nil && v.done
+	return err
+}
+
+// elsewhere says on which machine files are that are not here.
+func elsewhere(err error, done *proto.Progress, host string) error {
+	if errors.Is(err, os.ErrNotExist) && done.Host != host {
+		return fmt.Errorf("%w; the job was finished on %s", err, done.Host)
+	}
 	return err
 }
 
@@ -95,6 +118,7 @@ func (p *page) fill(s *state, j *job) error {
 type view struct {
 	files  *proto.Progress // of a finished job; nil: read the spool
 	length int64           // bytes of the spool that are in a checkpoint
+	seal   int64           // of the spool
 	done   bool            // nothing is added to it any more
 	errors []int64         // offsets of the errors in the spool, where only these are asked for
 }
@@ -110,12 +134,14 @@ func (s *state) view(j *job, q proto.ResultsQuestion) (view, error) {
 		return view{files: j.finished}, nil
 	case inFiles || j.at == nil:
 		return view{}, errCursor
+	case q.Cursor != 0 && (q.Cursor>>spoolShift != j.seal || q.Cursor&spoolOffset > j.durable):
+		return view{}, errSpool
 	}
 	j.followed = time.Now()
-	v := view{length: j.durable, done: j.finished != nil}
+	v := view{length: j.durable, seal: j.seal, done: j.finished != nil}
 	if q.Which == proto.WhichErrors {
 		for _, off := range j.at {
-			if off < 0 && -off >= q.Cursor && -off < v.length {
+			if off < 0 && -off >= q.Cursor&spoolOffset && -off < v.length {
 				v.errors = append(v.errors, -off)
 			}
 		}
@@ -136,7 +162,7 @@ func (s *state) points(j *job, r Record, off int64) bool {
 // scan gives the records of the spool one after the other.
 func (p *page) scan(s *state, j *job, f *os.File, v view) error {
 	rd := NewSpoolReader(f, v.length)
-	rd.at = p.q.Cursor
+	rd.at = p.a.Next
 	for {
 		r, err := rd.Next()
 		if err == io.EOF {

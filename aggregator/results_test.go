@@ -143,6 +143,55 @@ func TestFollowResults(t *testing.T) {
 	}
 }
 
+// A cursor of one spool says nothing in another one: that of an aggregator with another disk, or with a disk that is
+// older or was damaged. In the same one it does, after a restart too.
+func TestFollowIntoAnotherSpool(t *testing.T) {
+	for _, which := range []string{proto.WhichAll, proto.WhichErrors} {
+		t.Run(which, func(t *testing.T) {
+			s, st := folded(t, t.TempDir(), 9, bad("j", 0, "a"), bad("j", 1, "a"))
+			save(t, s)
+			old := t.TempDir()
+			copyDir(t, s.dir, old)
+			for _, m := range []message{st.add(t, bad("j", 2, "b")), st.add(t, bad("j", 3, "b"))} {
+				if err := s.fold(m); err != nil {
+					t.Fatal(err)
+				}
+			}
+			save(t, s)
+			f := &follower{t: t, s: s, j: s.job("j"), which: which, most: 1 << 20}
+			if got := f.rest(); got != "id-0 a, id-1 a, id-2 b, id-3 b" {
+				t.Fatal(got)
+			}
+			refused := func(what string, s *state) {
+				t.Helper()
+				f := &follower{t: t, s: s, j: s.job("j"), which: which, most: 1 << 20, cursor: f.cursor}
+				if a := f.ask(); a.Error != errSpool.Error() || len(a.Data) > 0 || a.Next != f.cursor {
+					t.Errorf("%s: %+v", what, a)
+				}
+			}
+			other, _ := folded(t, t.TempDir(), 9, bad("j", 3, "b"), bad("j", 2, "b"), bad("j", 1, "a"), bad("j", 0, "a"), bad("j", 5, "a"))
+			save(t, other)
+			refused("an empty disk", other)
+			refused("an older disk", reopen(t, &state{dir: old, aside: &spool{}}))
+			s = reopen(t, s)
+			if err := s.fold(st.add(t, bad("j", 4, "c"))); err != nil {
+				t.Fatal(err)
+			}
+			save(t, s)
+			f.s, f.j = s, s.job("j")
+			if got := f.rest(); got != "id-4 c" {
+				t.Errorf("after a restart: %q", got)
+			}
+			flip(t, s.job("j").spool.path, -s.job("j").at[1]+recordHeader+5)
+			s = reopen(t, s)
+			catchUp(t, s, st)
+			save(t, s)
+			refused("a damaged disk", s)
+			refused("and after that", reopen(t, s))
+		})
+	}
+}
+
 func TestResultsThatDoNotFit(t *testing.T) {
 	big := good("j", 0, 1)
 	big.Body = fmt.Appendf(nil, `{"text":%q}`, strings.Repeat("x", proto.MaxPayload-2000))
@@ -179,6 +228,19 @@ func TestResultsWhoseFileIsGone(t *testing.T) {
 	}
 	f := &follower{t: t, s: s, j: s.job("j"), which: proto.WhichAll}
 	if a := f.ask(); !strings.Contains(a.Error, filepath.Base(to.Output)) {
+		t.Errorf("%+v", a)
+	}
+}
+
+// An aggregator that took over a job's end from another machine says where its files are.
+func TestResultsOfAnotherMachine(t *testing.T) {
+	s, _ := folded(t, t.TempDir(), 1)
+	was := &proto.Progress{State: proto.FoldDone, Lines: 1, OK: 1, Host: "far", Output: "/nowhere/output.jsonl", Verdict: Valid}
+	if err := s.know(spec("j", 1), 1, was); err != nil {
+		t.Fatal(err)
+	}
+	f := &follower{t: t, s: s, j: s.job("j"), which: proto.WhichOK}
+	if a := f.ask(); !strings.Contains(a.Error, "finished on far") {
 		t.Errorf("%+v", a)
 	}
 }

@@ -1,233 +1,19 @@
 package aggregator
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
-	"github.com/nats-io/nuid"
 
 	"millrace/broker"
 	"millrace/proto"
 )
-
-// rig is a broker of its own, with an aggregator or several.
-type rig struct {
-	t    *testing.T
-	srv  *broker.Server
-	conn *broker.Conn
-	dir  string // of the aggregators, unless they are told another
-	out  string
-	runs []func() // stop those that were started
-}
-
-// patience is how long a test waits for what must come.
-const patience = 30 * time.Second
-
-func newRig(t *testing.T) *rig {
-	t.Helper()
-	r := &rig{t: t, srv: &broker.Server{Dir: t.TempDir()}, dir: t.TempDir(), out: t.TempDir()}
-	r.up()
-	return r
-}
-
-// newNetRig has a broker that can be stopped and come back under its address.
-func newNetRig(t *testing.T) *rig {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := ln.Addr().String()
-	ln.Close()
-	r := &rig{t: t, srv: &broker.Server{Dir: t.TempDir(), Addr: addr}, dir: t.TempDir(), out: t.TempDir()}
-	r.up()
-	return r
-}
-
-func (r *rig) up() {
-	r.t.Helper()
-	if err := r.srv.Start(r.t.Context()); err != nil {
-		r.t.Fatal(err)
-	}
-	srv := r.srv
-	var once sync.Once
-	r.t.Cleanup(func() { once.Do(srv.Stop) })
-	r.conn = r.connect("test")
-	if err := (broker.Declarer{JS: r.conn.JS, Disk: 1 << 30}).Base(r.t.Context()); err != nil {
-		r.t.Fatal(err)
-	}
-}
-
-// restart brings the broker back with the disk in dir.
-func (r *rig) restart(dir string) {
-	r.t.Helper()
-	r.conn.Close()
-	r.srv.Stop()
-	r.srv = &broker.Server{Dir: dir, Addr: r.srv.Addr}
-	r.up()
-	for _, stop := range r.runs { // before their broker
-		r.t.Cleanup(stop)
-	}
-}
-
-func (r *rig) connect(role string) *broker.Conn {
-	r.t.Helper()
-	var c *broker.Conn
-	var err error
-	if r.srv.Addr == "" {
-		c, err = r.srv.Connect(r.t.Context(), role)
-	} else {
-		c, err = broker.Connect(r.t.Context(), broker.Access{URL: r.srv.URL()}, role, quiet())
-	}
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.t.Cleanup(c.Close)
-	return c
-}
-
-// runner is a running aggregator.
-type runner struct {
-	*Aggregator
-	t    *testing.T
-	stop func() // waits for its end
-}
-
-func (r *rig) start(change ...func(*Aggregator)) *runner {
-	r.t.Helper()
-	a := &Aggregator{
-		Conn: r.connect("aggregator"), Self: proto.Owner{ID: nuid.Next(), Host: nuid.Next()}, Dir: r.dir,
-		SharedDisk: true, Program: "test", CheckpointEvery: 20 * time.Millisecond, LeaseTTL: time.Second,
-		Output:     func(j *proto.Job) Files { return filesIn(filepath.Join(r.out, j.ID)) },
-		retryEvery: 20 * time.Millisecond, Log: slog.New(slog.NewTextHandler(r.t.Output(), nil)),
-	}
-	for _, c := range change {
-		c(a)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	over := make(chan error, 1)
-	go func() { over <- a.Run(ctx) }()
-	var once sync.Once
-	n := &runner{Aggregator: a, t: r.t, stop: func() {
-		once.Do(func() {
-			cancel()
-			if err := <-over; err != nil {
-				r.t.Errorf("Run: %v", err)
-			}
-		})
-	}}
-	r.t.Cleanup(n.stop)
-	r.runs = append(r.runs, n.stop)
-	return n
-}
-
-func (r *rig) kv() jetstream.KeyValue {
-	r.t.Helper()
-	kv, err := r.conn.JS.KeyValue(r.t.Context(), proto.JobsBucket)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return kv
-}
-
-func (r *rig) job(id string, lines int64) {
-	r.t.Helper()
-	b, err := spec(id, lines).Encode()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	if _, err := r.kv().Put(r.t.Context(), proto.JobKey(id), b); err != nil {
-		r.t.Fatal(err)
-	}
-}
-
-// send publishes results and returns the sequence of the last.
-func (r *rig) send(rs ...*proto.Result) (seq int64) {
-	r.t.Helper()
-	for _, v := range rs {
-		ack, err := r.conn.JS.Publish(r.t.Context(), proto.ResultSubject(v.Job), wire(r.t, v))
-		if err != nil {
-			r.t.Fatal(err)
-		}
-		seq = int64(ack.Sequence)
-	}
-	return seq
-}
-
-// await waits for a progress of the job that is as wanted.
-func (r *rig) await(id string, wanted func(*proto.Progress) bool) *proto.Progress {
-	r.t.Helper()
-	ctx, cancel := context.WithTimeout(r.t.Context(), patience)
-	defer cancel()
-	var last *proto.Progress
-	err := watch(ctx, r.kv(), proto.ProgressKey(id), func(e jetstream.KeyValueEntry) {
-		p := new(proto.Progress)
-		if e.Operation() == jetstream.KeyValuePut && p.Decode(e.Value()) == nil {
-			if last = p; wanted(p) {
-				cancel()
-			}
-		}
-	})
-	if err != nil || last == nil || !wanted(last) {
-		r.t.Fatalf("job %s came to %+v: %v", id, last, err)
-	}
-	return last
-}
-
-func done(p *proto.Progress) bool { return p.State == proto.FoldDone }
-
-func folding(seq int64) func(*proto.Progress) bool {
-	return func(p *proto.Progress) bool { return p.Seq >= seq }
-}
-
-func (r *rig) ask(subject string, q encoder, a interface{ Decode([]byte) error }) {
-	r.t.Helper()
-	b, err := q.Encode()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	for { // an aggregator that is between two sessions or not there yet does not answer
-		msg, err := r.conn.NC.Request(subject, b, time.Second)
-		if errors.Is(err, nats.ErrNoResponders) || errors.Is(err, nats.ErrTimeout) {
-			continue
-		}
-		if err != nil {
-			r.t.Fatal(err)
-		}
-		if err := a.Decode(msg.Data); err != nil {
-			r.t.Fatalf("%v: %v", err, msg.Header)
-		}
-		return
-	}
-}
-
-func (r *rig) verify(id string) *Manifest {
-	r.t.Helper()
-	m, reasons, err := Verify(filesIn(filepath.Join(r.out, id)).Manifest)
-	if err != nil || len(reasons) > 0 {
-		r.t.Fatalf("%v %v", reasons, err)
-	}
-	return m
-}
-
-// all makes an ok result of every line from..to-1.
-func all(job string, from, to int64) (out []*proto.Result) {
-	for i := from; i < to; i++ {
-		out = append(out, good(job, i, i))
-	}
-	return out
-}
 
 func TestAJobFromItsFirstResultToItsManifest(t *testing.T) {
 	r := newRig(t)
@@ -286,23 +72,56 @@ func TestSharedDiskPurges(t *testing.T) {
 	}
 }
 
-func TestOtherDiskKeepsUnfinishedJobs(t *testing.T) {
-	r := newRig(t)
-	a := r.start(func(a *Aggregator) { a.SharedDisk = false })
-	r.job("i", 3)
-	r.job("j", 20)
-	r.send(all("i", 0, 3)...)
-	seq := r.send(all("j", 0, 10)...)
-	r.await("i", done)
-	r.await("j", folding(seq))
-	a.stop()
-	// An aggregator with an empty disk rebuilds the job that is not finished.
-	r.start(func(a *Aggregator) { a.SharedDisk, a.Dir = false, t.TempDir() })
-	r.send(all("j", 10, 20)...)
-	if p := r.await("j", done); p.OK != 20 || p.Duplicates != 0 {
-		t.Errorf("%+v", p)
+// An aggregator with an empty or an older disk rebuilds the job that is not finished, and leaves the one that is.
+func TestOtherDisk(t *testing.T) {
+	for _, disk := range []string{"empty", "older"} {
+		t.Run(disk, func(t *testing.T) {
+			r := newRig(t)
+			keep := func(a *Aggregator) { a.SharedDisk = false }
+			a := r.start(keep)
+			r.job("i", 3)
+			r.job("j", 20)
+			r.await("i", folding(r.send(all("i", 0, 2)...)))
+			a.stop()
+			other := filepath.Join(t.TempDir(), "other")
+			if disk == "older" {
+				copyDir(t, r.dir, other)
+			}
+			a = r.start(keep)
+			r.send(all("i", 2, 3)...)
+			r.await("i", done)
+			r.await("j", folding(r.send(all("j", 0, 10)...)))
+			a.stop()
+			// The results of i are gone where those of j need not be kept for them.
+			if err := broker.Purge(t.Context(), r.conn.JS, proto.ResultStream, proto.ResultSubject("i")); err != nil {
+				t.Fatal(err)
+			}
+			told := r.history("i")
+			r.dir = other
+			a = r.start(keep)
+			r.send(all("j", 10, 20)...)
+			if p := r.await("j", done); p.OK != 20 || p.Duplicates != 0 {
+				t.Errorf("%+v", p)
+			}
+			r.verify("j")
+			var m proto.MissingAnswer
+			r.ask(proto.SubjectMissing, &proto.MissingQuestion{Job: "i"}, &m)
+			if !m.Known || !m.Done {
+				t.Errorf("the finished job: %+v", m)
+			}
+			a.stop()
+			for _, p := range told() {
+				if p.State != proto.FoldDone || p.OK != 3 || p.Verdict != Valid {
+					t.Errorf("the finished job was told to be %+v", p)
+				}
+			}
+			a = r.start(keep) // it is so on the disk, too
+			if p := r.await("i", done); p.OK != 3 {
+				t.Errorf("%+v", p)
+			}
+			a.stop()
+		})
 	}
-	r.verify("j")
 }
 
 func TestJobThatTheWatchHasNotSeenYet(t *testing.T) {
@@ -394,6 +213,71 @@ func TestRemovedWhileNobodyLooked(t *testing.T) {
 	r.restart(t.TempDir())
 	r.send(good("j", 0, 1), good("j", 1, 1)) // its spec is not there any more
 	r.await("j", done)
+}
+
+// A job that was removed and created again while no aggregator ran begins anew: the marker of its removal is gone, but
+// the new spec tells.
+func TestCreatedAgainWhileNobodyLooked(t *testing.T) {
+	for _, disk := range []string{"same", "empty"} {
+		t.Run(disk, func(t *testing.T) {
+			r := newRig(t)
+			a := r.start()
+			r.job("i", 2)
+			r.job("j", 2)
+			r.send(all("i", 0, 2)...)
+			r.send(good("j", 0, 1))
+			r.await("i", done)
+			r.await("j", func(p *proto.Progress) bool { return p.OK == 1 })
+			a.stop()
+			for _, id := range []string{"i", "j"} {
+				v, err := broker.Get(t.Context(), r.conn.JS, id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := broker.Remove(t.Context(), r.conn.JS, v); err != nil {
+					t.Fatal(err)
+				}
+				es, err := r.kv().History(t.Context(), proto.JobKey(id))
+				if err != nil {
+					t.Fatal(err)
+				}
+				again := spec(id, 2)
+				again.After = es[0].Created().UnixNano()
+				r.put(again)
+				b, err := v.Progress.Encode() // a dying aggregator told once more
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := r.kv().Put(t.Context(), proto.ProgressKey(id), b); err != nil {
+					t.Fatal(err)
+				}
+			}
+			told := r.history("i")
+			if disk == "empty" {
+				r.dir = t.TempDir()
+			}
+			a = r.start()
+			r.await("i", func(p *proto.Progress) bool { return p.State == proto.FoldFolding && p.OK == 0 && p.After != 0 })
+			for range 2 { // and it is known again by the next one
+				r.await("j", func(p *proto.Progress) bool { return p.OK == 0 && p.After != 0 })
+				a.stop()
+				a = r.start()
+			}
+			for i, p := range told() {
+				if i > 0 && p.State == proto.FoldDone { // the first was there before
+					t.Errorf("a job that was just created was told to be %+v", p)
+				}
+			}
+			r.send(all("i", 0, 2)...)
+			if p := r.await("i", done); p.OK != 2 || p.Late != 0 || p.Duplicates != 0 {
+				t.Errorf("%+v", p)
+			}
+			a.stop()
+			a = r.start()
+			r.await("i", done)
+			a.stop()
+		})
+	}
 }
 
 func TestKeepFor(t *testing.T) {

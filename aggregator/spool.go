@@ -167,6 +167,26 @@ func (s *spool) cut(n int64) error {
 	return nil
 }
 
+// renew writes the first n bytes over with themselves. After a failed fsync the system may take for written what never
+// came to the disk, and the next one would say nothing; so it is all still to be written, for the next one to speak of.
+func (s *spool) renew(n int64) error {
+	if err := s.open(); err != nil {
+		return err
+	}
+	buf := make([]byte, readerWindow)
+	for at := int64(0); at < n; {
+		got, err := s.file.ReadAt(buf[:min(n-at, readerWindow)], at)
+		if got == 0 {
+			return fmt.Errorf("read spool: %w", err)
+		}
+		if _, err := s.file.WriteAt(buf[:got], at); err != nil {
+			return fmt.Errorf("write spool: %w", err)
+		}
+		at += int64(got)
+	}
+	return nil
+}
+
 // record reads the record that begins at off, in memory or in the file.
 func (s *spool) record(off int64) (Record, error) {
 	if off >= s.flushed {

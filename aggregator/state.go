@@ -10,7 +10,9 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -30,7 +32,8 @@ type state struct {
 	high  position           // see checkpoint
 	marks map[string]jobMark // of jobs in the checkpoint that could not be opened
 	gone  map[string]int64   // when jobs were deleted, by the broker's clock, Unix ns
-	kept  position           // of the checkpoint on disk
+	kept  position           // of the checkpoint on disk; zero where the stream is folded again since
+	turns int64              // how often the fold began anew
 	notes [notes]string      // why the fold does not go on, for people
 	moved bool               // pos differs from the last checkpoint
 	wake  chan<- struct{}    // tells the keeper that a job is whole
@@ -48,7 +51,7 @@ func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter
 		jobs: map[string]*job{}, marks: map[string]jobMark{}, gone: map[string]int64{},
 		aside: &spool{path: filepath.Join(dir, "unknown")},
 	}
-	if err := os.MkdirAll(s.jobsDir(), 0o755); err != nil {
+	if err := broker.MakeDir(s.jobsDir()); err != nil {
 		return nil, fmt.Errorf("make the folder of jobs: %w", err)
 	}
 	sweep(dir)
@@ -71,7 +74,7 @@ func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter
 		return nil, err
 	}
 	if again {
-		s.pos.Seq, s.pos.Time = 0, 0
+		s.pos.Seq, s.pos.Time, s.kept = 0, 0, position{}
 	}
 	return s, s.openAside()
 }
@@ -128,13 +131,20 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 	s.jobs[id] = j
 	mark := s.mark(j)
 	if j.loadDone() {
-		return remove(j.spool.path)
+		s.unlink(j)
+		return nil
 	}
 	if lost {
 		mark.Length = -1
 	}
 	err = j.restore(ctx, mark.Length)
-	if err != nil && !errors.Is(err, errSpoolShort) {
+	short := errors.Is(err, errSpoolShort)
+	if short {
+		if aerr := j.another(); aerr != nil {
+			return fmt.Errorf("open job %s: %w", id, aerr)
+		}
+	}
+	if err != nil && !short {
 		return fmt.Errorf("open job %s: %w", id, err)
 	}
 	s.whole(j)
@@ -185,19 +195,28 @@ func (s *state) close() {
 	s.aside.close()
 }
 
-// know adds a job that was created at the broker's time born (Unix ns). It does nothing when the job is known, or was
-// deleted since.
-func (s *state) know(spec *proto.Job, born int64) error {
+// know adds a job that was created at the broker's time born (Unix ns), unless it was deleted since. was is what was
+// last told of it, which may be nil: a job that another aggregator has finished, or this one with a disk that was lost,
+// is finished. What is here of a job that was removed before this one was created is forgotten.
+func (s *state) know(spec *proto.Job, born int64, was *proto.Progress) error {
 	s.add.Lock()
 	defer s.add.Unlock()
+	if s.stale(spec) {
+		s.drop(spec.ID, spec.After)
+	}
 	s.mu.Lock()
 	have, gone := s.jobs[spec.ID], s.gone[spec.ID] >= born && born > 0
 	s.mu.Unlock()
 	if gone {
 		return nil
 	}
+	over := was != nil && was.State == proto.FoldDone && was.After == spec.After
 	if have != nil {
-		return s.same(have, spec)
+		err := s.same(have, spec)
+		if err == nil && over {
+			err = s.conclude(have, was)
+		}
+		return err
 	}
 	j, err := newJob(s.ctx, filepath.Join(s.jobsDir(), spec.ID), spec)
 	if err != nil {
@@ -210,7 +229,12 @@ func (s *state) know(spec *proto.Job, born int64) error {
 	s.mu.Lock()
 	mark := s.mark(j)
 	s.mu.Unlock()
-	if err := j.restore(s.ctx, mark.Length); err != nil && !errors.Is(err, errSpoolShort) {
+	if over {
+		err = s.conclude(j, was)
+	} else {
+		err = j.restore(s.ctx, mark.Length)
+	}
+	if err != nil && !errors.Is(err, errSpoolShort) {
 		return err
 	}
 	s.mu.Lock()
@@ -221,10 +245,59 @@ func (s *state) know(spec *proto.Job, born int64) error {
 	return nil
 }
 
+// settled says whether nothing that the broker holds of a job can change what is known of it here.
+func (s *state) settled(spec *proto.Job) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := s.jobs[spec.ID]
+	return j != nil && j.state != proto.FoldFolding && j.after == spec.After
+}
+
+// stale says whether the job that is known may be one that was removed before this one was created.
+func (s *state) stale(spec *proto.Job) bool {
+	j := s.job(spec.ID)
+	return j != nil && spec.After != 0 && j.spec.After != spec.After
+}
+
+// conclude takes an aggregator's word that the job's files are whole. The caller has s.add.
+func (s *state) conclude(j *job, was *proto.Progress) error {
+	s.mu.Lock()
+	folding := j.state == proto.FoldFolding
+	s.mu.Unlock()
+	if !folding {
+		return nil
+	}
+	if err := j.saveDone(was); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if j.state != proto.FoldFolding { // its last result came meanwhile: the files are written here too
+		s.mu.Unlock()
+		return nil
+	}
+	j.drops = dropped{Late: was.Late}
+	s.over(j, was)
+	j.release()
+	s.mu.Unlock()
+	s.log.Info("job was finished before", "job", j.spec.ID, "host", was.Host, "output", was.Output)
+	return remove(j.spool.path)
+}
+
+// over closes a job in memory.
+func (s *state) over(j *job, p *proto.Progress) {
+	j.finished, j.state, j.left, j.doneAt, j.note = p, proto.FoldDone, 0, time.Now(), ""
+	j.touch()
+	j.urgent = true
+	s.kick()
+}
+
 func (s *state) same(j *job, spec *proto.Job) error {
 	if j.spec.Lines != spec.Lines || j.spec.SHA256 != spec.SHA256 {
 		return fmt.Errorf("%w: %s came again with another input; that is ignored", errBadJob, spec.ID)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j.after = spec.After
 	return nil
 }
 
@@ -233,6 +306,11 @@ func (s *state) same(j *job, spec *proto.Job) error {
 func (s *state) forget(id string, when int64) bool {
 	s.add.Lock()
 	defer s.add.Unlock()
+	return s.drop(id, when)
+}
+
+// drop is forget for those who have s.add.
+func (s *state) drop(id string, when int64) bool {
 	s.mu.Lock()
 	j := s.jobs[id]
 	if j != nil && j.born > when {
@@ -307,7 +385,8 @@ func (s *state) setNote(who int, note string) bool {
 // why is the first note there is.
 func (s *state) why() string { return cmp.Or(s.notes[:]...) }
 
-// moveTo sets where the fold stands in the stream. again says that it begins anew, at the first message there is.
+// moveTo sets where the fold stands in the stream. again says that it begins anew, at the first message there is: then
+// the checkpoint on disk, and one on its way there, speak of messages that are not folded.
 func (s *state) moveTo(p position, again bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -315,6 +394,8 @@ func (s *state) moveTo(p position, again bool) {
 		s.high = position{Stream: p.Stream}
 	}
 	if again {
+		s.kept = position{}
+		s.turns++
 		for _, j := range s.jobs {
 			j.first = 0
 		}
@@ -329,6 +410,9 @@ func (s *state) position() position {
 	defer s.mu.Unlock()
 	return s.pos
 }
+
+// has says whether a job was not deleted, with or without a successor. The answer holds for those who have s.add.
+func (s *state) has(j *job) bool { return s.job(j.spec.ID) == j }
 
 func (s *state) job(id string) *job {
 	s.mu.Lock()

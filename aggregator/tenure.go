@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -83,6 +82,16 @@ func (t *tenure) keepLease(ctx context.Context, cancel context.CancelCauseFunc) 
 	}
 }
 
+// mine renews the lease: nobody else can have it then.
+func (t *tenure) mine(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
+	defer cancel()
+	if err := t.lease.Renew(ctx); err != nil {
+		return fmt.Errorf("renew the lease of the aggregator: %w", err)
+	}
+	return nil
+}
+
 // lock takes the folder of jobs. A process that lost the lease in its sleep still has it: it is waited for.
 func (t *tenure) lock(ctx context.Context) (*broker.Lock, error) {
 	said := false
@@ -108,7 +117,10 @@ func (t *tenure) work(ctx context.Context, cancel context.CancelCauseFunc) error
 		return err
 	}
 	k := &keeper{t: t, said: said{}}
-	f := &finisher{s: t.s, output: t.a.Output, program: t.a.Program, log: t.log, retry: t.a.retry(), linger: t.a.linger(), wake: t.finish}
+	f := &finisher{
+		s: t.s, output: t.a.Output, program: t.a.Program, mine: t.mine, log: t.log,
+		retry: t.a.retry(), linger: t.a.linger(), wake: t.finish,
+	}
 	var wg sync.WaitGroup
 	part := func(run func(context.Context) error) {
 		wg.Go(func() {
@@ -131,7 +143,7 @@ func (t *tenure) work(ctx context.Context, cancel context.CancelCauseFunc) error
 
 // part saves for the last time, and tells it if the lease is still ours.
 func (t *tenure) part(k *keeper, ours bool) {
-	if k.save() != nil || !ours || !t.holding.Load() {
+	if k.save() != nil || !ours || !t.holding.Load() || t.link.Load() == nil {
 		return // what is not saved is folded again
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
@@ -198,11 +210,14 @@ func (t *tenure) session(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel(nil)
-	t.link.Store(link{ctx})
-	t.s.showAgain()
 	wg.Go(func() { t.attend(ctx, cancel) })
-	wg.Go(func() { t.watchJobs(ctx, cancel) })
-	wg.Go(func() { t.watchWorkers(ctx, cancel) })
+	wg.Go(func() {
+		t.watchJobs(ctx, cancel, func() {
+			t.link.Store(link{ctx})
+			t.s.showAgain()
+		})
+	})
+	wg.Go(func() { t.watchWorkers(ctx) })
 	err = t.read(ctx, src)
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
@@ -210,7 +225,9 @@ func (t *tenure) session(ctx context.Context) error {
 	return err
 }
 
-// link is how the keeper reaches the broker: as long as the session lasts that found the stream to be the right one.
+// link is how the keeper reaches the broker: as long as the session lasts that found the stream to be the right one,
+// and once what the broker knows of the jobs was read. Before that, an older or an empty disk would make finished jobs
+// unfinished ones.
 type link struct{ context.Context }
 
 // linked returns a context for talking to the broker; false where there is no session.
@@ -360,17 +377,22 @@ func (t *tenure) look(ctx context.Context, pos position) int64 {
 	return lag
 }
 
-// purge drops what lies before a position, if the stream is the one it speaks of.
-func purge(ctx context.Context, js jetstream.JetStream, to position) error {
+// purge drops what lies before a sequence, if the stream is the one that at speaks of and still holds what was folded:
+// the broker may have come back with an older disk a moment ago.
+func purge(ctx context.Context, js jetstream.JetStream, before uint64, at position) error {
 	stream, err := js.Stream(ctx, proto.ResultStream)
 	if err != nil {
 		return fmt.Errorf("open the stream of results: %w", err)
 	}
-	if stream.CachedInfo().Created.UnixNano() != to.Stream {
+	_, again, err := resume(at, stream.CachedInfo(), func(seq uint64) (int64, error) { return stamp(ctx, stream, seq) })
+	if err != nil {
+		return err
+	}
+	if again {
 		return errAnotherStream
 	}
-	if err := stream.Purge(ctx, jetstream.WithPurgeSequence(to.Seq)); err != nil {
-		return fmt.Errorf("purge results before %s: %w", strconv.FormatUint(to.Seq, 10), err)
+	if err := stream.Purge(ctx, jetstream.WithPurgeSequence(before)); err != nil {
+		return fmt.Errorf("purge results before %d: %w", before, err)
 	}
 	return nil
 }

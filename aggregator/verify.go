@@ -20,8 +20,12 @@ import (
 
 // Verify reads the files that a manifest names and recomputes what it says of them: SHA-256, bytes, lines, tokens;
 // that every line can be read, that every index of the input is there once over both files (a line's id is made from
-// it), and that no custom_id is there twice. What differs is returned as reasons; none means VALID. The error is about
-// the manifest itself. The input is not read.
+// it), and that no custom_id is there twice; and that the numbers in the manifest agree with those and with each other.
+// What differs is returned as reasons; none means VALID. The error is about the manifest itself.
+//
+// Not to be had from the files, and so not verified: all times and what is made of them (durations, rates, windows),
+// cached and wasted tokens, attempts, the parts of models and workers beyond their sums, engines, and the input, which
+// is not read: its SHA-256 in the manifest is that of its plain lines.
 func Verify(manifest string) (*Manifest, []string, error) {
 	return verify(context.Background(), manifest)
 }
@@ -31,7 +35,7 @@ func verify(ctx context.Context, manifest string) (*Manifest, []string, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	var a audit
+	a := audit{expect: m.Input.Lines}
 	output, err := a.file(ctx, beside(manifest, m.Files.Output.Name), true)
 	a.because(err)
 	failed, err := a.file(ctx, beside(manifest, m.Files.Errors.Name), false)
@@ -46,6 +50,7 @@ func verify(ctx context.Context, manifest string) (*Manifest, []string, error) {
 		a.compare("error file", m.Files.Errors, *failed)
 	}
 	a.counts(m)
+	a.statistics(m)
 	a.indexes(m.Job.ID, m.Input.Lines)
 	a.because(a.twice(ctx))
 	if !m.Valid {
@@ -68,7 +73,11 @@ type audit struct {
 	ids     []uint64 // hashes of all custom_ids
 	lines   []uint64 // the first 64 bits of all lines' ids
 	files   []string
+	expect  int64 // lines; only to make room for them at once
 }
+
+// shortestLine is less than any line of the files takes, in bytes.
+const shortestLine = 64
 
 // maxReasons bounds what is listed of one kind.
 const maxReasons = 10
@@ -87,6 +96,10 @@ func (a *audit) because(err error) {
 func (a *audit) file(ctx context.Context, path string, output bool) (*FileFacts, error) {
 	if a.files == nil {
 		a.seed = maphash.MakeSeed()
+	}
+	if st, err := os.Stat(path); err == nil { // so that they do not grow by copying; the manifest may lie
+		room := int(min(a.expect-int64(len(a.lines)), st.Size()/shortestLine))
+		a.ids, a.lines = slices.Grow(a.ids, max(room, 0)), slices.Grow(a.lines, max(room, 0))
 	}
 	a.files = append(a.files, path)
 	f := new(FileFacts)
@@ -134,6 +147,9 @@ func (a *audit) line(f *FileFacts, line []byte, output bool) error {
 	if !answered && l.Error == nil {
 		return errors.New("the line has neither a response nor an error")
 	}
+	if !output && answered && l.Response.StatusCode/100 == 2 {
+		return errors.New("the line is the answer of an engine")
+	}
 	if l.Response == nil {
 		f.WithoutUsage++
 		return nil
@@ -180,6 +196,66 @@ func (a *audit) counts(m *Manifest) {
 	if n := m.Counts.OK + m.Counts.Failed; n != m.Input.Lines {
 		a.say("the input has %d lines, %d ended", m.Input.Lines, n)
 	}
+}
+
+// statistics checks that they agree with the counts and the files.
+func (a *audit) statistics(m *Manifest) {
+	s := m.Statistics
+	var models ModelCount
+	for _, c := range m.Counts.ByModel {
+		models.OK += c.OK
+		models.Failed += c.Failed
+	}
+	var parts Figures
+	for _, p := range s.ByModel {
+		parts.Completed += p.Completed
+		parts.Failed += p.Failed
+		parts.Attempts += p.Attempts
+		parts.InputTokens += p.InputTokens
+		parts.OutputTokens += p.OutputTokens
+		parts.CachedTokens += p.CachedTokens
+		parts.WithoutUsage += p.WithoutUsage
+	}
+	var failures int64
+	for _, f := range s.Failures {
+		failures += f.Count
+	}
+	for _, c := range []struct {
+		what      string
+		want, got int64
+	}{
+		{"lines that ended ok", m.Counts.OK, s.Completed},
+		{"lines that failed", m.Counts.Failed, s.Failed},
+		{"failures by their kind", m.Counts.Failed, failures},
+		{"lines of all models that ended ok", m.Counts.OK, models.OK},
+		{"lines of all models that failed", m.Counts.Failed, models.Failed},
+		{"completed lines of all models", s.Completed, parts.Completed},
+		{"failed lines of all models", s.Failed, parts.Failed},
+		{"attempts of all models", s.Attempts, parts.Attempts},
+		{"input tokens of all models", s.InputTokens, parts.InputTokens},
+		{"output tokens of all models", s.OutputTokens, parts.OutputTokens},
+		{"cached tokens of all models", s.CachedTokens, parts.CachedTokens},
+		{"lines without usage of all models", s.WithoutUsage, parts.WithoutUsage},
+	} {
+		if c.want != c.got {
+			a.say("the manifest says that there are %d %s, and elsewhere %d", c.got, c.what, c.want)
+		}
+	}
+	if n := m.tokenNote(); n != "" && !slices.Contains(m.Notes, n) {
+		a.say("%s", n)
+	}
+}
+
+// tokenNote says in what the tokens in the files differ from those in the statistics; empty: in nothing. An engine may
+// count in its stream what it does not write in the body.
+func (m *Manifest) tokenNote() string {
+	out, failed, s := m.Files.Output, m.Files.Errors, m.Statistics
+	prompt, completion := out.PromptTokens+failed.PromptTokens, out.CompletionTokens+failed.CompletionTokens
+	if prompt == s.InputTokens && completion == s.OutputTokens {
+		return ""
+	}
+	return fmt.Sprintf("the bodies in the files hold %d prompt and %d completion tokens, the results %d and %d",
+		prompt, completion, s.InputTokens, s.OutputTokens)
 }
 
 // lineBits reads the first 64 bits of what proto.LineID made.

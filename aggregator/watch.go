@@ -15,9 +15,9 @@ import (
 // errWatchEnded ends the session: watchers do not survive a bucket that is made anew.
 var errWatchEnded = errors.New("the watch of a bucket ended")
 
-// watch calls see for every entry of a bucket whose key matches, those that are there first. What was there when the
-// watch began may come again with the next one.
-func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jetstream.KeyValueEntry)) error {
+// watch calls see for every entry of a bucket whose key matches, those that are there first, and all once these have
+// come. What was there when the watch began may come again with the next one.
+func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jetstream.KeyValueEntry), all func()) error {
 	w, err := kv.Watch(ctx, keys)
 	if err != nil {
 		return fmt.Errorf("watch %s of %s: %w", keys, kv.Bucket(), err)
@@ -37,22 +37,31 @@ func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jet
 			}
 			if e != nil {
 				see(e)
+			} else if ok {
+				all()
 			}
 		}
 	}
 }
 
 // watchJobs learns of jobs and of their end. That a job is not in the bucket says nothing: only the marker of a delete
-// does, and only if it is younger than the job.
-func (t *tenure) watchJobs(ctx context.Context, cancel context.CancelCauseFunc) {
+// does, and only if it is younger than the job. all is called when the jobs that are there now are known.
+func (t *tenure) watchJobs(ctx context.Context, cancel context.CancelCauseFunc, all func()) {
 	err := watch(ctx, t.kv, proto.JobKey("*"), func(e jetstream.KeyValueEntry) {
 		_, id := proto.SplitKey(e.Key())
 		if e.Operation() != jetstream.KeyValuePut {
 			t.deleted(ctx, id, e.Created().UnixNano())
 			return
 		}
-		if err := t.created(id, e); err != nil {
+		err := t.created(ctx, id, e)
+		if errors.Is(err, errLookup) {
+			cancel(err)
+		} else if err != nil {
 			t.log.Error("a job cannot be taken in", "job", id, "error", err)
+		}
+	}, func() {
+		if ctx.Err() == nil {
+			all()
 		}
 	})
 	if err != nil {
@@ -60,7 +69,7 @@ func (t *tenure) watchJobs(ctx context.Context, cancel context.CancelCauseFunc) 
 	}
 }
 
-func (t *tenure) created(id string, e jetstream.KeyValueEntry) error {
+func (t *tenure) created(ctx context.Context, id string, e jetstream.KeyValueEntry) error {
 	spec := new(proto.Job)
 	if err := spec.Decode(e.Value()); err != nil {
 		return fmt.Errorf("%w: %w", errBadJob, err)
@@ -68,7 +77,36 @@ func (t *tenure) created(id string, e jetstream.KeyValueEntry) error {
 	if spec.ID != id {
 		return fmt.Errorf("%w: the spec under %s is that of %q", errBadJob, e.Key(), spec.ID)
 	}
-	return t.s.know(spec, e.Created().UnixNano())
+	var was *proto.Progress
+	if !t.s.settled(spec) {
+		var err error
+		if was, err = t.lastTold(ctx, id); err != nil {
+			return err
+		}
+	}
+	return t.s.know(spec, e.Created().UnixNano(), was)
+}
+
+// lastTold reads what was last told of a job, by us or by another aggregator; nil: nothing that can be read. Its errors are
+// errLookup.
+func (t *tenure) lastTold(ctx context.Context, id string) (*proto.Progress, error) {
+	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
+	defer cancel()
+	e, err := t.kv.Get(ctx, proto.ProgressKey(id))
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return nil, nil
+	}
+	p := new(proto.Progress)
+	if err == nil {
+		err = p.Decode(e.Value())
+		if err != nil && !errors.Is(err, proto.ErrNewerVersion) {
+			return nil, nil
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: read the progress of job %s: %w", errLookup, id, err)
+	}
+	return p, nil
 }
 
 // deleted forgets a job, with the progress that may have been put since its keys were removed.
@@ -113,7 +151,7 @@ func (t *tenure) lookup(ctx context.Context, id string) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("%w: look up job %s: %w", errLookup, id, err)
 	}
-	err = t.created(id, e)
+	err = t.created(ctx, id, e)
 	if errors.Is(err, errBadJob) {
 		return false, nil
 	}
@@ -145,18 +183,30 @@ func (w *workers) put(v *proto.Worker) {
 }
 
 // watchWorkers listens to what workers say of themselves, for the manifests. It is best effort: a session goes on
-// without it.
-func (t *tenure) watchWorkers(ctx context.Context, cancel context.CancelCauseFunc) {
+// without it, and it is tried again.
+func (t *tenure) watchWorkers(ctx context.Context) {
+	said := said{}
+	for {
+		err := t.hearWorkers(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		said.warn(t.log, "workers cannot be heard; manifests may miss engines; trying again", err)
+		if !sleep(ctx, stuckWait) {
+			return
+		}
+	}
+}
+
+func (t *tenure) hearWorkers(ctx context.Context) error {
 	kv, err := t.a.Conn.JS.KeyValue(ctx, proto.WorkersBucket)
-	if err == nil {
-		err = watch(ctx, kv, "*", func(e jetstream.KeyValueEntry) {
-			w := new(proto.Worker)
-			if e.Operation() == jetstream.KeyValuePut && w.Decode(e.Value()) == nil && w.Version != "" {
-				t.workers.put(w)
-			}
-		})
-	}
 	if err != nil {
-		cancel(err)
+		return fmt.Errorf("open bucket %s: %w", proto.WorkersBucket, err)
 	}
+	return watch(ctx, kv, "*", func(e jetstream.KeyValueEntry) {
+		w := new(proto.Worker)
+		if e.Operation() == jetstream.KeyValuePut && w.Decode(e.Value()) == nil && w.Version != "" {
+			t.workers.put(w)
+		}
+	}, func() {})
 }

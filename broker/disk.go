@@ -1,7 +1,9 @@
 package broker
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -33,6 +35,27 @@ func SyncDir(dir string) error {
 	if err := d.Sync(); err != nil {
 		return fmt.Errorf("sync folder %s: %w", dir, err)
 	}
+	return nil
+}
+
+// MakeDir is os.MkdirAll for a folder that must still be there after the power failed. One that is there may have been
+// made by a process that died before it synced; its parent is synced too, but may be one that we cannot read.
+func MakeDir(dir string) error {
+	parent := filepath.Dir(dir)
+	err := os.Mkdir(dir, 0o755)
+	if errors.Is(err, fs.ErrNotExist) && parent != dir {
+		if err := MakeDir(parent); err != nil {
+			return err
+		}
+		err = os.Mkdir(dir, 0o755)
+	}
+	if err == nil {
+		return SyncDir(parent)
+	}
+	if st, serr := os.Stat(dir); serr != nil || !st.IsDir() {
+		return err
+	}
+	_ = SyncDir(parent) // see above
 	return nil
 }
 

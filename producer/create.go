@@ -28,6 +28,9 @@ func Create(ctx context.Context, conn *broker.Conn, spec proto.Job, again bool) 
 		if n > 1 {
 			job.ID, job.Again = spec.ID+"-r"+strconv.FormatInt(n, 10), n-1
 		}
+		if job.After, err = removedAt(ctx, kv, job.ID); err != nil {
+			return job, nil, err
+		}
 		existed, err := createJob(ctx, kv, job)
 		switch {
 		case err != nil:
@@ -54,6 +57,19 @@ func jobs(ctx context.Context, conn *broker.Conn) (jetstream.KeyValue, error) {
 		return nil, fmt.Errorf("open bucket %s: %w", proto.JobsBucket, err)
 	}
 	return kv, nil
+}
+
+// removedAt is when a job of that id was removed, by the marker that it left (Unix ns on the broker's clock); 0: there
+// is none.
+func removedAt(ctx context.Context, kv jetstream.KeyValue, id string) (int64, error) {
+	es, err := kv.History(ctx, proto.JobKey(id), jetstream.MetaOnly())
+	if errors.Is(err, jetstream.ErrKeyNotFound) || err == nil && es[len(es)-1].Operation() == jetstream.KeyValuePut {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("look for an earlier job %s: %w", id, err)
+	}
+	return es[len(es)-1].Created().UnixNano(), nil
 }
 
 // createJob puts the job, or says that it is there.

@@ -379,6 +379,29 @@ func TestCreate(t *testing.T) {
 	}
 }
 
+// A job that is created again after it was removed says so; the marker of the removal is gone then.
+func TestCreateAfterRemove(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	spec := scanned(t, Input{Path: file(t, linesOf(2, "m"))}).Job()
+	job, _, err := Create(t.Context(), w.conn, spec, false)
+	if err != nil || job.After != 0 {
+		t.Fatalf("%+v, %v", job, err)
+	}
+	for range 2 {
+		if err := broker.Remove(t.Context(), w.conn.JS, broker.JobView{Job: job}); err != nil {
+			t.Fatal(err)
+		}
+		before := job.After
+		if job, _, err = Create(t.Context(), w.conn, spec, false); err != nil || job.After <= before {
+			t.Fatalf("after %d, and before that %d, %v", job.After, before, err)
+		}
+		same, _, err := Create(t.Context(), w.conn, spec, false)
+		if err != nil || same.After != job.After {
+			t.Errorf("after %d, not %d, %v", same.After, job.After, err)
+		}
+	}
+}
+
 func TestPreflight(t *testing.T) {
 	job := proto.Job{Lines: 1000, Bytes: 1 << 20}
 	dir := t.TempDir()

@@ -24,6 +24,9 @@ type Job struct {
 	Program     string // version of the program that created it
 	SkipInvalid bool
 	Lane        string // one of the Lane constants; empty: normal
+	// After is when a job of this id was removed before this one was created, Unix ns on the broker's clock: what is
+	// left of that one is not this one's. 0: there was none, as far as the broker knows.
+	After int64
 }
 
 // ModelLines counts the lines of a job that name a model.
@@ -58,6 +61,7 @@ func (j *Job) visit(c *codec) {
 	c.str(&j.Program)
 	c.bool(&j.SkipInvalid)
 	c.str(&j.Lane)
+	c.int(&j.After)
 }
 
 // Control is what the user last asked of a job. Key: ctl.<id>.
@@ -157,6 +161,7 @@ type Progress struct {
 	Note       string  // why the aggregator cannot go on, for people
 	RateLines  float64 // lines folded per second of late
 	RateTokens float64 // completion tokens per second of late
+	After      int64   // of the job it speaks of
 }
 
 // ModelProgress is the part of a model in a job's progress.
@@ -220,6 +225,7 @@ func (p *Progress) visit(c *codec) {
 	c.str(&p.Note)
 	c.float(&p.RateLines)
 	c.float(&p.RateTokens)
+	c.int(&p.After)
 }
 
 // Worker is a worker's heartbeat. Key in WORKERS: its ID.

@@ -100,11 +100,6 @@ func (a *app) aggregate(ctx context.Context, conn *broker.Conn, g *aggregateFlag
 	if err != nil {
 		return fmt.Errorf("find the output folder: %w", err)
 	}
-	lock, err := broker.LockDir(filepath.Join(a.data, "aggregate"))
-	if err != nil {
-		return err
-	}
-	defer lock.Unlock()
 	agg := &aggregator.Aggregator{
 		Conn: conn, Self: broker.Self(), Dir: filepath.Join(a.data, "aggregate"), SharedDisk: shared, Log: a.log,
 		Registry: reg, KeepFor: g.keepFor, Program: programVersion(),
@@ -115,8 +110,34 @@ func (a *app) aggregate(ctx context.Context, conn *broker.Conn, g *aggregateFlag
 	}
 	adopter := &producer.Adopter{Conn: conn, Self: broker.Self(), Dir: filepath.Join(a.data, "aggregate", "inputs"), Log: a.log, Registry: reg, AckWait: g.ackWait}
 	ready()
-	return orStopped(ctx, together(ctx, agg.Run, adopter.Run))
+	return orStopped(ctx, together(ctx, agg.Run, func(ctx context.Context) error { return a.adopt(ctx, adopter) }))
 }
+
+// adopt runs the adopter once its folder is ours. Another process on this disk may be waited for, as it is for the
+// lease on folding, to take over when it ends.
+func (a *app) adopt(ctx context.Context, adopter *producer.Adopter) error {
+	for said := false; ; said = true {
+		lock, err := broker.LockDir(adopter.Dir)
+		if err == nil {
+			defer lock.Unlock()
+			return adopter.Run(ctx)
+		}
+		if !errors.Is(err, broker.ErrInUse) {
+			return err
+		}
+		if !said {
+			a.log.Info("another process on this disk feeds detached jobs; waiting for it to end", "folder", adopter.Dir)
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(folderWait):
+		}
+	}
+}
+
+// folderWait is how often a folder that another process has is tried.
+const folderWait = 500 * time.Millisecond
 
 // together runs parts of a role until ctx ends; the first that fails ends the others.
 func together(ctx context.Context, parts ...func(context.Context) error) error {
@@ -137,7 +158,7 @@ func together(ctx context.Context, parts ...func(context.Context) error) error {
 
 // writable makes the folder and tries to write there, so that a mistake shows at the start and not at the end.
 func writable(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := broker.MakeDir(dir); err != nil {
 		return fmt.Errorf("make the output folder: %w; choose another --output", err)
 	}
 	f, err := os.CreateTemp(dir, ".millrace-*")

@@ -32,21 +32,56 @@ func TestDetached(t *testing.T) {
 	}
 }
 
-// TestTwoAggregators: the second waits for the lease, and takes over with an empty disk when the first dies.
+// TestTwoAggregators: the second waits for the lease, and takes over when the first dies, with an empty disk or with the
+// same one.
 func TestTwoAggregators(t *testing.T) {
+	for disk, folder := range map[string]string{"empty": "aggregator2", "same": "aggregator"} {
+		t.Run(disk, func(t *testing.T) {
+			f := newFleet(t)
+			input := writeInput(t, killLines, nil)
+			e := newEngine(t, slow())
+			f.broker()
+			first := f.aggregate()
+			first.says("results are folded")
+			second := f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path(folder))
+			second.says("another aggregator folds")
+			f.worker(1, e)
+			p := f.produce(input)
+			answered(t, killLines/2, e)
+			first.kill()
+			if code := p.wait(); code != exitOK {
+				t.Fatalf("the producer ended with %d\n%s", code, second.err)
+			}
+			oracleDir(t, input, f.output())
+			if n, _ := e.count(); disk == "same" && n > killLines*3/2 {
+				t.Errorf("%d calls for %d lines: what the first had was run again", n, killLines)
+			}
+		})
+	}
+}
+
+// TestFinishedStaysFinished: an aggregator with an empty disk does not make a finished job run again.
+func TestFinishedStaysFinished(t *testing.T) {
 	f := newFleet(t)
-	input := writeInput(t, killLines, nil)
+	input := writeInput(t, 50, nil)
 	e := newEngine(t, slow())
 	f.broker()
 	first := f.aggregate()
-	first.says("results are folded")
-	second := f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator2"))
 	f.worker(1, e)
-	p := f.produce(input)
-	answered(t, killLines/2, e)
+	if code := f.produce(input).wait(); code != exitOK {
+		t.Fatalf("the producer ended with %d", code)
+	}
+	f.finished(50)
+	calls, _ := e.count()
 	first.kill()
+	f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator2")).says("results are folded")
+	p := f.produce(input)
 	if code := p.wait(); code != exitOK {
-		t.Fatalf("the producer ended with %d\n%s", code, second.err)
+		t.Errorf("the producer ended with %d\n%s", code, p.err)
+	}
+	f.finished(50)
+	if n, _ := e.count(); n != calls {
+		t.Errorf("%d more calls", n-calls)
 	}
 	oracleDir(t, input, f.output())
 }
