@@ -55,7 +55,7 @@ const (
 	adoptLater = 5 * time.Minute
 )
 
-// Run adopts jobs until ctx ends, and returns when all of them are let go.
+// Run adopts jobs until ctx ends or the connection is closed for good, and returns when all of them are let go.
 func (a *Adopter) Run(ctx context.Context) error {
 	if a.Log == nil {
 		a.Log = slog.New(slog.DiscardHandler)
@@ -73,6 +73,8 @@ func (a *Adopter) Run(ctx context.Context) error {
 	}
 	defer stop()
 	a.metrics, a.reading = m, make(chan struct{}, adoptReading)
+	ctx, let := a.Conn.While(ctx)
+	defer let()
 	a.mu.Lock()
 	a.busy, a.done, a.next = map[string]bool{}, map[string]versions{}, map[string]time.Time{}
 	a.mu.Unlock()

@@ -68,6 +68,7 @@ func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }
 //   - ErrRemoved when the job was removed at the broker: nothing of it is put again;
 //   - ErrHalted, with the most frequent error, when Job.MaxErrors was exceeded: it can be run again;
 //   - ErrChanged when the input is not what it was, and ErrJudged when it is but other lines of it can run;
+//   - broker.ErrClosed when the connection is closed for good;
 //   - the cause of ctx when that ended first. What is in the queues runs on, and a later Run continues.
 //
 // A broker that does not answer is waited for, for as long as ctx lasts.
@@ -80,6 +81,8 @@ func (o *Owner) Run(ctx context.Context) error {
 	if m == nil {
 		m = o.metrics
 	}
+	ctx, let := o.Conn.While(ctx)
+	defer let()
 	r := newRun(o, m)
 	if err := r.start(ctx); err != nil {
 		return err

@@ -13,7 +13,7 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
-var update = flag.Bool("update", false, "write testdata/golden.json anew")
+var update = flag.Bool("update", false, "write the files under testdata anew")
 
 // golden is one record on the wire. Value is what any msgpack reader sees: binary is {"hex": …}.
 // testdata/check_golden.py holds the same file against Python's msgpack.

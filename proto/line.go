@@ -247,6 +247,13 @@ func (p *parser) body(l *Line) error {
 			if err := p.dec.SkipValue(); err != nil {
 				return err
 			}
+		case "background":
+			if p.dec.PeekKind() == 't' {
+				note(bad("body.background is true; a batch line is answered at once, remove it"))
+			}
+			if err := p.dec.SkipValue(); err != nil {
+				return err
+			}
 		case "messages", "prompt", "input":
 			v, err := p.dec.ReadValue()
 			if err != nil {

@@ -45,6 +45,7 @@ func TestParseLineErrors(t *testing.T) {
 		{"no body", `{"custom_id":"a","method":"POST","url":"/v1/completions"}`, "body is missing", "a"},
 		{"body text", lineWith(`"x"`), "body must be a JSON object", "a"},
 		{"stream", lineWith(`{"model":"m","stream":true}`), "stream is true", "a"},
+		{"background", lineWith(`{"model":"m","background":true}`), "background is true", "a"},
 		{"two models", lineWith(`{"model":"m","model":"n"}`), "two \"model\" keys", "a"},
 		{"escaped second model", lineWith(`{"model":"m","\u006dodel":"n"}`), "two \"model\" keys", "a"},
 		{"model number", lineWith(`{"model":1}`), "model must be a string", "a"},
@@ -110,6 +111,8 @@ func TestAppendLine(t *testing.T) {
 		{"no with text", func(r *Result) { r.OK, r.Status, r.Body = false, 502, []byte("<html>\xff") },
 			`"body":{"error":{"message":"<html>` + "\uFFFD" + `","type":"invalid_body","param":null,"code":502}}},"error":null}`},
 		{"no with nothing", func(r *Result) { r.OK, r.Status, r.Body = false, 404, nil }, `"status_code":404`},
+		{"no that says 200", func(r *Result) { r.OK, r.Code, r.Message = false, CodeBadResponse, "no choices" },
+			`"response":null,"error":{"code":"bad_engine_response","message":"no choices"}}`},
 		{"never ran", func(r *Result) { *r = Result{Job: "j", Line: 17, Code: CodeInvalidRequest, Message: "bad"} },
 			`"custom_id":null,"line":17,"response":null,"error":{"code":"invalid_request","message":"bad"}}`},
 		{"attempts", func(r *Result) {
@@ -153,4 +156,19 @@ func FuzzParseLine(f *testing.F) {
 			t.Fatalf("%s → %s: %q, %v", l.Body, l.BodyFor(model), again.Model, err)
 		}
 	})
+}
+
+// TestReadUsage: what counts below zero does not count.
+func TestReadUsage(t *testing.T) {
+	for body, want := range map[string]Usage{
+		`{"usage":{"prompt_tokens":3,"completion_tokens":4,"prompt_tokens_details":{"cached_tokens":2}}}`: {true, 3, 4, 2},
+		`{"usage":{"input_tokens":3,"output_tokens":4}}`:                                                  {true, 3, 4, 0},
+		`{"usage":{"prompt_tokens":-1,"completion_tokens":4}}`:                                            {},
+		`{"usage":null}`:                  {},
+		`{"usage":{"prompt_tokens":1e3}}`: {},
+	} {
+		if got := ReadUsage([]byte(body)); got != want {
+			t.Errorf("%s: %+v", body, got)
+		}
+	}
 }

@@ -16,7 +16,7 @@ import (
 //
 //	ok                {"id":…,"custom_id":…,"response":{"status_code":200,"request_id":…,"body":{…}},"error":null}
 //	the engine's no   {"id":…,"custom_id":…,"response":{"status_code":400,"request_id":…,"body":{"error":{…}}},"error":null}
-//	never answered    {"id":…,"custom_id":…,"response":null,"error":{"code":…,"message":…}}
+//	no answer         {"id":…,"custom_id":…,"response":null,"error":{"code":…,"message":…}}
 //
 // The error lines carry besides: "line" where custom_id is null, and "attempts" where there were several.
 // Source: https://platform.openai.com/docs/api-reference/batch/request-output.
@@ -34,7 +34,7 @@ func AppendLine(dst []byte, r *Result) []byte {
 		dst = quote(dst, r.CustomID)
 	}
 	dst = append(dst, `,"response":`...)
-	if r.Status == 0 {
+	if r.Status == 0 || !r.OK && r.Status/100 == 2 { // a failed 200 would read as a success
 		dst = append(dst, `null,"error":{"code":`...)
 		dst = quote(dst, r.Code)
 		dst = append(dst, `,"message":`...)
@@ -170,6 +170,9 @@ func ReadUsage(body []byte) Usage {
 		u.Cached = v.Usage.Details.Cached
 	case v.Usage.InDetails != nil:
 		u.Cached = v.Usage.InDetails.Cached
+	}
+	if u.Prompt < 0 || u.Completion < 0 || u.Cached < 0 {
+		return Usage{} // who counts so does not count
 	}
 	return u
 }

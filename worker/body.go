@@ -3,7 +3,9 @@ package worker
 import (
 	"bytes"
 	"errors"
+	"io"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -69,6 +71,7 @@ type reply struct {
 	finish  string // of the first choice
 	abort   bool   // a choice ended because the engine gave it up
 	failed  bool   // a choice or the whole answer ended by an error inside the engine
+	later   bool   // the answer is not there yet
 	whole   bool   // choices, data, output or results are there
 	refusal jsontext.Value
 	usage   []byte // {"usage":…}, or nil
@@ -98,8 +101,11 @@ func readReply(body []byte) (reply, error) {
 	if _, err := d.ReadToken(); err != nil { // the closing bracket
 		return r, err
 	}
-	if d.PeekKind() != 0 {
-		return r, errNotJSON
+	if _, err := d.ReadToken(); !errors.Is(err, io.EOF) {
+		return r, errors.New("more follows the JSON object")
+	}
+	if !utf8.Valid(body) { // vLLM replaces what is no text itself
+		return r, errors.New("not UTF-8")
 	}
 	return r, nil
 }
@@ -146,6 +152,8 @@ func (r *reply) say(name, v string) {
 		r.abort = true
 	case v == "failed":
 		r.failed = true
+	case v == "queued", v == "in_progress":
+		r.later = true
 	}
 }
 

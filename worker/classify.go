@@ -117,6 +117,8 @@ func classifyReply(url string, a Answer) verdict {
 		return classifyInside(a, r)
 	case r.failed:
 		return bad("the engine ended the answer with an error")
+	case r.later:
+		return bad("the engine answered before its work was done")
 	case !r.whole:
 		return bad("HTTP %d without choices, data, output or results, from %s", a.Status, url)
 	case r.choices >= 0 && r.finish == "" && r.usage == nil:

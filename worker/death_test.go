@@ -138,7 +138,7 @@ func TestPoison(t *testing.T) {
 	m.held = 6
 	r.send(reqs...)
 	r.start(m.f.engine(), func(w *Worker) { w.Concurrency = 16 })
-	for dead := 0; dead < 3; { // it gets well after each death
+	for dead := 0; dead < guilty; { // it gets well after each death
 		r.until("death", func() bool { return m.deaths() > dead })
 		dead = m.deaths()
 		r.until("a probe sees it", func() bool { return m.seenDead() == dead })
@@ -153,8 +153,8 @@ func TestPoison(t *testing.T) {
 			t.Errorf("index %d: %+v", i, res)
 		}
 	}
-	if m.deaths() != 3 {
-		t.Errorf("%d deaths, want 3", m.deaths())
+	if m.deaths() != guilty {
+		t.Errorf("%d deaths, want %d", m.deaths(), guilty)
 	}
 	r.settled(0)
 }
@@ -212,7 +212,7 @@ func TestSlots(t *testing.T) {
 		mu.Unlock()
 	}
 	put := func(i, suspicions int64) { s.offer(&line{req: &proto.Request{Index: i, Suspicions: suspicions}}) }
-	s.setLimit(9)
+	s.setLimit(9, false)
 	for i := range int64(8) {
 		put(i, 1) // three run, three wait, two go back
 	}

@@ -42,24 +42,26 @@ func (e *equalErrors) add(same, model string) bool {
 	return e.n >= equalLimit && same != e.pardoned
 }
 
-// success is called for each line that the engine answered well.
-func (g *gate) success() {
+// success is called for each line, started at a time, that the engine answered well.
+func (g *gate) success(started time.Time) {
 	g.mu.Lock()
-	g.everOK = true
+	g.everOK, g.lastOK = true, time.Now()
 	g.equal = equalErrors{}
-	open := g.answeredLocked()
+	open := g.answeredLocked(started)
 	g.mu.Unlock()
 	if open {
 		g.show()
 	}
 }
 
-// answeredLocked takes note of an answer that shows the engine alive. It says whether that opens the gate.
-func (g *gate) answeredLocked() bool {
+// answeredLocked takes note of an answer that shows the engine alive. It says whether that opens the gate: what was in
+// the engine before it began to refuse the key tells nothing about the key.
+func (g *gate) answeredLocked(started time.Time) bool {
 	g.answers++
 	g.deaths = 0
 	t := g.trip
-	if t == nil || t.kind == tripUnreached || t.kind == tripDead && time.Now().Before(t.until) {
+	if t == nil || t.kind == tripUnreached || t.kind == tripDead && time.Now().Before(t.until) ||
+		t.kind == tripDenied && started.Before(t.at) {
 		return false
 	}
 	g.trip = nil
@@ -67,7 +69,7 @@ func (g *gate) answeredLocked() bool {
 }
 
 // failed is called for each line that the engine answered with an error.
-func (g *gate) failed(same, model, message string) {
+func (g *gate) failed(started time.Time, same, model, message string) {
 	g.mu.Lock()
 	t := g.trip
 	alike := same == g.equal.same
@@ -89,7 +91,7 @@ func (g *gate) failed(same, model, message string) {
 			g.judge()
 		}
 	default:
-		g.answeredLocked()
+		g.answeredLocked(started)
 		g.mu.Unlock()
 	}
 	g.show()

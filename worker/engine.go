@@ -31,6 +31,7 @@ type Answer struct {
 type Status struct {
 	State     string // proto.EngineReady, or why not: EngineWaiting, EngineDenied, EngineNoModel
 	Reason    string // for people, where not ready
+	Ill       bool   // the engine itself says that it is not well
 	Version   string
 	Models    []string
 	MaxLen    int64 // longest context of any of the models, in tokens

@@ -57,6 +57,8 @@ type gate struct {
 	down        time.Time // the engine is not up since then, and has answered nothing
 	downAnswers int       // answers until down
 	everOK      bool      // a line has succeeded, ever
+	lastOK      time.Time // when one has succeeded
+	last        time.Time // start of the last probe that found the engine ready
 	noModel     string    // why there is no model to pull for, though the engine lists some; empty: there is
 }
 
@@ -182,12 +184,16 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	}
 	g.status = st
 	g.clearByProbe(begun, st)
-	cause := g.watch(begun, st)
-	if st.State == proto.EngineReady && g.loaded == 0 {
-		g.loaded = max(time.Since(g.started), 1)
+	cause := g.watch(begun, st, err)
+	if st.State == proto.EngineReady {
+		g.last = begun
+		if g.loaded == 0 {
+			g.loaded = max(time.Since(g.started), 1)
+		}
 	}
 	g.mu.Unlock()
 	if cause != nil {
+		g.opened() // first: slots that become free would take the next lines
 		g.abort(cause)
 	}
 	if st.State == proto.EngineReady {
@@ -245,30 +251,65 @@ func (g *gate) clearByProbe(begun time.Time, st Status) {
 
 // watch says why what the engine has should be let go of, if it should, and trips the gate of a hung one. Called
 // with mu held.
-func (g *gate) watch(now time.Time, st Status) error {
+func (g *gate) watch(now time.Time, st Status, err error) error {
 	if st.State != proto.EngineReady {
-		return g.watchDown(now)
+		return g.watchDown(now, st, err)
 	}
 	g.down = time.Time{}
 	if !g.hang.stalled(now, st.Gauges, g.busy(), g.answers, g.stall) {
 		return nil
 	}
-	g.hang.reset(now)
-	if g.trip == nil || g.trip.kind != tripHung {
-		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now,
-			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", g.stall)}
-	}
-	g.trip.until, g.trip.gauges = now.Add(g.retry), st.Gauges
+	g.tripHung(now, g.stall, st.Gauges)
 	return errHung
 }
 
+// tripHung closes the gate of a hung engine. Called with mu held.
+func (g *gate) tripHung(now time.Time, idle time.Duration, gauges Gauges) {
+	g.hang.reset(now)
+	if g.trip == nil || g.trip.kind != tripHung {
+		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now,
+			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", idle.Round(100*time.Millisecond))}
+	}
+	g.trip.until, g.trip.gauges = now.Add(g.retry), gauges
+}
+
+// stood says whether the engine, as its metrics tell, did nothing at all since a line was started at a time, and
+// closes the gate if so: a line may have less time than the stall timeout.
+func (g *gate) stood(started time.Time) bool {
+	now := time.Now()
+	g.mu.Lock()
+	if g.trip != nil && g.trip.kind == tripHung && g.trip.at.After(started) {
+		g.mu.Unlock()
+		return true // another line has found it
+	}
+	stood := g.status.State == proto.EngineReady && g.status.Gauges.Known && g.last.After(started) &&
+		!g.hang.since.IsZero() && !g.hang.since.After(started) && g.hang.answers == g.answers
+	if stood {
+		g.tripHung(now, now.Sub(started), g.status.Gauges)
+	}
+	g.mu.Unlock()
+	if stood {
+		g.show()
+	}
+	return stood
+}
+
 // watchDown looks after requests in an engine that is not up any more. vLLM that was told to stop may close its port
-// and keep its clients waiting for ever; others finish what they have. So they get time, as long as answers come.
-func (g *gate) watchDown(now time.Time) error {
+// and keep its clients waiting for ever; others finish what they have. So they get time, as long as answers come, and
+// more of it where the engine may only be slow. One that answers, and says no, is at work for all we know.
+func (g *gate) watchDown(now time.Time, st Status, err error) error {
+	most := g.stall / 4
+	switch slow := errors.Is(err, context.DeadlineExceeded); {
+	case slow, st.Gauges.Asleep:
+		most = g.stall
+	case err == nil && !st.Ill:
+		g.down = time.Time{}
+		return nil
+	}
 	if g.down.IsZero() || g.downAnswers != g.answers || g.busy() == 0 {
 		g.down, g.downAnswers = now, g.answers
 	}
-	if now.Sub(g.down) < g.stall/4 {
+	if now.Sub(g.down) < most {
 		return nil
 	}
 	g.down = now
@@ -379,7 +420,10 @@ func (g *gate) closeLocked(kind tripKind, state, reason string) bool {
 
 // pause is how long the gate stays closed at least. Called with mu held.
 func (g *gate) pause(kind tripKind) time.Duration {
-	if kind == tripDenied || kind == tripDegraded || kind == tripHung {
+	switch {
+	case kind == tripDenied && g.everOK && g.trip == nil:
+		return min(time.Second, g.retry) // the key was right before: it may be the line
+	case kind == tripDenied, kind == tripDegraded, kind == tripHung:
 		return g.retry
 	}
 	g.deaths++
@@ -398,13 +442,13 @@ func (g *gate) diedSince(t time.Time) bool {
 }
 
 // died closes the gate because a line that was started at a time found the engine dead. When the engine has been
-// found gone and well again meanwhile, nothing is left to wait for.
-func (g *gate) died(started time.Time, reason string) {
+// found gone and well again meanwhile, nothing is left to wait for. It says whether a probe has found the engine gone.
+func (g *gate) died(started time.Time, reason string) bool {
 	g.mu.Lock()
 	gone := g.lastBad.After(started)
 	if gone && g.status.State == proto.EngineReady && g.trip == nil {
 		g.mu.Unlock()
-		return
+		return true
 	}
 	fresh := g.closeLocked(tripDead, proto.EngineWaiting, reason)
 	if gone && g.trip.kind == tripDead {
@@ -415,6 +459,14 @@ func (g *gate) died(started time.Time, reason string) {
 		g.hurry()
 	}
 	g.show()
+	return gone
+}
+
+// answered says whether a line has succeeded of late.
+func (g *gate) answered(within time.Duration) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return !g.lastOK.IsZero() && time.Since(g.lastOK) < within
 }
 
 // knew says whether the engine was known to be dead at a time, and nothing was let through to it.

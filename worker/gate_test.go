@@ -203,6 +203,22 @@ func TestHung(t *testing.T) {
 	}
 }
 
+// TestHungTakesNoMore: when the lines that a hung engine has are let go of, their places are not taken by others.
+func TestHungTakesNoMore(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.metrics, f.work = gauges(16, 100), blocks })
+	r.send(requests(200)...)
+	r.start(f.engine(), func(w *Worker) {
+		w.Concurrency, w.StallTimeout, w.ProbeEvery, w.RetryEvery = 64, 500*time.Millisecond, 50*time.Millisecond, time.Hour
+	})
+	f.enter(64)
+	r.state(proto.EngineHung)
+	r.settled(200)
+	if n := len(f.came); n > 0 {
+		t.Errorf("%d lines were begun at an engine that was known to hang", n)
+	}
+}
+
 // TestHungIdle: an engine that stopped while it was idle never counts what came after; one line at a time tries it.
 func TestHungIdle(t *testing.T) {
 	r, f := newRig(t), newFake(t)

@@ -21,6 +21,9 @@ type line struct {
 	size    int
 	pulled  time.Time
 	alone   bool // it runs while nothing else does
+	trial   bool // it was let through to an engine that may not be well, to try it
+
+	deliveries uint64 // of the message, this one included
 
 	ctx     context.Context // ends when the line is to be let go of; set while it runs
 	cancel  context.CancelCauseFunc
@@ -42,14 +45,15 @@ type key struct {
 
 // newLine reads a message. The error says what is wrong with the record in it; the line can be given back all
 // the same, unless it is nil.
-func newLine(m *nats.Msg, q *queue, now time.Time) (*line, uint64, error) {
+func newLine(m *nats.Msg, q *queue, now time.Time) (*line, error) {
 	meta, err := m.Metadata()
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
-	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, reply: m.Reply}
+	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, reply: m.Reply,
+		deliveries: meta.NumDelivered}
 	l.req, err = proto.DecodeRequest(m.Data)
-	return l, meta.NumDelivered, err
+	return l, err
 }
 
 // equals says whether two deliveries under one number are of one message.
@@ -74,8 +78,19 @@ func (l *line) timeouts() int {
 // suspect says whether an engine died while it held this line.
 func (l *line) suspect() bool { return l.req.Suspicions > 0 }
 
-// poisonous says that the line was there at two deaths: the next time it runs alone.
+// poisonous says that the line was there at two deaths: from now on it runs alone.
 func (l *line) poisonous() bool { return l.req.Suspicions >= 2 }
+
+// guilty is how many deaths a line is there at until it is the cause: two, and two when it ran alone.
+const guilty = 4
+
+// stubborn says that a message was given back so often that it may be its line that is wrong.
+func (l *line) stubborn() bool { return l.deliveries >= 30 }
+
+// pause is for how long a line is given back that the engine refused, in units of u: longer and longer, up to 64.
+func (l *line) pause(u time.Duration) time.Duration {
+	return jitter(u << min(max(l.deliveries, 1)-1, 6))
+}
 
 // overdue is how long after its time a line at the engine is still kept.
 const overdue = time.Minute

@@ -77,7 +77,7 @@ func notWell(a Answer) (Status, bool) {
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return denied(a), false
 	}
-	return Status{State: proto.EngineWaiting, Reason: fmt.Sprintf("engine is not well: /health says %d %s", a.Status, readError(a.Body).message)}, false
+	return Status{State: proto.EngineWaiting, Ill: true, Reason: fmt.Sprintf("engine is not well: /health says %d %s", a.Status, readError(a.Body).message)}, false
 }
 
 func denied(a Answer) Status {

@@ -154,9 +154,7 @@ func (r *rig) wait(n int) []*proto.Result {
 	r.tb.Helper()
 	timeout := time.After(patient)
 	for {
-		r.mu.Lock()
-		got := r.results
-		r.mu.Unlock()
+		got := r.seen()
 		if len(got) >= n {
 			return got
 		}
@@ -166,6 +164,13 @@ func (r *rig) wait(n int) []*proto.Result {
 			r.tb.Fatalf("%d results, want %d", len(got), n)
 		}
 	}
+}
+
+// seen returns the results that have come.
+func (r *rig) seen() []*proto.Result {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.results
 }
 
 // pending is how many messages of the model's queue are stored, and how many of these are handed out.

@@ -59,7 +59,7 @@ var (
 	errCancelled = errors.New("job was cancelled")
 	errHung      = errors.New("engine hangs")
 	errGone      = errors.New("engine is gone")
-	errClosed    = errors.New("connection to the broker is closed")
+	errClosed    = broker.ErrClosed
 )
 
 // open makes a session ready to work.
@@ -83,6 +83,7 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log, func() {
 		s.held.hurry()
 		s.feeder.nudge()
+		s.beat.soon() // others read there which models are served
 	})
 	s.queues.epoch = func() uint64 { return s.nc.Stats().Reconnects }
 	s.queues.seen = func(epoch uint64) {
@@ -148,7 +149,7 @@ func (s *session) work(take context.Context) error {
 	parts.Wait()
 	s.flush()
 	if errors.Is(context.Cause(s.stopped), errClosed) {
-		return fmt.Errorf("run worker: %w", errClosed)
+		return fmt.Errorf("run worker: %w", s.Conn.Closed())
 	}
 	return nil
 }
@@ -253,12 +254,12 @@ func (s *session) watchBroker(ctx context.Context) {
 
 // receive takes a message in.
 func (s *session) receive(m *nats.Msg, q *queue) {
-	l, delivered, err := newLine(m, q, time.Now())
+	l, err := newLine(m, q, time.Now())
 	if l == nil {
 		s.Log.Warn("message in a queue was not delivered by JetStream, passing it over", "subject", m.Subject, "error", err)
 		return
 	}
-	if delivered > 1 {
+	if l.deliveries > 1 {
 		s.metrics.redelivered.Inc()
 	}
 	if !s.held.add(l) {
@@ -332,7 +333,7 @@ func (s *session) adjust() {
 	if s.taking.Err() != nil {
 		n = 0
 	}
-	s.slots.setLimit(n)
+	s.slots.setLimit(n, quota == 1)
 	if n == 0 {
 		for _, l := range s.slots.takeReady(all) {
 			s.giveBack(l, 0, "closed")

@@ -64,7 +64,7 @@ func (s *session) interrupted(l *line, cause error) {
 	case errors.Is(cause, errCancelled):
 		s.drop(l)
 	case errors.Is(cause, errHung):
-		s.suspect(l, "the engine made no progress while it had this line")
+		s.hung(l)
 	case errors.Is(cause, errGone):
 		s.suspect(l, "the engine went away while it had this line")
 	default:
@@ -84,14 +84,13 @@ func (s *session) settle(o *outcome) {
 		s.blame(o)
 		s.retry(o)
 	case classTimeout:
+		if s.gate.stood(o.started) {
+			s.hung(o.line)
+			return
+		}
 		s.retry(o)
-	case classBusy, classLost:
-		s.limit.refused(time.Now())
-		s.adjust()
-		s.giveBack(o.line, jitter(max(o.delay, time.Second)), reasonOf(o.class))
-	case classDenied:
-		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
-		s.giveBack(o.line, 0, reasonOf(o.class))
+	case classBusy, classLost, classDenied:
+		s.refuse(o)
 	case classUnreached:
 		s.unreached(o)
 	case classDead:
@@ -100,6 +99,41 @@ func (s *session) settle(o *outcome) {
 		s.away(func() { s.noModel(o) })
 	case classBroken:
 		s.away(func() { s.broken(o) })
+	}
+}
+
+// refuse deals with a line that the engine did not take for no fault of the line: it is not charged. But when others
+// are answered all the while and this one never is, it is the line after all.
+func (s *session) refuse(o *outcome) {
+	if o.stubborn() && s.gate.answered(time.Minute) {
+		if o.code == "" {
+			o.code = proto.CodeEngineError
+		}
+		s.retry(o)
+		return
+	}
+	switch o.class {
+	case classBusy:
+		s.limit.refused(time.Now())
+		s.adjust()
+	case classDenied:
+		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
+	}
+	s.giveBack(o.line, max(o.delay, o.pause(s.refusal)), reasonOf(o.class))
+}
+
+// hung deals with a line that was at an engine while that made nothing for long. The line may be the reason; but an
+// engine that hangs for another one must not fail it.
+func (s *session) hung(l *line) {
+	switch {
+	case l.trial && !l.stubborn():
+		s.giveBack(l, l.pause(s.refusal), "engine")
+	case l.alone && l.poisonous():
+		took := time.Since(l.started)
+		s.retry(&outcome{line: l, took: took, verdict: verdict{class: classTimeout, code: proto.CodeRequestTimeout,
+			message: fmt.Sprintf("the engine, which had this line alone, made no token for %s; --stall-timeout says how long that may be", took.Round(time.Second))}})
+	default:
+		s.suspect(l, "the engine made no progress while it had this line")
 	}
 }
 
@@ -119,7 +153,7 @@ func reasonOf(c class) string {
 }
 
 func (s *session) done(o *outcome) {
-	s.gate.success()
+	s.gate.success(o.started)
 	s.limit.finished(o.usage)
 	s.metrics.answered(o.queue.model, o.usage)
 	s.publish(o.line, s.result(o))
@@ -128,10 +162,10 @@ func (s *session) done(o *outcome) {
 // blame tells the gate of an error. An answer that is only too long is no fault of the engine.
 func (s *session) blame(o *outcome) {
 	if o.code == proto.CodeResponseTooLarge {
-		s.gate.success()
+		s.gate.success(o.started)
 		return
 	}
-	s.gate.failed(o.same, o.queue.model, o.message)
+	s.gate.failed(o.started, o.same, o.queue.model, o.message)
 }
 
 // result makes the record of how a line ended.
@@ -143,7 +177,7 @@ func (s *session) result(o *outcome) *proto.Result {
 		Code: o.code, Message: o.message, Finish: o.finish, Usage: o.usage, Attempts: o.req.Attempts,
 		Worker: s.id, StartUS: o.started.Sub(s.began).Microseconds(), DurationUS: o.took.Microseconds(), LoadUS: loaded.Microseconds(),
 	}
-	if o.class == classBroken || o.class == classTimeout { // what came of an answer is not one
+	if o.class == classBroken || o.class == classTimeout || !r.OK && r.Status/100 == 2 { // what came of an answer is not one
 		r.Status, r.Body = 0, nil
 	}
 	return r
@@ -177,7 +211,7 @@ func tooLarge(r *proto.Result, limit int64) *proto.Result {
 	t := *r
 	t.OK, t.Code, t.Finish = false, proto.CodeResponseTooLarge, ""
 	t.Message = fmt.Sprintf("the answer has %d bytes and does not fit a message of %d bytes", len(r.Body), limit)
-	t.Body = nil
+	t.Status, t.Body = 0, nil
 	return &t
 }
 
@@ -251,30 +285,31 @@ func (s *session) unreached(o *outcome) {
 // died deals with a line that was in an engine when it died.
 func (s *session) died(o *outcome) {
 	known := s.gate.knew(o.started)
-	s.gate.died(o.started, "engine died: "+o.message)
-	if known {
-		s.giveBack(o.line, 0, "engine") // it was dead before
+	seen := s.gate.died(o.started, "engine died: "+o.message)
+	if known || o.trial && !seen && !o.stubborn() { // it was dead before
+		s.giveBack(o.line, o.pause(s.refusal), "engine")
 		return
 	}
 	s.suspect(o.line, "the engine died while it had this line: "+o.message)
 }
 
-// suspect sends a line back with one more death to its name. A line that was alone with the engine is the cause.
+// suspect sends a line back with one more death to its name. A line that was alone with the engine twice is the cause:
+// once may be chance.
 func (s *session) suspect(l *line, what string) {
 	next := *l.req
 	next.Suspicions++
-	guilty := func() {
+	end := func() {
 		o := &outcome{line: l, verdict: verdict{class: classPermanent, code: proto.CodeEngineCrash,
-			message: proto.Truncate(fmt.Sprintf("%s; the %d. time, and alone", what, next.Suspicions), proto.MaxMessage)}, took: time.Since(l.started)}
+			message: proto.Truncate(fmt.Sprintf("%s; that was the %d. time, and it was alone", what, next.Suspicions), proto.MaxMessage)}, took: time.Since(l.started)}
 		s.publish(l, s.result(o))
 	}
-	if l.alone && l.poisonous() {
+	if l.alone && next.Suspicions >= guilty {
 		s.Log.Warn("a line stops its engine even alone", "job", l.req.Job, "index", l.req.Index, "suspicions", next.Suspicions)
-		guilty()
+		end()
 		return
 	}
 	s.metrics.givenBack.WithLabelValues("suspect").Inc()
-	s.resend(l, &next, guilty)
+	s.resend(l, &next, end)
 }
 
 // noModel deals with a line whose model the engine does not know. Where it does list the model, it is the line that

@@ -207,7 +207,7 @@ func TestSimPoison(t *testing.T) {
 	reqs[40].Body = []byte(`{"model":"m","messages":[{"role":"user","content":"arsenic"}]}`)
 	r.Send(reqs...)
 	r.Start(e.client(), func(w *worker.Worker) { w.Concurrency = 16 })
-	for range 3 {
+	for range 4 { // two among others, two alone
 		if err := <-e.done; err != nil {
 			t.Fatal(err)
 		}

@@ -23,6 +23,7 @@ type slots struct {
 
 	mu       sync.Mutex
 	limit    int
+	trial    bool // what is started now tries the engine
 	ready    fifo
 	doubted  fifo // lines with one suspicion for which there is no room among the suspects
 	alone    fifo // lines with two suspicions or more
@@ -66,10 +67,10 @@ func (f *fifo) take(match func(*line) bool) []*line {
 	return out
 }
 
-// setLimit changes how many lines may run; 0 starts no more.
-func (s *slots) setLimit(n int) {
+// setLimit changes how many lines may run; 0 starts no more. A trial is a line that tries an engine.
+func (s *slots) setLimit(n int, trial bool) {
 	s.mu.Lock()
-	s.limit = n
+	s.limit, s.trial = n, trial
 	s.fill()
 	s.mu.Unlock()
 	s.more()
@@ -141,7 +142,7 @@ func (s *slots) start(l *line) *line {
 		s.running = make(map[*line]struct{})
 	}
 	s.running[l] = struct{}{}
-	l.alone = s.single
+	l.alone, l.trial = s.single, s.trial
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
 	if l.suspect() {
 		s.suspects++

@@ -47,7 +47,8 @@ type Worker struct {
 	Registry prometheus.Registerer // nil: none
 	Program  string                // version of the program, for the heartbeat
 
-	grace time.Duration // see brokenGrace
+	grace   time.Duration // see brokenGrace
+	refusal time.Duration // for how long a line is given back at first that the engine refused; 0: 1 s
 }
 
 // Run works until take ends and what had been started is finished, or until stop ends. When take ends, no more is
@@ -84,6 +85,7 @@ func (w *Worker) complete() error {
 	orDefault(&w.ProbeEvery, 2*time.Second)
 	orDefault(&w.RetryEvery, 30*time.Second)
 	orDefault(&w.grace, brokenGrace)
+	orDefault(&w.refusal, time.Second)
 	if w.Log == nil {
 		w.Log = slog.New(slog.DiscardHandler)
 	}

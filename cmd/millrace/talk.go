@@ -25,6 +25,7 @@ type talk struct {
 	start time.Time
 	from  int64 // lines that had ended when we began to look
 	seen  bool
+	fed   bool // it had an owner while we looked
 }
 
 const sayEvery = 10 * time.Second
@@ -46,7 +47,7 @@ func (t *talk) see(v broker.JobView) {
 	if !t.seen {
 		t.seen, t.from = true, v.Ended()
 	}
-	if n := v.Note(); n != t.note {
+	if n, begun := v.Note(), t.justBegun(&v); n != t.note && !begun {
 		t.note = n
 		if n != "" {
 			t.line(n)
@@ -60,6 +61,13 @@ func (t *talk) see(v broker.JobView) {
 		t.said = time.Now()
 		fmt.Fprintf(t.a.std.err, "%s: %d of %d lines, %d failed%s\n", t.job.ID, v.Ended(), t.job.Lines, v.Progress.Failed, t.rate())
 	}
+}
+
+// justBegun says whether nobody feeds the job because its owner, this process most often, is about to.
+func (t *talk) justBegun(v *broker.JobView) bool {
+	orphaned := v.State() == broker.StateOrphaned
+	t.fed = t.fed || !orphaned
+	return orphaned && !t.fed && time.Since(t.start) < broker.DefaultLeaseTTL
 }
 
 func (t *talk) line(s string) {
