@@ -274,7 +274,7 @@ func TestRemoved(t *testing.T) {
 	if _, _, err := Create(t.Context(), w.conn, o.Job, false); err != nil {
 		t.Fatal(err)
 	}
-	s = w.run(o)
+	w.run(o)
 	until(t, "created anew, it runs", func() bool { return w.queued(&o.Job) == 100 })
 }
 

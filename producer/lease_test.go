@@ -102,18 +102,7 @@ func TestLeaseTaken(t *testing.T) {
 	depth := func() float64 { return testutil.ToFloat64(o.metrics.depth.WithLabelValues("m")) }
 	s := w.run(o)
 	until(t, "all are enqueued, and it has seen that", func() bool { return depth() == 10 })
-	kv, err := w.conn.JS.KeyValue(t.Context(), proto.JobsBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	thief := proto.Feed{Owner: proto.Owner{ID: "thief"}}
-	b, err := thief.Encode()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := kv.Put(t.Context(), proto.FeedKey(o.Job.ID), b); err != nil {
-		t.Fatal(err)
-	}
+	w.put(proto.FeedKey(o.Job.ID), &proto.Feed{Owner: proto.Owner{ID: "thief"}})
 	if err := s.end(); !errors.Is(err, broker.ErrLeaseLost) {
 		t.Errorf("error %v", err)
 	}
