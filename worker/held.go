@@ -28,12 +28,10 @@ type held struct {
 	ackWait func() time.Duration // the shortest of all consumers
 	over    func(*line) bool     // the line is held for longer than it may be
 	again   chan struct{}        // ackWait may be another one
-	doubt   func()               // the queues should be looked at
 
 	mu    sync.Mutex
 	lines map[key]*line
 	bytes int
-	epoch uint64 // reconnects of the connection when the queues were last found to be the same
 }
 
 // maxHeldBytes is how much may be held before no more is pulled: a thousand lines with images in them are large.
@@ -59,8 +57,8 @@ func (h *held) add(l *line) bool {
 	return true
 }
 
-// say speaks the last word on a line. What cannot be sent now is sent when the connection is back and the queues were
-// found to be the same: words on a queue that was made anew could hit another message of the same number.
+// say speaks the last word on a line. What cannot be sent now is sent when the connection is back and the line's queue
+// was found to be the same: words on a queue that was made anew could hit another message of the same number.
 func (h *held) say(l *line, verb []byte) {
 	h.mu.Lock()
 	l.verb = verb
@@ -73,7 +71,7 @@ func (h *held) utter(l *line) {
 	if l.stale {
 		return // add has forgotten it
 	}
-	if !l.queue.void.Load() && (!h.verified() || h.nc.Publish(l.reply, l.verb) != nil) {
+	if !l.queue.void.Load() && (!h.verified(l.queue) || h.nc.Publish(l.reply, l.verb) != nil) {
 		return
 	}
 	h.forget(l)
@@ -88,25 +86,19 @@ func (h *held) forget(l *line) {
 	h.journal.done(l.reply)
 }
 
-// verified says whether the queues were looked at since the connection was last made. Called with mu held.
-func (h *held) verified() bool { return h.nc.Stats().Reconnects == h.epoch }
+// verified says whether a queue was looked at since the connection was last made.
+func (h *held) verified(q *queue) bool { return h.nc.Stats().Reconnects == q.looked.Load() }
 
-// sure says whether what comes now is of the queues that we know.
-func (h *held) sure() bool {
+// holds says whether there are lines of a queue.
+func (h *held) holds(q *queue) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.verified()
-}
-
-// verify takes note that the queues were looked at after so many reconnects.
-func (h *held) verify(epoch uint64) {
-	h.mu.Lock()
-	changed := h.epoch != epoch
-	h.epoch = epoch
-	h.mu.Unlock()
-	if changed {
-		h.beat(0)
+	for k := range h.lines {
+		if k.queue == q {
+			return true
+		}
 	}
+	return false
 }
 
 // full says whether so much is held that no more should be pulled.
@@ -143,9 +135,6 @@ func (h *held) keep(ctx context.Context) {
 			timer.Stop()
 		case <-timer.C:
 			h.beat(every / 2)
-			if !h.sure() {
-				h.doubt()
-			}
 		}
 	}
 }

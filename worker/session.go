@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -51,6 +50,7 @@ type session struct {
 
 	mu       sync.Mutex
 	unserved map[string]bool // models that the engine said it does not know, until it lists them
+	lacks    string          // why it serves none of its models; empty: it does
 }
 
 // Causes with which a line's context ends.
@@ -80,17 +80,18 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	s.feeder = newFeeder()
 	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
 	s.slots.back = func(l *line) { s.giveBack(l, jitter(2*time.Second), "doubted") }
-	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log, func() {
-		s.held.hurry()
-		s.feeder.nudge()
-	})
+	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log)
 	s.queues.epoch = func() uint64 { return s.nc.Stats().Reconnects }
-	s.queues.seen = func(epoch uint64) {
-		s.held.verify(epoch)
+	s.held = &held{nc: s.nc, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1),
+		ackWait: func() time.Duration { return signs(s.queues.all()) }}
+	s.queues.holds = s.held.holds
+	s.queues.seen = func() { s.held.beat(0) }
+	s.queues.changed = func() {
+		s.held.hurry()
+		s.equip()
+		s.gate.show()
 		s.feeder.nudge()
 	}
-	s.held = &held{nc: s.nc, epoch: s.nc.Stats().Reconnects, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1), doubt: s.queues.check,
-		ackWait: func() time.Duration { return signs(s.queues.all()) }}
 	s.outbox = &outbox{held: s.held, log: w.Log, stop: s.stopped, refuse: s.refused, missing: func() { s.queues.lost(true) },
 		full: func(l *line) { s.giveBack(l, jitter(5*time.Second), "queue-full") }}
 	if err := openOutbox(w.Conn.JS, s.outbox); err != nil {
@@ -115,7 +116,7 @@ func (s *session) openWatchers() {
 	f.nc, f.queues, f.receive, f.room = s.nc, s.queues, s.receive, s.slots.room
 	f.prefix = apiPrefix(s.Conn.JS.Options())
 	f.crowded = func() bool { return s.outbox.crowded() || s.held.full() }
-	f.open = func() bool { return s.gate.quota() != 0 && s.held.sure() }
+	f.open = func() bool { return s.gate.quota() != 0 }
 }
 
 func all(*line) bool { return true }
@@ -358,13 +359,24 @@ func (s *session) found(st Status) {
 		delete(s.unserved, m)
 		serves = append(serves, m)
 	}
-	s.mu.Unlock()
-	why := ""
+	s.lacks = ""
 	if len(serves) == 0 {
-		why = fmt.Sprintf("engine does not know %s; it serves %s", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
+		s.lacks = fmt.Sprintf("engine does not know %s; it serves %s", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
+	}
+	s.mu.Unlock()
+	s.queues.want(serves)
+	s.equip()
+}
+
+// equip tells the gate whether there is a model to pull for, and a queue to pull from.
+func (s *session) equip() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	why := s.lacks
+	if why == "" && len(s.queues.all()) == 0 {
+		why = s.queues.trouble()
 	}
 	s.gate.without(why)
-	s.queues.want(serves)
 }
 
 // others asks whether another ready worker serves a model.
@@ -376,14 +388,11 @@ func (s *session) others(model string, then func(bool)) {
 func (s *session) record() *proto.Worker {
 	state, reason, st, loaded := s.gate.view()
 	host, _, _ := strings.Cut(s.Self.Host, "/")
-	var models []string
-	for _, q := range s.queues.all() {
-		if !slices.Contains(models, q.model) {
-			models = append(models, q.model)
-		}
+	if reason == "" {
+		reason = s.queues.trouble()
 	}
 	return &proto.Worker{
-		ID: s.id, Host: host, PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: models,
+		ID: s.id, Host: host, PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
 		KVTokens: st.Gauges.KVTokens, MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
