@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-
-	"millrace/proto"
 )
 
 // The words of JetStream's acknowledgements.
@@ -133,13 +131,14 @@ func (h *held) keep(ctx context.Context) {
 			return
 		case <-h.again:
 			timer.Stop()
+			h.beat(0)
 		case <-timer.C:
 			h.beat(every / 2)
 		}
 	}
 }
 
-// hurry follows a new AckWait.
+// hurry follows a new AckWait: what was early enough may be late by it.
 func (h *held) hurry() {
 	select {
 	case h.again <- struct{}{}:
@@ -161,15 +160,4 @@ func (h *held) beat(age time.Duration) {
 		}
 	}
 	h.journal.alive(h.ackWait())
-}
-
-// signs is the shortest AckWait that the worker plans with.
-func signs(queues []*queue) time.Duration {
-	d := proto.DefaultAckWait
-	for _, q := range queues {
-		if q.ackWait > 0 {
-			d = min(d, q.ackWait)
-		}
-	}
-	return d
 }

@@ -21,8 +21,8 @@ import (
 type queue struct {
 	model   string
 	lane    proto.Lane
-	born    time.Time // when its stream was made
-	ackWait time.Duration
+	born    time.Time     // when its stream was made
+	ackWait time.Duration // of queues.run alone
 	// void is set when the stream is another one than it was: replies to its messages mean nothing any more.
 	void atomic.Bool
 	// looked is how often the connection had been made anew when the queue was last found to be the same.
@@ -33,21 +33,24 @@ type queue struct {
 }
 
 // queues declares the queues of the models that are served, and again when they are gone: a broker may come back
-// with an empty disk. A model whose queue cannot be declared keeps no other from its own.
+// with an empty disk. A model whose queue cannot be declared keeps no other from its own. Every now and then it looks
+// at them again, because anyone may declare another AckWait.
 type queues struct {
 	js      jetstream.JetStream
-	ackWait time.Duration
+	ackWait time.Duration // set on consumers; 0: what they have
+	every   time.Duration // between looks
 	log     *slog.Logger
-	changed func() // the list, or what fails, is another one
+	changed func() // the list, the shortest AckWait, or what fails, is another one
 
 	epoch func() uint64     // how often the connection was made anew
-	seen  func()            // queues were found to be the same after that
+	seen  func()            // queues were looked at after that
 	holds func(*queue) bool // messages of it are held
 
 	kick  chan struct{}
 	known []*queue // those of the list, and those of which messages are held; of run alone
 	list  atomic.Pointer[[]*queue]
 	wrong atomic.Pointer[map[string]error] // by model; "": what all jobs share
+	short atomic.Int64                     // see shortest
 
 	mu     sync.Mutex
 	models []string
@@ -55,8 +58,12 @@ type queues struct {
 	after  time.Time // nothing is declared before
 }
 
+// lookEvery is the time between looks at queues when nothing happens.
+const lookEvery = 10 * time.Second
+
 func newQueues(js jetstream.JetStream, ackWait time.Duration, log *slog.Logger) *queues {
-	q := &queues{js: js, ackWait: ackWait, log: log, kick: make(chan struct{}, 1)}
+	q := &queues{js: js, ackWait: ackWait, every: lookEvery, log: log, kick: make(chan struct{}, 1)}
+	q.short.Store(int64(proto.DefaultAckWait))
 	q.list.Store(new([]*queue))
 	q.wrong.Store(new(map[string]error))
 	return q
@@ -70,6 +77,9 @@ func (q *queues) sure() []*queue {
 	epoch := q.epoch()
 	return slices.DeleteFunc(slices.Clone(q.all()), func(have *queue) bool { return have.looked.Load() != epoch })
 }
+
+// shortest is the AckWait that the worker plans with.
+func (q *queues) shortest() time.Duration { return time.Duration(q.short.Load()) }
 
 // serves lists the models whose queues can be used.
 func (q *queues) serves() []string {
@@ -130,25 +140,26 @@ const deletedGrace = 500 * time.Millisecond
 // run declares until ctx ends.
 func (q *queues) run(ctx context.Context) {
 	const soon = 100 * time.Millisecond
-	pause := soon
-	var again <-chan time.Time
+	pause, again := soon, q.every
 	for {
+		timer := time.NewTimer(again)
 		select {
 		case <-ctx.Done():
+			timer.Stop()
 			return
 		case <-q.kick:
-		case <-again:
+		case <-timer.C:
 		}
+		timer.Stop()
 		q.mu.Lock()
 		after := time.Until(q.after)
 		q.mu.Unlock()
 		wait(ctx, after)
-		again = nil
 		if q.look(ctx) {
-			pause = soon
+			pause, again = soon, q.every
 			continue
 		}
-		again = time.After(pause)
+		again = pause
 		pause = min(2*pause, 5*time.Second)
 	}
 }
@@ -168,12 +179,12 @@ func (q *queues) look(ctx context.Context) bool {
 			q.mu.Unlock()
 		}
 	}
+	q.known = slices.DeleteFunc(q.known, func(k *queue) bool { return !slices.Contains(q.all(), k) && !q.holds(k) })
 	for _, m := range models {
 		if err := q.lookAt(ctx, m); err != nil {
 			wrong[m] = err
 		}
 	}
-	q.known = slices.DeleteFunc(q.known, func(k *queue) bool { return !slices.Contains(models, k.model) && !q.holds(k) })
 	for _, k := range slices.Clone(q.known) {
 		if !slices.Contains(models, k.model) {
 			q.lookBack(ctx, k.model)
@@ -188,9 +199,19 @@ func (q *queues) look(ctx context.Context) bool {
 
 func (q *queues) declarer() broker.Declarer { return broker.Declarer{JS: q.js, AckWait: q.ackWait} }
 
-// lookAt declares the queues of a model that is served.
+// lookAt looks at the queues of a model that is served, and declares them where they are not known, or not there.
 func (q *queues) lookAt(ctx context.Context, model string) error {
 	epoch := q.epoch()
+	known := slices.ContainsFunc(q.known, func(k *queue) bool { return k.model == model && k.looked.Load() == epoch })
+	if known {
+		found, err := q.lanes(ctx, model)
+		if err == nil {
+			q.take(model, found, epoch)
+		}
+		if err == nil || !gone(err) {
+			return err
+		}
+	}
 	if err := q.declarer().Model(ctx, model); err != nil {
 		return err
 	}
@@ -234,25 +255,22 @@ func (q *queues) lanes(ctx context.Context, model string) ([]*queue, error) {
 
 // take makes what was found the queues of a model. Those that are the same as before stay, others become void.
 func (q *queues) take(model string, found []*queue, epoch uint64) {
+	var known []*queue
 	back := false
-	known := slices.Clone(q.known)
-	for i, was := range known {
+	for _, was := range q.known {
 		if was.model != model {
+			known = append(known, was)
 			continue
 		}
-		same := slices.IndexFunc(found, func(is *queue) bool {
-			return is.lane == was.lane && is.born.Equal(was.born) && is.ackWait == was.ackWait
-		})
-		known[i] = nil
-		if same >= 0 {
-			found[same] = was
-			back = back || was.looked.Load() != epoch
-		} else if !slices.ContainsFunc(found, func(is *queue) bool { return is.lane == was.lane && is.born.Equal(was.born) }) {
+		i := slices.IndexFunc(found, func(is *queue) bool { return is.lane == was.lane && is.born.Equal(was.born) })
+		if i < 0 {
 			was.void.Store(true)
-			back = true
+		} else {
+			was.ackWait = found[i].ackWait
+			found[i] = was
 		}
+		back = back || was.looked.Load() != epoch
 	}
-	known = slices.DeleteFunc(known, func(k *queue) bool { return k == nil })
 	for _, is := range found {
 		is.looked.Store(epoch)
 	}
@@ -264,22 +282,32 @@ func (q *queues) take(model string, found []*queue, epoch uint64) {
 
 // show makes the queues of these models, and what is wrong with some, visible to others.
 func (q *queues) show(models []string, wrong map[string]error) {
-	list := slices.DeleteFunc(slices.Clone(q.known), func(k *queue) bool { return !slices.Contains(models, k.model) })
-	same := slices.Equal(q.all(), list)
-	q.list.Store(&list)
+	var list []*queue
+	short := proto.DefaultAckWait
+	for _, k := range q.known {
+		if k.ackWait > 0 {
+			short = min(short, k.ackWait)
+		}
+		if slices.Contains(models, k.model) {
+			list = append(list, k)
+		}
+	}
 	said := q.trouble()
+	changed := !slices.Equal(q.all(), list) || q.shortest() != short
+	q.list.Store(&list)
+	q.short.Store(int64(short))
 	q.wrong.Store(&wrong)
 	trouble := q.trouble()
 	if trouble != said && trouble != "" {
 		q.log.Warn("cannot declare all queues, trying on", "error", errors.Join(slices.Collect(maps.Values(wrong))...))
 	}
-	if !same || trouble != said {
+	if changed || trouble != said {
 		q.changed()
 	}
 }
 
-// gone says whether an error means that a stream is not there.
+// gone says whether an error means that a stream is not there, or its consumer.
 func gone(err error) bool {
 	return errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, jetstream.ErrStreamNotFound) ||
-		errors.Is(err, jetstream.ErrBucketNotFound)
+		errors.Is(err, jetstream.ErrBucketNotFound) || errors.Is(err, jetstream.ErrConsumerNotFound)
 }

@@ -1,10 +1,15 @@
 package worker
 
 import (
+	"context"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
 
 	"millrace/proto"
 )
@@ -26,6 +31,17 @@ func (r *rig) says(state, text string, models ...string) {
 			return w.State == state && strings.Contains(w.Reason, text) && slices.Equal(w.Models, models)
 		})
 	})
+}
+
+// after answers well once a channel is closed.
+func after(release chan struct{}) func(http.ResponseWriter, *http.Request, string) {
+	return func(w http.ResponseWriter, r *http.Request, _ string) {
+		select {
+		case <-release:
+			say(w, 200, okBody)
+		case <-r.Context().Done():
+		}
+	}
 }
 
 // TestOneQueueFails: a model whose queue cannot be declared does not stop the others, and its worker says so.
@@ -62,10 +78,7 @@ func TestOneQueueFailsLater(t *testing.T) {
 	release := make(chan struct{})
 	f.set(func() {
 		f.models = `"b","m"`
-		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
-			<-release
-			say(w, 200, okBody)
-		}
+		f.work = after(release)
 	})
 	r.start(f.engine(), func(w *Worker) { w.Concurrency = 2 })
 	r.says(proto.EngineReady, "", "b", "m")
@@ -88,10 +101,7 @@ func TestModelLeaves(t *testing.T) {
 	release := make(chan struct{})
 	f.set(func() {
 		f.models = `"b","m"`
-		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
-			<-release
-			say(w, 200, okBody)
-		}
+		f.work = after(release)
 	})
 	r.start(f.engine())
 	r.says(proto.EngineReady, "", "b", "m")
@@ -103,4 +113,62 @@ func TestModelLeaves(t *testing.T) {
 	close(release)
 	exactly(t, r.wait(2), 2)
 	r.settled(0)
+}
+
+// TestAckWaitChanges: somebody declares another AckWait. The worker's signs of life follow it, and the queues are
+// the same ones: what is held is still known.
+func TestAckWaitChanges(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	release := make(chan struct{})
+	f.set(func() { f.work = after(release) })
+	r.send(requests(2)...)
+	r.start(f.engine())
+	f.enter(2)
+	signs := make(chan struct{}, 1<<10)
+	sub, err := r.conn.NC.Subscribe("$JS.ACK.>", func(m *nats.Msg) {
+		if string(m.Data) == string(verbProgress) {
+			signs <- struct{}{}
+		}
+	})
+	must(t, err)
+	r.declare(400 * time.Millisecond)
+	for range 20 { // in the old time they would come every 20 s
+		select {
+		case <-signs:
+		case <-time.After(patient):
+			t.Fatal("no signs of life")
+		}
+	}
+	must(t, sub.Unsubscribe())
+	close(release)
+	exactly(t, r.wait(2), 2)
+	r.settled(0)
+	if n := len(f.came); n != 0 {
+		t.Errorf("%d lines ran again", n)
+	}
+}
+
+// TestQueuesLookAgain: an AckWait that was changed is found without a hint.
+func TestQueuesLookAgain(t *testing.T) {
+	r := newRig(t)
+	q := newQueues(r.conn.JS, 0, r.log())
+	q.every = 10 * time.Millisecond
+	q.epoch = func() uint64 { return 0 }
+	q.holds = func(*queue) bool { return false }
+	q.changed, q.seen = func() {}, func() {}
+	ctx, cancel := context.WithCancel(t.Context())
+	var looking sync.WaitGroup
+	looking.Go(func() { q.run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		looking.Wait()
+	})
+	q.want([]string{"m"})
+	r.until("queues are there", func() bool { return len(q.all()) == len(proto.Lanes()) })
+	before := q.all()
+	r.declare(time.Second)
+	r.until("the new AckWait is known", func() bool { return q.shortest() == time.Second })
+	if !slices.Equal(before, q.all()) {
+		t.Error("the queues are other ones")
+	}
 }

@@ -83,9 +83,12 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log)
 	s.queues.epoch = func() uint64 { return s.nc.Stats().Reconnects }
 	s.held = &held{nc: s.nc, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1),
-		ackWait: func() time.Duration { return signs(s.queues.all()) }}
+		ackWait: s.queues.shortest}
 	s.queues.holds = s.held.holds
-	s.queues.seen = func() { s.held.beat(0) }
+	s.queues.seen = func() {
+		s.held.beat(0)
+		s.feeder.nudge()
+	}
 	s.queues.changed = func() {
 		s.held.hurry()
 		s.equip()
@@ -263,7 +266,8 @@ func (s *session) receive(m *nats.Msg, q *queue) {
 		s.metrics.redelivered.Inc()
 	}
 	if !s.held.add(l) {
-		return // we have it already
+		s.queues.check() // we have it already: our signs of life are late, perhaps by a new AckWait
+		return
 	}
 	broker.CrashPoint("worker.after-fetch")
 	switch {
