@@ -87,16 +87,17 @@ func (h *held) forget(l *line) {
 // verified says whether a queue was looked at since the connection was last made.
 func (h *held) verified(q *queue) bool { return h.nc.Stats().Reconnects == q.looked.Load() }
 
-// holds says whether there are lines of a queue.
-func (h *held) holds(q *queue) bool {
+// marks returns those of the lines of a queue.
+func (h *held) marks(q *queue) []mark {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for k := range h.lines {
+	var out []mark
+	for k, l := range h.lines {
 		if k.queue == q {
-			return true
+			out = append(out, mark{k.seq, l.stored})
 		}
 	}
-	return false
+	return out
 }
 
 // full says whether so much is held that no more should be pulled.

@@ -20,7 +20,8 @@ type line struct {
 	queue   *queue
 	size    int
 	pulled  time.Time
-	alone   bool // it runs while nothing else does
+	stored  time.Time // by the broker; see mark
+	alone   bool      // it runs while nothing else does
 
 	ctx     context.Context // ends when the line is to be let go of; set while it runs
 	cancel  context.CancelCauseFunc
@@ -47,7 +48,7 @@ func newLine(m *nats.Msg, q *queue, now time.Time) (*line, uint64, error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, reply: m.Reply}
+	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, stored: meta.Timestamp, reply: m.Reply}
 	l.req, err = proto.DecodeRequest(m.Data)
 	return l, meta.NumDelivered, err
 }

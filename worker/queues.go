@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,7 +24,8 @@ type queue struct {
 	lane    proto.Lane
 	born    time.Time     // when its stream was made
 	ackWait time.Duration // of queues.run alone
-	// void is set when the stream is another one than it was: replies to its messages mean nothing any more.
+	// void is set when the stream is another one than it was, or an older copy of it: replies to its messages mean
+	// nothing any more.
 	void atomic.Bool
 	// looked is how often the connection had been made anew when the queue was last found to be the same.
 	looked atomic.Uint64
@@ -42,9 +44,9 @@ type queues struct {
 	log     *slog.Logger
 	changed func() // the list, the shortest AckWait, or what fails, is another one
 
-	epoch func() uint64     // how often the connection was made anew
-	seen  func()            // queues were looked at after that
-	holds func(*queue) bool // messages of it are held
+	epoch func() uint64       // how often the connection was made anew
+	seen  func()              // queues were looked at after that
+	marks func(*queue) []mark // of the messages of it that are held
 
 	kick  chan struct{}
 	known []*queue // those of the list, and those of which messages are held; of run alone
@@ -179,7 +181,7 @@ func (q *queues) look(ctx context.Context) bool {
 			q.mu.Unlock()
 		}
 	}
-	q.known = slices.DeleteFunc(q.known, func(k *queue) bool { return !slices.Contains(q.all(), k) && !q.holds(k) })
+	q.known = slices.DeleteFunc(q.known, func(k *queue) bool { return !slices.Contains(q.all(), k) && len(q.marks(k)) == 0 })
 	for _, m := range models {
 		if err := q.lookAt(ctx, m); err != nil {
 			wrong[m] = err
@@ -241,6 +243,9 @@ func (q *queues) lanes(ctx context.Context, model string) ([]*queue, error) {
 	if err != nil {
 		return nil, fmt.Errorf("look up stream %s: %w", name, err)
 	}
+	if err := q.compare(ctx, stream, model); err != nil {
+		return nil, err
+	}
 	born := stream.CachedInfo().Created
 	var out []*queue
 	for _, lane := range proto.Lanes() {
@@ -253,6 +258,54 @@ func (q *queues) lanes(ctx context.Context, model string) ([]*queue, error) {
 	return out, nil
 }
 
+// mark is what tells the messages of a stream apart.
+type mark struct {
+	seq    uint64
+	stored time.Time // by the broker
+}
+
+// compare makes the queues of a model void if its stream, which is looked at for the first time since the connection
+// was made anew, is an older copy: it was made at the same time, and gives the numbers of what we hold to others.
+func (q *queues) compare(ctx context.Context, stream jetstream.Stream, model string) error {
+	var of []*queue
+	var held []mark
+	for _, k := range q.known {
+		if k.model == model && k.born.Equal(stream.CachedInfo().Created) && k.looked.Load() != q.epoch() {
+			of = append(of, k)
+			held = append(held, q.marks(k)...)
+		}
+	}
+	is, err := older(ctx, stream, held)
+	if err != nil || !is {
+		return err
+	}
+	q.log.Warn("broker came back with an older disk, what was held of it counts no more", "model", model, "requests", len(held))
+	for _, k := range of {
+		k.void.Store(true)
+	}
+	return nil
+}
+
+// older says whether a stream lacks messages that are held of it, or has others in their place. The last one of
+// which the stream has a message tells: what came before it is as old. Of the others, which somebody has removed, no
+// word does anything.
+func older(ctx context.Context, stream jetstream.Stream, held []mark) (bool, error) {
+	slices.SortFunc(held, func(a, b mark) int { return cmp.Compare(b.seq, a.seq) })
+	for _, m := range held {
+		if m.seq > stream.CachedInfo().State.LastSeq {
+			return true, nil
+		}
+		have, err := stream.GetMsg(ctx, m.seq)
+		switch {
+		case err == nil:
+			return !have.Time.Equal(m.stored), nil
+		case !errors.Is(err, jetstream.ErrMsgNotFound):
+			return false, fmt.Errorf("look up message %d of %s: %w", m.seq, stream.CachedInfo().Config.Name, err)
+		}
+	}
+	return false, nil
+}
+
 // take makes what was found the queues of a model. Those that are the same as before stay, others become void.
 func (q *queues) take(model string, found []*queue, epoch uint64) {
 	var known []*queue
@@ -262,7 +315,9 @@ func (q *queues) take(model string, found []*queue, epoch uint64) {
 			known = append(known, was)
 			continue
 		}
-		i := slices.IndexFunc(found, func(is *queue) bool { return is.lane == was.lane && is.born.Equal(was.born) })
+		i := slices.IndexFunc(found, func(is *queue) bool {
+			return is.lane == was.lane && is.born.Equal(was.born) && !was.void.Load()
+		})
 		if i < 0 {
 			was.void.Store(true)
 		} else {

@@ -154,7 +154,7 @@ func TestQueuesLookAgain(t *testing.T) {
 	q := newQueues(r.conn.JS, 0, r.log())
 	q.every = 10 * time.Millisecond
 	q.epoch = func() uint64 { return 0 }
-	q.holds = func(*queue) bool { return false }
+	q.marks = func(*queue) []mark { return nil }
 	q.changed, q.seen = func() {}, func() {}
 	ctx, cancel := context.WithCancel(t.Context())
 	var looking sync.WaitGroup
@@ -170,5 +170,38 @@ func TestQueuesLookAgain(t *testing.T) {
 	r.until("the new AckWait is known", func() bool { return q.shortest() == time.Second })
 	if !slices.Equal(before, q.all()) {
 		t.Error("the queues are other ones")
+	}
+}
+
+// TestOlder tells a stream from an older copy of it.
+func TestOlder(t *testing.T) {
+	r := newRig(t)
+	r.send(requests(3)...)
+	name := proto.RequestStream("m")
+	stream, err := r.conn.JS.Stream(t.Context(), name)
+	must(t, err)
+	var marks []mark
+	for seq := range uint64(3) {
+		m, err := stream.GetMsg(t.Context(), seq+1)
+		must(t, err)
+		marks = append(marks, mark{m.Sequence, m.Time})
+	}
+	other := func(m mark) mark { return mark{m.seq, m.stored.Add(1)} }
+	must(t, stream.DeleteMsg(t.Context(), 3))
+	for name, c := range map[string]struct {
+		held []mark
+		want bool
+	}{
+		"nothing held":      {nil, false},
+		"the same":          {marks[:2], false},
+		"one is gone":       {marks, false},
+		"only one, gone":    {marks[2:], false},
+		"past the end":      {append(slices.Clone(marks), mark{4, time.Now()}), true},
+		"another":           {[]mark{marks[0], other(marks[1])}, true},
+		"gone, and another": {[]mark{other(marks[1]), marks[2]}, true},
+	} {
+		if got, err := older(t.Context(), stream, c.held); got != c.want || err != nil {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
 	}
 }

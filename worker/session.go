@@ -84,7 +84,7 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	s.queues.epoch = func() uint64 { return s.nc.Stats().Reconnects }
 	s.held = &held{nc: s.nc, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1),
 		ackWait: s.queues.shortest}
-	s.queues.holds = s.held.holds
+	s.queues.marks = s.held.marks
 	s.queues.seen = func() {
 		s.held.beat(0)
 		s.feeder.nudge()
