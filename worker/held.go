@@ -43,7 +43,7 @@ func (h *held) add(l *line) bool {
 	if have, ok := h.lines[l.key]; ok && have.equals(l) {
 		h.journal.done(have.reply)
 		have.reply = l.reply
-		h.journal.received(l.reply)
+		h.journal.received(l.reply, l.queue.born)
 		return false
 	} else if ok {
 		have.stale = true
@@ -51,7 +51,7 @@ func (h *held) add(l *line) bool {
 	}
 	h.lines[l.key] = l
 	h.bytes += l.size
-	h.journal.received(l.reply)
+	h.journal.received(l.reply, l.queue.born)
 	return true
 }
 
@@ -152,13 +152,19 @@ func (h *held) beat(age time.Duration) {
 	now := time.Now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	alive := h.nc.IsConnected()
 	for _, l := range h.lines {
 		switch {
 		case l.verb != nil:
 			h.utter(l)
-		case now.Sub(l.pulled) >= age && !l.queue.void.Load() && !h.over(l):
-			_ = h.nc.Publish(l.reply, verbProgress) // the next one is not far
+		case l.queue.void.Load():
+		case h.over(l):
+			h.journal.done(l.reply) // it is somebody else's soon
+		case now.Sub(l.pulled) >= age:
+			alive = h.nc.Publish(l.reply, verbProgress) == nil && alive // or the next one, which is not far
 		}
 	}
-	h.journal.alive(h.ackWait())
+	if alive {
+		h.journal.alive(now, h.ackWait())
+	}
 }

@@ -47,6 +47,8 @@ type queues struct {
 	epoch func() uint64       // how often the connection was made anew
 	seen  func()              // queues were looked at after that
 	marks func(*queue) []mark // of the messages of it that are held
+	// found is called with when the stream of a model was made, before anything is pulled from it.
+	found func(model string, born time.Time)
 
 	kick  chan struct{}
 	known []*queue // those of the list, and those of which messages are held; of run alone
@@ -310,6 +312,9 @@ func older(ctx context.Context, stream jetstream.Stream, held []mark) (bool, err
 func (q *queues) take(model string, found []*queue, epoch uint64) {
 	var known []*queue
 	back := false
+	if len(found) > 0 {
+		q.found(model, found[0].born)
+	}
 	for _, was := range q.known {
 		if was.model != model {
 			known = append(known, was)

@@ -154,7 +154,7 @@ func TestQueuesLookAgain(t *testing.T) {
 	q := newQueues(r.conn.JS, 0, r.log())
 	q.every = 10 * time.Millisecond
 	q.epoch = func() uint64 { return 0 }
-	q.marks = func(*queue) []mark { return nil }
+	q.marks, q.found = func(*queue) []mark { return nil }, func(string, time.Time) {}
 	q.changed, q.seen = func() {}, func() {}
 	ctx, cancel := context.WithCancel(t.Context())
 	var looking sync.WaitGroup

@@ -39,7 +39,6 @@ type session struct {
 	beat    *beat
 	journal *journal
 	metrics *metrics
-	dead    []string // replies of what a dead process held
 
 	waits  sync.WaitGroup // lines that are away from their slot
 	ok     atomic.Int64
@@ -71,7 +70,7 @@ func open(w *Worker, stop context.Context) (*session, error) {
 		return nil, fmt.Errorf("register metrics: %w", err)
 	}
 	if w.Dir != "" {
-		if s.journal, s.dead, err = openJournal(w.Dir, w.Log); err != nil {
+		if s.journal, err = openJournal(w.Dir, w.Log); err != nil {
 			return nil, err
 		}
 	}
@@ -84,7 +83,7 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	s.queues.epoch = func() uint64 { return s.nc.Stats().Reconnects }
 	s.held = &held{nc: s.nc, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1),
 		ackWait: s.queues.shortest}
-	s.queues.marks = s.held.marks
+	s.queues.marks, s.queues.found = s.held.marks, s.giveBackDead
 	s.queues.seen = func() {
 		s.held.beat(0)
 		s.feeder.nudge()
@@ -139,7 +138,6 @@ func (s *session) work(take context.Context) error {
 	defer s.leave()
 	defer context.AfterFunc(s.stopped, s.leave)()
 	defer s.breakOff(nil)
-	s.giveBackDead()
 
 	life, end := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
@@ -201,17 +199,15 @@ func (s *session) flush() {
 	}
 }
 
-// giveBackDead gives back what a dead process of this worker's folder held.
-func (s *session) giveBackDead() {
-	for _, reply := range s.dead {
-		if s.nc.Publish(reply, verbNak) == nil { // or it comes back after AckWait
-			s.journal.done(reply)
-		}
+// giveBackDead gives back what a dead process of this worker's folder held of a model.
+func (s *session) giveBackDead(model string, born time.Time) {
+	dead := s.journal.reclaim(model, born)
+	for _, reply := range dead {
+		_ = s.nc.Publish(reply, verbNak) // or it comes back after AckWait
 	}
-	if n := len(s.dead); n > 0 {
-		s.Log.Info("gave back requests that a dead worker held", "requests", n)
+	if n := len(dead); n > 0 {
+		s.Log.Info("gave back requests that a dead worker held", "model", model, "requests", n)
 	}
-	s.dead = nil
 }
 
 func (s *session) writeJournal(ctx context.Context) {
