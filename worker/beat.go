@@ -2,8 +2,10 @@ package worker
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -89,27 +91,40 @@ func (b *beat) remove() {
 	}
 }
 
-// others says whether another worker that is ready serves a model. Where nobody can tell, nobody does.
+// others says whether another worker that is ready serves a model, or may do so: where nobody can tell, somebody does.
+// Each key is read by itself, because a listing passes over a key that is being written at that moment.
 func (b *beat) others(ctx context.Context, model string) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	kv, err := b.js.KeyValue(ctx, proto.WorkersBucket)
 	if err != nil {
-		return false
+		return true
 	}
-	keys, err := kv.Keys(ctx)
+	stream, err := b.js.Stream(ctx, "KV_"+proto.WorkersBucket)
 	if err != nil {
-		return false
+		return true
 	}
-	return slices.ContainsFunc(keys, func(key string) bool {
+	prefix := "$KV." + proto.WorkersBucket + "."
+	info, err := stream.Info(ctx, jetstream.WithSubjectFilter(prefix+">"))
+	if err != nil {
+		return true
+	}
+	for subject := range info.State.Subjects {
+		key := strings.TrimPrefix(subject, prefix)
 		if key == b.id {
-			return false
+			continue
 		}
 		e, err := kv.Get(ctx, key)
+		if errors.Is(err, jetstream.ErrKeyNotFound) {
+			continue // it has left
+		}
 		if err != nil {
-			return false
+			return true
 		}
 		var w proto.Worker
-		return w.Decode(e.Value()) == nil && w.State == proto.EngineReady && slices.Contains(w.Models, model)
-	})
+		if w.Decode(e.Value()) == nil && w.State == proto.EngineReady && slices.Contains(w.Models, model) {
+			return true
+		}
+	}
+	return false
 }

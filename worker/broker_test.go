@@ -3,9 +3,11 @@ package worker
 import (
 	"context"
 	"net/http"
+	"os"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
@@ -192,4 +194,48 @@ func TestStreamGone(t *testing.T) {
 	if got := r.stored(); len(got) != 1 || got[1] == nil {
 		t.Errorf("stored %v", got)
 	}
+}
+
+// TestBrokerOlderDisk: the broker comes back with a copy of its disk that is older than what is held. Words on it
+// would hit other messages of the same numbers.
+func TestBrokerOlderDisk(t *testing.T) {
+	r, f := newRigTCP(t), newFake(t)
+	release := make(chan struct{})
+	reg := prometheus.NewRegistry()
+	r.start(f.engine(), func(w *Worker) { w.Concurrency = 5; w.Registry = reg })
+	r.send(requests(5)...)
+	r.wait(5)
+	r.settled(0)
+	f.enter(5)
+	old := t.TempDir()
+	r.server.Stop()
+	must(t, os.CopyFS(old, os.DirFS(r.server.Dir)))
+	r.restart("")
+	f.set(func() { f.work = after(release) })
+	r.send(requests(10)[5:]...)
+	f.enter(5)
+
+	r.restart(old)
+	for i := range 5 {
+		r.send(request(100 + i)) // the sequence numbers of those that are held
+	}
+	c, err := r.conn.JS.Consumer(t.Context(), proto.RequestStream("m"), string(proto.LaneNormal))
+	must(t, err)
+	batch, err := c.Fetch(5, jetstream.FetchMaxWait(patient)) // somebody else has them now
+	must(t, err)
+	var theirs []jetstream.Msg
+	for m := range batch.Messages() {
+		theirs = append(theirs, m)
+	}
+	close(release)
+	r.until("results are stored", func() bool { return len(r.stored()) == 10 })
+	r.until("nothing is held", func() bool { return value(t, reg, "millrace_worker_held") == 0 })
+	if stored, _ := r.pending(); stored != 5 || len(theirs) != 5 {
+		t.Errorf("%d of %d requests are left", stored, len(theirs))
+	}
+	for _, m := range theirs {
+		must(t, m.Nak())
+	}
+	r.until("all results are stored", func() bool { return len(r.stored()) == 15 })
+	r.settled(0)
 }

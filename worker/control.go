@@ -21,14 +21,12 @@ type control struct {
 	changed func(job, want string)
 	missing func()
 
-	again  chan struct{} // watch anew
-	users  map[string]string
-	ending map[string]bool // the owner publishes how the rest of it ends
-	jobs   atomic.Pointer[map[string]string]
+	again chan struct{} // watch anew
+	jobs  atomic.Pointer[map[string]string]
 }
 
 func newControl(js jetstream.JetStream, log *slog.Logger) *control {
-	c := &control{js: js, log: log, again: make(chan struct{}, 1), users: map[string]string{}, ending: map[string]bool{}}
+	c := &control{js: js, log: log, again: make(chan struct{}, 1)}
 	c.jobs.Store(&map[string]string{})
 	return c
 }
@@ -68,7 +66,8 @@ func (c *control) run(ctx context.Context) {
 	}
 }
 
-// watch follows the bucket until it is to be watched anew.
+// watch follows the bucket until it is to be watched anew. It begins with nothing, because the broker may have come
+// back without what it had, and nobody says so; until all that is there has come, the old holds.
 func (c *control) watch(ctx context.Context) error {
 	kv, err := c.js.KeyValue(ctx, proto.JobsBucket)
 	if err != nil {
@@ -79,6 +78,7 @@ func (c *control) watch(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = w.Stop() }() // it ends with the connection at the latest
+	heard, whole := wishes{users: map[string]string{}, ending: map[string]bool{}}, false
 	for {
 		select {
 		case <-ctx.Done():
@@ -86,18 +86,38 @@ func (c *control) watch(ctx context.Context) error {
 		case <-c.again:
 			return nil
 		case e, ok := <-w.Updates():
-			if !ok {
+			switch {
+			case !ok:
 				return errors.New("watch ended")
+			case e == nil: // all that was there has come
+				whole = true
+			default:
+				c.take(&heard, e)
 			}
-			if e != nil { // nil: all that was there has come
-				c.take(e)
+			if whole {
+				c.follow(heard.jobs())
 			}
 		}
 	}
 }
 
-// take digests a record. Only the goroutine that watches calls it.
-func (c *control) take(e jetstream.KeyValueEntry) {
+// wishes is what one watch has heard.
+type wishes struct {
+	users  map[string]string
+	ending map[string]bool // the owner publishes how the rest of it ends
+}
+
+// jobs is what is wanted of each job that is not just to be run.
+func (w *wishes) jobs() map[string]string {
+	out := maps.Clone(w.users)
+	for job := range w.ending {
+		out[job] = proto.WantCancel
+	}
+	return out
+}
+
+// take digests a record.
+func (c *control) take(heard *wishes, e jetstream.KeyValueEntry) {
 	kind, job := proto.SplitKey(e.Key())
 	control, feed := proto.Control{Want: proto.WantRun}, proto.Feed{}
 	var err error
@@ -112,23 +132,23 @@ func (c *control) take(e jetstream.KeyValueEntry) {
 		return
 	}
 	if kind == "ctl" {
-		set(c.users, job, control.Want, control.Want != proto.WantRun)
+		set(heard.users, job, control.Want, control.Want != proto.WantRun)
 	} else {
-		set(c.ending, job, true, feed.State == proto.FeedEnding)
+		set(heard.ending, job, true, feed.State == proto.FeedEnding)
 	}
-	want := c.users[job]
-	if c.ending[job] {
-		want = proto.WantCancel
-	}
+}
+
+// follow makes jobs what is wanted from now on.
+func (c *control) follow(jobs map[string]string) {
 	old := *c.jobs.Load()
-	if old[job] == want {
+	if maps.Equal(old, jobs) {
 		return
 	}
-	jobs := maps.Clone(old)
-	set(jobs, job, want, want != "")
 	c.jobs.Store(&jobs)
-	if want != "" {
-		c.changed(job, want)
+	for job, want := range jobs {
+		if old[job] != want {
+			c.changed(job, want)
+		}
 	}
 }
 

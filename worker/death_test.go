@@ -236,3 +236,19 @@ func TestSlots(t *testing.T) {
 		t.Errorf("room %d with 12 away", room)
 	}
 }
+
+// TestSlotsComeBack: lines that come back from their wait make room, and the feeder hears of it.
+func TestSlotsComeBack(t *testing.T) {
+	more := 0
+	s := &slots{more: func() { more++ }}
+	s.setLimit(8, false)
+	s.stepAway(17)
+	before := more
+	if room, _ := s.room(); room != 0 || before != 1 {
+		t.Errorf("room %d, told %d times", room, before)
+	}
+	s.stepAway(-1)
+	if room, _ := s.room(); room != 1 || more != before+1 {
+		t.Errorf("room %d, told %d times", room, more)
+	}
+}

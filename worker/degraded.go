@@ -15,16 +15,21 @@ import (
 //   - It opens again at once when the engine has answered a line before and no other ready worker serves the model:
 //     then it is rather the lines that are wrong, and nobody else would do better.
 //   - Otherwise every RetryEvery one line is let through. A success opens the gate, and so does another error.
-//   - When patience lines in a row went alike and no other ready worker serves the model, the gate opens: the lines
-//     fail, which ends them. While there is such a worker, the gate stays closed and the lines are that worker's.
-//   - An error for which the gate was opened does not close it again before a success.
+//   - When patience lines in a row went alike, and after none of them another ready worker served the model, the gate
+//     opens: the lines fail, which ends them. While there is such a worker, the gate stays closed and the lines are
+//     that worker's. Where nobody can tell, there may be one.
+//   - An error for which the gate was opened does not close it again before a success; but every RetryEvery it is
+//     asked again whether there is such a worker now, and if so it closes. Until then the worker goes on to say that
+//     it is degraded: it is nobody's better choice.
 //
 // What was already published stays: nobody asks for those lines again.
 type equalErrors struct {
 	same     string
 	model    string // of the last line
+	message  string // of the last line
 	n        int
 	pardoned string
+	review   time.Time // not before this it is asked again whether the pardon stands
 }
 
 const (
@@ -33,11 +38,11 @@ const (
 )
 
 // add counts an error and says whether the gate is to close.
-func (e *equalErrors) add(same, model string) bool {
+func (e *equalErrors) add(same, model, message string) bool {
 	if same != e.same {
 		e.same, e.n = same, 0
 	}
-	e.model = model
+	e.model, e.message = model, message
 	e.n++
 	return e.n >= equalLimit && same != e.pardoned
 }
@@ -73,28 +78,36 @@ func (g *gate) failed(started time.Time, same, model, message string) {
 	g.mu.Lock()
 	t := g.trip
 	alike := same == g.equal.same
-	tooMany := g.equal.add(same, model)
-	switch {
+	tooMany := g.equal.add(same, model, message)
+	judge := false
+	switch now := time.Now(); {
 	case t == nil && tooMany:
-		g.mu.Unlock()
-		g.close(tripDegraded, proto.EngineDegraded, fmt.Sprintf("engine failed %d lines in a row alike: %s", equalLimit, message))
-		g.judge()
-		return
+		judge = g.closeLocked(tripDegraded, proto.EngineDegraded, g.equal.reason())
+	case t == nil && same == g.equal.pardoned && now.After(g.equal.review):
+		g.equal.review = now.Add(g.retry)
+		judge = true
 	case t != nil && t.kind == tripDegraded && alike:
-		again := time.Now().After(t.until)
-		if again {
+		if now.After(t.until) {
 			t.tries++
-			t.until = time.Now().Add(g.retry)
-		}
-		g.mu.Unlock()
-		if again {
-			g.judge()
+			t.until = now.Add(g.retry)
+			judge = true
 		}
 	default:
 		g.answeredLocked(started)
-		g.mu.Unlock()
+	}
+	g.mu.Unlock()
+	if judge {
+		g.judge()
 	}
 	g.show()
+}
+
+// reason says what is wrong with a degraded engine.
+func (e *equalErrors) reason() string {
+	if e.pardoned != "" {
+		return "engine fails all lines alike, and nobody else serves " + e.model + ", so they are let fail: " + e.message
+	}
+	return fmt.Sprintf("engine failed %d lines in a row alike: %s", equalLimit, e.message)
 }
 
 // judge applies the rule to a degraded engine.
@@ -104,16 +117,17 @@ func (g *gate) judge() {
 	g.mu.Unlock()
 	g.others(model, func(others bool) {
 		g.mu.Lock()
-		t := g.trip
-		pardon := t != nil && t.kind == tripDegraded && !others && (g.everOK || t.tries >= patience)
-		if pardon {
-			g.equal.pardoned = g.equal.same
+		switch t := g.trip; {
+		case t != nil && t.kind == tripDegraded && others:
+			t.tries = 0
+		case t != nil && t.kind == tripDegraded && (g.everOK || t.tries >= patience):
+			g.equal.pardoned, g.equal.review = g.equal.same, time.Now().Add(g.retry)
 			g.trip = nil
+		case t == nil && others && g.equal.pardoned != "":
+			g.equal.pardoned = ""
+			g.closeLocked(tripDegraded, proto.EngineDegraded, g.equal.reason())
 		}
 		g.mu.Unlock()
-		if pardon {
-			g.log.Warn("engine fails all lines alike, but nobody else serves the model: letting them fail", "engine", g.engine.String(), "model", model)
-		}
 		g.show()
 	})
 }

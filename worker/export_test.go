@@ -25,3 +25,6 @@ func Exactly(tb testing.TB, got []*proto.Result, n int) map[int64]*proto.Result 
 }
 func FreeAddr(tb testing.TB) string        { tb.Helper(); return freeAddr(tb) }
 func (w *Worker) SetGrace(d time.Duration) { w.grace = d }
+
+// Close lets go of idle connections at once; a test ends with none.
+func (h *HTTP) Close() { h.rt.CloseIdleConnections() }

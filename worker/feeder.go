@@ -52,7 +52,7 @@ func (f *feeder) run(ctx context.Context) {
 	var taps []*queue
 	defer func() { closeTaps(taps) }()
 	for ctx.Err() == nil {
-		want := f.queues.all()
+		want := f.queues.sure()
 		if !f.open() {
 			want = nil
 		}

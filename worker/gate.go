@@ -351,6 +351,8 @@ func (g *gate) stateLocked() (state, reason string) {
 		return proto.EngineNoModel, g.noModel
 	case g.trip != nil:
 		return g.trip.state, g.trip.reason
+	case g.equal.pardoned != "":
+		return proto.EngineDegraded, g.equal.reason()
 	}
 	return proto.EngineReady, ""
 }

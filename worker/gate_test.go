@@ -1,9 +1,11 @@
 package worker
 
 import (
+	"context"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -121,16 +123,78 @@ func TestDegradedForGood(t *testing.T) {
 	r.settled(0)
 }
 
-// TestDegradedRivalLeaves: when nobody else is left, the lines are let fail.
+// TestDegradedRivalLeaves: when nobody else is left, the lines are let fail. One by one they would take minutes.
 func TestDegradedRivalLeaves(t *testing.T) {
 	r, f := newRig(t), newFake(t)
+	const n = 1000
 	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
 	r.rival()
-	r.send(requests(60)...)
-	r.start(f.engine(), func(w *Worker) { w.RetryEvery = 20 * time.Millisecond })
-	r.state(proto.EngineDegraded)
+	r.send(requests(n)...)
+	r.start(f.engine(), func(w *Worker) { w.RetryEvery = 100 * time.Millisecond })
+	r.reason(proto.EngineDegraded, "alike")
 	r.noRival()
-	exactly(t, r.wait(60), 60)
+	exactly(t, r.wait(n), n)
+}
+
+// TestDegradedRivalComes: the lines are let fail because nobody else is there, until somebody is.
+func TestDegradedRivalComes(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4; w.RetryEvery = 20 * time.Millisecond })
+	n := 0
+	next := func(k int) {
+		for range k {
+			r.send(request(n))
+			n++
+		}
+	}
+	next(100)
+	r.reason(proto.EngineDegraded, "let fail")
+	exactly(t, r.wait(n), n)
+	r.rival()
+	r.until("the gate is closed again", func() bool {
+		next(1)
+		return strings.Contains(r.state(proto.EngineDegraded).Reason, "in a row")
+	})
+	had := n
+	next(200)
+	f.enter(len(f.came) + patience) // it tries on, one by one
+	f.set(func() { f.work = f.ok })
+	ok := 0
+	for _, res := range exactly(t, r.wait(n), n) {
+		if res.OK {
+			ok++
+		}
+	}
+	if ok < 100 {
+		t.Errorf("%d of %d lines were answered well, %d of them came after the gate closed", ok, n, n-had)
+	}
+}
+
+// TestOthersUnknown: where nobody can tell whether another worker serves the model, one may.
+func TestOthersUnknown(t *testing.T) {
+	r := newRig(t)
+	b := &beat{js: r.conn.JS, id: "us"}
+	if b.others(t.Context(), "m") {
+		t.Error("nobody is there")
+	}
+	r.rival()
+	if !b.others(t.Context(), "m") || b.others(t.Context(), "other") {
+		t.Error("the rival serves m alone")
+	}
+	r.noRival()
+	if b.others(t.Context(), "m") {
+		t.Error("the rival has left")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if !b.others(ctx, "m") {
+		t.Error("the broker did not answer")
+	}
+	must(t, r.conn.JS.DeleteKeyValue(t.Context(), proto.WorkersBucket))
+	if !b.others(t.Context(), "m") {
+		t.Error("the bucket is gone")
+	}
 }
 
 // TestDegradedAlone: a job whose every line is wrong ends, also at an engine that never answered one.

@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-
-	"millrace/proto"
 )
 
 // The words of JetStream's acknowledgements.
@@ -28,12 +26,10 @@ type held struct {
 	ackWait func() time.Duration // the shortest of all consumers
 	over    func(*line) bool     // the line is held for longer than it may be
 	again   chan struct{}        // ackWait may be another one
-	doubt   func()               // the queues should be looked at
 
 	mu    sync.Mutex
 	lines map[key]*line
 	bytes int
-	epoch uint64 // reconnects of the connection when the queues were last found to be the same
 }
 
 // maxHeldBytes is how much may be held before no more is pulled: a thousand lines with images in them are large.
@@ -47,7 +43,7 @@ func (h *held) add(l *line) bool {
 	if have, ok := h.lines[l.key]; ok && have.equals(l) {
 		h.journal.done(have.reply)
 		have.reply = l.reply
-		h.journal.received(l.reply)
+		h.journal.received(l.reply, l.queue.born)
 		return false
 	} else if ok {
 		have.stale = true
@@ -55,12 +51,12 @@ func (h *held) add(l *line) bool {
 	}
 	h.lines[l.key] = l
 	h.bytes += l.size
-	h.journal.received(l.reply)
+	h.journal.received(l.reply, l.queue.born)
 	return true
 }
 
-// say speaks the last word on a line. What cannot be sent now is sent when the connection is back and the queues were
-// found to be the same: words on a queue that was made anew could hit another message of the same number.
+// say speaks the last word on a line. What cannot be sent now is sent when the connection is back and the line's queue
+// was found to be the same: words on a queue that was made anew could hit another message of the same number.
 func (h *held) say(l *line, verb []byte) {
 	h.mu.Lock()
 	l.verb = verb
@@ -73,7 +69,7 @@ func (h *held) utter(l *line) {
 	if l.stale {
 		return // add has forgotten it
 	}
-	if !l.queue.void.Load() && (!h.verified() || h.nc.Publish(l.reply, l.verb) != nil) {
+	if !l.queue.void.Load() && (!h.verified(l.queue) || h.nc.Publish(l.reply, l.verb) != nil) {
 		return
 	}
 	h.forget(l)
@@ -88,25 +84,20 @@ func (h *held) forget(l *line) {
 	h.journal.done(l.reply)
 }
 
-// verified says whether the queues were looked at since the connection was last made. Called with mu held.
-func (h *held) verified() bool { return h.nc.Stats().Reconnects == h.epoch }
+// verified says whether a queue was looked at since the connection was last made.
+func (h *held) verified(q *queue) bool { return h.nc.Stats().Reconnects == q.looked.Load() }
 
-// sure says whether what comes now is of the queues that we know.
-func (h *held) sure() bool {
+// marks returns those of the lines of a queue.
+func (h *held) marks(q *queue) []mark {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.verified()
-}
-
-// verify takes note that the queues were looked at after so many reconnects.
-func (h *held) verify(epoch uint64) {
-	h.mu.Lock()
-	changed := h.epoch != epoch
-	h.epoch = epoch
-	h.mu.Unlock()
-	if changed {
-		h.beat(0)
+	var out []mark
+	for k, l := range h.lines {
+		if k.queue == q {
+			out = append(out, mark{k.seq, l.stored})
+		}
 	}
+	return out
 }
 
 // full says whether so much is held that no more should be pulled.
@@ -141,16 +132,14 @@ func (h *held) keep(ctx context.Context) {
 			return
 		case <-h.again:
 			timer.Stop()
+			h.beat(0)
 		case <-timer.C:
 			h.beat(every / 2)
-			if !h.sure() {
-				h.doubt()
-			}
 		}
 	}
 }
 
-// hurry follows a new AckWait.
+// hurry follows a new AckWait: what was early enough may be late by it.
 func (h *held) hurry() {
 	select {
 	case h.again <- struct{}{}:
@@ -163,24 +152,19 @@ func (h *held) beat(age time.Duration) {
 	now := time.Now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	alive := h.nc.IsConnected()
 	for _, l := range h.lines {
 		switch {
 		case l.verb != nil:
 			h.utter(l)
-		case now.Sub(l.pulled) >= age && !l.queue.void.Load() && !h.over(l):
-			_ = h.nc.Publish(l.reply, verbProgress) // the next one is not far
+		case l.queue.void.Load():
+		case h.over(l):
+			h.journal.done(l.reply) // it is somebody else's soon
+		case now.Sub(l.pulled) >= age:
+			alive = h.nc.Publish(l.reply, verbProgress) == nil && alive // or the next one, which is not far
 		}
 	}
-	h.journal.alive(h.ackWait())
-}
-
-// signs is the shortest AckWait that the worker plans with.
-func signs(queues []*queue) time.Duration {
-	d := proto.DefaultAckWait
-	for _, q := range queues {
-		if q.ackWait > 0 {
-			d = min(d, q.ackWait)
-		}
+	if alive {
+		h.journal.alive(now, h.ackWait())
 	}
-	return d
 }

@@ -25,7 +25,7 @@ const maxAnswer = 4 * proto.MaxPayload
 // connection breaks before the answer. That is what the death of an engine looks like, and the retry would turn it
 // into "connection refused", as if the request had never been in the engine. Without it the transport repeats only
 // what it has not begun to write. Connections are let go of before uvicorn closes them (after 5 s), so that idle
-// ones are not met broken.
+// ones are not met broken; so nothing needs to be closed either.
 type HTTP struct {
 	base  string // without a trailing slash and without /v1
 	shown string // base without user information
@@ -90,9 +90,6 @@ func newTransport() *http.Transport {
 }
 
 func (h *HTTP) String() string { return h.shown }
-
-// Close lets go of idle connections.
-func (h *HTTP) Close() { h.rt.CloseIdleConnections() }
 
 // Do posts the request's body, byte for byte, to the engine. Redirects are not followed.
 func (h *HTTP) Do(ctx context.Context, r *proto.Request) (Answer, error) {

@@ -13,8 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/renameio/v2"
-
 	"millrace/broker"
 	"millrace/proto"
 )
@@ -24,8 +22,9 @@ import (
 // before it runs, the rest behind by up to journalLag (giving back what was acknowledged does nothing); nothing is
 // synced: what the system has outlives a kill -9, and after a power cut AckWait serves. A nil journal does nothing.
 //
-// One record a line: "+reply" was received, "-reply" is done with, "~n" the process lived on, with an AckWait of n
-// nanoseconds.
+// One record a line: "+n reply" was received from the stream that was made at n, "-reply" is done with, "~n m" signs
+// of life were sent at m, with an AckWait of n. Times are Unix nanoseconds of this machine, AckWait is in nanoseconds.
+// Other records, as an older version wrote them, are passed over.
 type journal struct {
 	path string
 	log  *slog.Logger
@@ -34,9 +33,17 @@ type journal struct {
 	mu   sync.Mutex
 	f    *os.File
 	w    *bufio.Writer
-	open map[string]struct{}
-	size int64 // bytes in the file
-	bad  bool  // writing failed; the journal is given up
+	size int64  // bytes in the file
+	bad  bool   // writing failed; the journal is given up
+	held heldBy // by this process
+	dead heldBy // by the last one, and not given back yet
+}
+
+// heldBy is what a process holds, as far as its journal tells.
+type heldBy struct {
+	open    map[string]int64 // by reply; when its stream was made
+	lived   time.Time        // when signs of life were last sent for all of them
+	ackWait time.Duration    // as it was then
 }
 
 const (
@@ -45,86 +52,83 @@ const (
 	journalLarge = 4 << 20 // bytes from which the file is written anew, when little of it is still held
 )
 
-// openJournal takes the folder and returns what a dead process held there and can be given back.
-func openJournal(dir string, log *slog.Logger) (*journal, []string, error) {
+// openJournal takes the folder.
+func openJournal(dir string, log *slog.Logger) (*journal, error) {
 	lock, err := broker.LockDir(dir)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	j := &journal{path: filepath.Join(dir, journalName), log: log, lock: lock, open: map[string]struct{}{}}
-	left, err := j.recover()
-	for _, reply := range left {
-		j.open[reply] = struct{}{} // until it is given back
-	}
-	if err == nil {
+	j := &journal{path: filepath.Join(dir, journalName), log: log, lock: lock, held: heldBy{open: map[string]int64{}}}
+	b, err := os.ReadFile(j.path)
+	switch {
+	case err == nil || errors.Is(err, fs.ErrNotExist):
+		j.dead = readJournal(string(b))
 		err = j.rewrite()
+	default:
+		err = fmt.Errorf("read journal: %w", err)
 	}
 	if err != nil {
 		lock.Unlock()
-		return nil, nil, err
+		return nil, err
 	}
-	return j, left, nil
+	return j, nil
 }
 
-// recover reads what the last process left. Nothing is given back when it has been dead for longer than AckWait:
-// its requests are with others by now, who would lose them by it.
-func (j *journal) recover() ([]string, error) {
-	st, err := os.Stat(j.path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("look at journal: %w", err)
-	}
-	b, err := os.ReadFile(j.path)
-	if err != nil {
-		return nil, fmt.Errorf("read journal: %w", err)
-	}
-	open, ackWait := readJournal(string(b))
-	if age := time.Since(st.ModTime()); age < 0 || age > ackWait {
-		return nil, nil
-	}
-	left := make([]string, 0, len(open))
-	for reply := range open {
-		left = append(left, reply)
-	}
-	return left, nil
-}
-
-// readJournal returns the replies that are open at the end of the text. A torn last line is passed over.
-func readJournal(text string) (map[string]struct{}, time.Duration) {
-	open, ackWait := map[string]struct{}{}, proto.DefaultAckWait
+// readJournal returns what is open at the end of the text. A torn last line is passed over.
+func readJournal(text string) heldBy {
+	h := heldBy{open: map[string]int64{}}
 	for {
 		line, rest, whole := strings.Cut(text, "\n")
 		if !whole {
-			return open, ackWait
+			return h
 		}
 		text = rest
 		if len(line) < 2 {
 			continue
 		}
-		switch arg := line[1:]; line[0] {
-		case '+':
-			if strings.HasPrefix(arg, "$JS.ACK.") {
-				open[arg] = struct{}{}
-			}
-		case '-':
-			delete(open, arg)
-		case '~':
-			if n, err := strconv.ParseInt(arg, 10, 64); err == nil {
-				ackWait = time.Duration(n)
+		number, arg, _ := strings.Cut(line[1:], " ")
+		n, err := strconv.ParseInt(number, 10, 64)
+		switch {
+		case line[0] == '-':
+			delete(h.open, line[1:])
+		case line[0] == '+' && err == nil && strings.HasPrefix(arg, "$JS.ACK."):
+			h.open[arg] = n
+		case line[0] == '~' && err == nil:
+			if at, err := strconv.ParseInt(arg, 10, 64); err == nil {
+				h.lived, h.ackWait = time.Unix(0, at), time.Duration(n)
 			}
 		}
 	}
 }
 
-// rewrite makes the file hold what is open and no more. Called with mu held, or before anyone else has j.
-func (j *journal) rewrite() error {
+// text is what readJournal reads.
+func (h *heldBy) text() string {
 	var b strings.Builder
-	for reply := range j.open {
-		b.WriteString("+" + reply + "\n")
+	if !h.lived.IsZero() {
+		b.WriteString(h.life())
 	}
-	if err := renameio.WriteFile(j.path, []byte(b.String()), 0o644); err != nil {
+	for reply, born := range h.open {
+		b.WriteString(receipt(reply, born))
+	}
+	return b.String()
+}
+
+func (h *heldBy) life() string {
+	return fmt.Sprintf("~%d %d\n", int64(h.ackWait), h.lived.UnixNano())
+}
+
+func receipt(reply string, born int64) string {
+	return "+" + strconv.FormatInt(born, 10) + " " + reply + "\n"
+}
+
+// rewrite makes the file hold what is open and no more. Called with mu held, or before anyone else has j. It waits for
+// no disk, and for nobody who does: the lines' owners wait for mu.
+func (j *journal) rewrite() error {
+	text := j.held.text() + j.dead.text()
+	if err := os.WriteFile(j.path+".new", []byte(text), 0o644); err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	if err := os.Rename(j.path+".new", j.path); err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
 	f, err := os.OpenFile(j.path, os.O_WRONLY|os.O_APPEND, 0)
@@ -134,60 +138,91 @@ func (j *journal) rewrite() error {
 	if j.f != nil {
 		j.f.Close()
 	}
-	j.f, j.w, j.size = f, bufio.NewWriterSize(f, 64<<10), int64(b.Len())
+	j.f, j.w, j.size = f, bufio.NewWriterSize(f, 64<<10), int64(len(text))
 	return nil
 }
 
-func (j *journal) received(reply string) { j.note('+', reply) }
-func (j *journal) done(reply string)     { j.note('-', reply) }
-
-// alive says that the process lives and what AckWait is.
-func (j *journal) alive(ackWait time.Duration) {
-	j.note('~', strconv.FormatInt(int64(ackWait), 10))
+// reclaim returns the replies of what the dead process held of a model's stream, if that is the one that was made
+// at a time: in another one they would hit the requests of others. They are returned once. Nothing is, of any stream,
+// when the process has been dead for longer than AckWait: its requests are with others by now, who would lose them.
+func (j *journal) reclaim(model string, born time.Time) []string {
+	var out []string
+	j.do(func() {
+		age := time.Since(j.dead.lived)
+		late := age < 0 || age > j.dead.ackWait
+		for reply, of := range j.dead.open {
+			ours := strings.Contains(reply, "."+proto.RequestStream(model)+".")
+			if !ours && !late {
+				continue
+			}
+			if !late && of == born.UnixNano() {
+				out = append(out, reply)
+			}
+			delete(j.dead.open, reply)
+			j.note("-" + reply + "\n")
+		}
+	})
+	return out
 }
 
-func (j *journal) note(kind byte, arg string) {
+func (j *journal) received(reply string, born time.Time) {
+	j.do(func() {
+		j.held.open[reply] = born.UnixNano()
+		j.note(receipt(reply, born.UnixNano()))
+		_ = j.w.Flush() // an error sticks and is seen by flush
+	})
+}
+
+func (j *journal) done(reply string) {
+	j.do(func() {
+		if _, ok := j.held.open[reply]; ok {
+			delete(j.held.open, reply)
+			j.note("-" + reply + "\n")
+		}
+	})
+}
+
+// alive says that signs of life were sent for everything that is held, when, and what AckWait is. It is not noted as
+// long as there is something of the dead process, which does not live on.
+func (j *journal) alive(at time.Time, ackWait time.Duration) {
+	j.do(func() {
+		if len(j.dead.open) == 0 {
+			j.held.lived, j.held.ackWait = at, ackWait
+			j.note(j.held.life())
+		}
+	})
+}
+
+// do does something with mu held, unless the journal is given up.
+func (j *journal) do(what func()) {
 	if j == nil {
 		return
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.bad {
-		return
+	if !j.bad {
+		what()
 	}
-	switch kind {
-	case '+':
-		j.open[arg] = struct{}{}
-	case '-':
-		delete(j.open, arg)
-	}
-	_ = j.w.WriteByte(kind) // an error sticks and is seen by flush
-	_, _ = j.w.WriteString(arg)
-	_ = j.w.WriteByte('\n')
-	j.size += int64(len(arg)) + 2
-	if kind == '+' {
-		_ = j.w.Flush() // as above
-	}
+}
+
+// note writes a record. Called with mu held.
+func (j *journal) note(record string) {
+	_, _ = j.w.WriteString(record) // an error sticks and is seen by flush
+	j.size += int64(len(record))
 }
 
 // flush hands what was noted to the system, which keeps it when this process is killed.
 func (j *journal) flush() {
-	if j == nil {
-		return
-	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.bad {
-		return
-	}
-	err := j.w.Flush()
-	if err == nil && j.size > journalLarge && j.size > int64(len(j.open))*400 {
-		err = j.rewrite()
-	}
-	if err != nil {
-		j.bad = true
-		j.log.Warn("journal of held requests cannot be written and is given up", "error", err)
-	}
+	j.do(func() {
+		err := j.w.Flush()
+		if err == nil && j.size > journalLarge && j.size > int64(len(j.held.open)+len(j.dead.open))*400 {
+			err = j.rewrite()
+		}
+		if err != nil {
+			j.bad = true
+			j.log.Warn("journal of held requests cannot be written and is given up", "error", err)
+		}
+	})
 }
 
 // close flushes and lets go of the folder.

@@ -20,8 +20,9 @@ type line struct {
 	queue   *queue
 	size    int
 	pulled  time.Time
-	alone   bool // it runs while nothing else does
-	trial   bool // it was let through to an engine that may not be well, to try it
+	stored  time.Time // by the broker; see mark
+	alone   bool      // it runs while nothing else does
+	trial   bool      // it was let through to an engine that may not be well, to try it
 
 	deliveries uint64 // of the message, this one included
 
@@ -50,8 +51,8 @@ func newLine(m *nats.Msg, q *queue, now time.Time) (*line, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, reply: m.Reply,
-		deliveries: meta.NumDelivered}
+	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, stored: meta.Timestamp,
+		reply: m.Reply, deliveries: meta.NumDelivered}
 	l.req, err = proto.DecodeRequest(m.Data)
 	return l, err
 }

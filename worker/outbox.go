@@ -73,7 +73,8 @@ func openOutbox(conn jetstream.JetStream, o *outbox) error {
 	return err
 }
 
-// send takes a parcel over. It does not wait for anything.
+// send takes a parcel over. It does not wait for the broker; but when twice maxParcels are on their way it waits, up to
+// 200 ms (nats.go's stall wait), for one of them to come home, and then tries later.
 func (o *outbox) send(p *parcel) {
 	o.mu.Lock()
 	o.out[p.msg] = p

@@ -1,10 +1,12 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -20,30 +22,39 @@ import (
 type queue struct {
 	model   string
 	lane    proto.Lane
-	born    time.Time // when its stream was made
-	ackWait time.Duration
-	// void is set when the stream is another one than it was: replies to its messages mean nothing any more.
+	born    time.Time     // when its stream was made
+	ackWait time.Duration // of queues.run alone
+	// void is set when the stream is another one than it was, or an older copy of it: replies to its messages mean
+	// nothing any more.
 	void atomic.Bool
+	// looked is how often the connection had been made anew when the queue was last found to be the same.
+	looked atomic.Uint64
 
 	tap *tap      // of the feeder alone
 	dry time.Time // it was empty then; of the feeder alone
 }
 
 // queues declares the queues of the models that are served, and again when they are gone: a broker may come back
-// with an empty disk.
+// with an empty disk. A model whose queue cannot be declared keeps no other from its own. Every now and then it looks
+// at them again, because anyone may declare another AckWait.
 type queues struct {
 	js      jetstream.JetStream
-	ackWait time.Duration
+	ackWait time.Duration // set on consumers; 0: what they have
+	every   time.Duration // between looks
 	log     *slog.Logger
-	changed func() // the list is another one
+	changed func() // the list, the shortest AckWait, or what fails, is another one
 
-	// epoch is how often the connection was made anew; seen is called with what it was before a look at the queues
-	// that found, or made, all of them.
-	epoch func() uint64
-	seen  func(epoch uint64)
+	epoch func() uint64       // how often the connection was made anew
+	seen  func()              // queues were looked at after that
+	marks func(*queue) []mark // of the messages of it that are held
+	// found is called with when the stream of a model was made, before anything is pulled from it.
+	found func(model string, born time.Time)
 
-	kick chan struct{}
-	list atomic.Pointer[[]*queue]
+	kick  chan struct{}
+	known []*queue // those of the list, and those of which messages are held; of run alone
+	list  atomic.Pointer[[]*queue]
+	wrong atomic.Pointer[map[string]error] // by model; "": what all jobs share
+	short atomic.Int64                     // see shortest
 
 	mu     sync.Mutex
 	models []string
@@ -51,14 +62,53 @@ type queues struct {
 	after  time.Time // nothing is declared before
 }
 
-func newQueues(js jetstream.JetStream, ackWait time.Duration, log *slog.Logger, changed func()) *queues {
-	q := &queues{js: js, ackWait: ackWait, log: log, changed: changed, kick: make(chan struct{}, 1)}
+// lookEvery is the time between looks at queues when nothing happens.
+const lookEvery = 10 * time.Second
+
+func newQueues(js jetstream.JetStream, ackWait time.Duration, log *slog.Logger) *queues {
+	q := &queues{js: js, ackWait: ackWait, every: lookEvery, log: log, kick: make(chan struct{}, 1)}
+	q.short.Store(int64(proto.DefaultAckWait))
 	q.list.Store(new([]*queue))
+	q.wrong.Store(new(map[string]error))
 	return q
 }
 
 // all returns the queues that are declared, in no order that matters.
 func (q *queues) all() []*queue { return *q.list.Load() }
+
+// sure returns those that were looked at since the connection was last made.
+func (q *queues) sure() []*queue {
+	epoch := q.epoch()
+	return slices.DeleteFunc(slices.Clone(q.all()), func(have *queue) bool { return have.looked.Load() != epoch })
+}
+
+// shortest is the AckWait that the worker plans with.
+func (q *queues) shortest() time.Duration { return time.Duration(q.short.Load()) }
+
+// serves lists the models whose queues can be used.
+func (q *queues) serves() []string {
+	var models []string
+	for _, have := range q.all() {
+		if (*q.wrong.Load())[have.model] == nil && !slices.Contains(models, have.model) {
+			models = append(models, have.model)
+		}
+	}
+	return models
+}
+
+// trouble says why not all models have their queues; empty: they have.
+func (q *queues) trouble() string {
+	wrong := *q.wrong.Load()
+	if len(wrong) == 0 {
+		return ""
+	}
+	first := slices.Min(slices.Collect(maps.Keys(wrong)))
+	text := "cannot use the queues: " + wrong[first].Error()
+	if n := len(wrong) - 1; n > 0 {
+		text += fmt.Sprintf("; and %d more", n)
+	}
+	return text
+}
 
 // want says which models are served.
 func (q *queues) want(models []string) {
@@ -93,71 +143,110 @@ const deletedGrace = 500 * time.Millisecond
 
 // run declares until ctx ends.
 func (q *queues) run(ctx context.Context) {
+	const soon = 100 * time.Millisecond
+	pause, again := soon, q.every
 	for {
+		timer := time.NewTimer(again)
 		select {
 		case <-ctx.Done():
+			timer.Stop()
 			return
 		case <-q.kick:
+		case <-timer.C:
 		}
+		timer.Stop()
 		q.mu.Lock()
-		pause := time.Until(q.after)
+		after := time.Until(q.after)
 		q.mu.Unlock()
-		wait(ctx, pause)
-		var said string
-		for wait := 100 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-			err := q.declare(ctx)
-			if err == nil || ctx.Err() != nil {
-				break
-			}
-			if err.Error() != said {
-				said = err.Error()
-				q.log.Warn("cannot declare the queues, trying on", "error", err)
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(wait):
-			}
+		wait(ctx, after)
+		if q.look(ctx) {
+			pause, again = soon, q.every
+			continue
 		}
+		again = pause
+		pause = min(2*pause, 5*time.Second)
 	}
 }
 
-func (q *queues) declare(ctx context.Context) error {
+// look goes through all models and says whether everything is there now.
+func (q *queues) look(ctx context.Context) bool {
 	q.mu.Lock()
 	models, base := slices.Clone(q.models), q.base
 	q.mu.Unlock()
-	epoch := q.epoch()
-	d := broker.Declarer{JS: q.js, AckWait: q.ackWait}
+	wrong := map[string]error{}
 	if base {
-		if err := d.Base(ctx); err != nil {
-			return err
+		if err := q.declarer().Base(ctx); err != nil {
+			wrong[""] = err
+		} else {
+			q.mu.Lock()
+			q.base = false
+			q.mu.Unlock()
 		}
-		q.mu.Lock()
-		q.base = false
-		q.mu.Unlock()
 	}
-	var list []*queue
+	q.known = slices.DeleteFunc(q.known, func(k *queue) bool { return !slices.Contains(q.all(), k) && len(q.marks(k)) == 0 })
 	for _, m := range models {
-		if err := d.Model(ctx, m); err != nil {
-			return err
+		if err := q.lookAt(ctx, m); err != nil {
+			wrong[m] = err
 		}
-		lanes, err := q.lanes(ctx, m)
-		if err != nil {
-			return err
-		}
-		list = append(list, lanes...)
 	}
-	q.replace(list)
-	q.seen(epoch)
-	return nil
+	for _, k := range slices.Clone(q.known) {
+		if !slices.Contains(models, k.model) {
+			q.lookBack(ctx, k.model)
+		}
+	}
+	if ctx.Err() != nil {
+		return true
+	}
+	q.show(models, wrong)
+	return len(wrong) == 0
 }
 
-// lanes looks up the consumers of a model. Those that are the same as before keep their queue.
+func (q *queues) declarer() broker.Declarer { return broker.Declarer{JS: q.js, AckWait: q.ackWait} }
+
+// lookAt looks at the queues of a model that is served, and declares them where they are not known, or not there.
+func (q *queues) lookAt(ctx context.Context, model string) error {
+	epoch := q.epoch()
+	known := slices.ContainsFunc(q.known, func(k *queue) bool { return k.model == model && k.looked.Load() == epoch })
+	if known {
+		found, err := q.lanes(ctx, model)
+		if err == nil {
+			q.take(model, found, epoch)
+		}
+		if err == nil || !gone(err) {
+			return err
+		}
+	}
+	if err := q.declarer().Model(ctx, model); err != nil {
+		return err
+	}
+	found, err := q.lanes(ctx, model)
+	if err == nil {
+		q.take(model, found, epoch)
+	}
+	return err
+}
+
+// lookBack looks at the queues of a model that is not served any more, while messages of them are held. Where that
+// fails, the next look tells.
+func (q *queues) lookBack(ctx context.Context, model string) {
+	epoch := q.epoch()
+	if !slices.ContainsFunc(q.known, func(k *queue) bool { return k.model == model && k.looked.Load() != epoch }) {
+		return
+	}
+	if found, err := q.lanes(ctx, model); err == nil || gone(err) {
+		q.take(model, found, epoch)
+	}
+}
+
+// lanes looks up the consumers of a model.
 func (q *queues) lanes(ctx context.Context, model string) ([]*queue, error) {
 	name := proto.RequestStream(model)
 	stream, err := q.js.Stream(ctx, name)
 	if err != nil {
 		return nil, fmt.Errorf("look up stream %s: %w", name, err)
+	}
+	if err := q.compare(ctx, stream, model); err != nil {
+		return nil, err
 	}
 	born := stream.CachedInfo().Created
 	var out []*queue
@@ -166,38 +255,119 @@ func (q *queues) lanes(ctx context.Context, model string) ([]*queue, error) {
 		if err != nil {
 			return nil, fmt.Errorf("look up consumer %s of %s: %w", lane, name, err)
 		}
-		out = append(out, q.reuse(model, lane, born, c.CachedInfo().Config.AckWait))
+		out = append(out, &queue{model: model, lane: lane, born: born, ackWait: c.CachedInfo().Config.AckWait})
 	}
 	return out, nil
 }
 
-func (q *queues) reuse(model string, lane proto.Lane, born time.Time, ackWait time.Duration) *queue {
-	for _, have := range q.all() {
-		if have.model == model && have.lane == lane && have.born.Equal(born) && have.ackWait == ackWait {
-			return have
-		}
-	}
-	return &queue{model: model, lane: lane, born: born, ackWait: ackWait}
+// mark is what tells the messages of a stream apart.
+type mark struct {
+	seq    uint64
+	stored time.Time // by the broker
 }
 
-func (q *queues) replace(list []*queue) {
-	old := q.all()
-	if slices.Equal(old, list) {
-		return
-	}
-	for _, was := range old {
-		for _, is := range list {
-			if was.model == is.model && was.lane == is.lane && !was.born.Equal(is.born) {
-				was.void.Store(true)
-			}
+// compare makes the queues of a model void if its stream, which is looked at for the first time since the connection
+// was made anew, is an older copy: it was made at the same time, and gives the numbers of what we hold to others.
+func (q *queues) compare(ctx context.Context, stream jetstream.Stream, model string) error {
+	var of []*queue
+	var held []mark
+	for _, k := range q.known {
+		if k.model == model && k.born.Equal(stream.CachedInfo().Created) && k.looked.Load() != q.epoch() {
+			of = append(of, k)
+			held = append(held, q.marks(k)...)
 		}
 	}
+	is, err := older(ctx, stream, held)
+	if err != nil || !is {
+		return err
+	}
+	q.log.Warn("broker came back with an older disk, what was held of it counts no more", "model", model, "requests", len(held))
+	for _, k := range of {
+		k.void.Store(true)
+	}
+	return nil
+}
+
+// older says whether a stream lacks messages that are held of it, or has others in their place. The last one of
+// which the stream has a message tells: what came before it is as old. Of the others, which somebody has removed, no
+// word does anything.
+func older(ctx context.Context, stream jetstream.Stream, held []mark) (bool, error) {
+	slices.SortFunc(held, func(a, b mark) int { return cmp.Compare(b.seq, a.seq) })
+	for _, m := range held {
+		if m.seq > stream.CachedInfo().State.LastSeq {
+			return true, nil
+		}
+		have, err := stream.GetMsg(ctx, m.seq)
+		switch {
+		case err == nil:
+			return !have.Time.Equal(m.stored), nil
+		case !errors.Is(err, jetstream.ErrMsgNotFound):
+			return false, fmt.Errorf("look up message %d of %s: %w", m.seq, stream.CachedInfo().Config.Name, err)
+		}
+	}
+	return false, nil
+}
+
+// take makes what was found the queues of a model. Those that are the same as before stay, others become void.
+func (q *queues) take(model string, found []*queue, epoch uint64) {
+	var known []*queue
+	back := false
+	if len(found) > 0 {
+		q.found(model, found[0].born)
+	}
+	for _, was := range q.known {
+		if was.model != model {
+			known = append(known, was)
+			continue
+		}
+		i := slices.IndexFunc(found, func(is *queue) bool {
+			return is.lane == was.lane && is.born.Equal(was.born) && !was.void.Load()
+		})
+		if i < 0 {
+			was.void.Store(true)
+		} else {
+			was.ackWait = found[i].ackWait
+			found[i] = was
+		}
+		back = back || was.looked.Load() != epoch
+	}
+	for _, is := range found {
+		is.looked.Store(epoch)
+	}
+	q.known = append(known, found...)
+	if back {
+		q.seen()
+	}
+}
+
+// show makes the queues of these models, and what is wrong with some, visible to others.
+func (q *queues) show(models []string, wrong map[string]error) {
+	var list []*queue
+	short := proto.DefaultAckWait
+	for _, k := range q.known {
+		if k.ackWait > 0 {
+			short = min(short, k.ackWait)
+		}
+		if slices.Contains(models, k.model) {
+			list = append(list, k)
+		}
+	}
+	said := q.trouble()
+	changed := !slices.Equal(q.all(), list) || q.shortest() != short
 	q.list.Store(&list)
-	q.changed()
+	q.short.Store(int64(short))
+	q.wrong.Store(&wrong)
+	trouble := q.trouble()
+	if trouble != said && trouble != "" {
+		q.log.Warn("cannot declare all queues, trying on", "error", errors.Join(slices.Collect(maps.Values(wrong))...))
+	}
+	if changed || trouble != said {
+		q.changed()
+	}
 }
 
-// gone says whether an error means that a stream is not there.
+// gone says whether an error means that a stream is not there, or its consumer.
 func gone(err error) bool {
 	return errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, jetstream.ErrStreamNotFound) ||
-		errors.Is(err, jetstream.ErrBucketNotFound)
+		errors.Is(err, jetstream.ErrBucketNotFound) || errors.Is(err, jetstream.ErrConsumerNotFound)
 }

@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -296,6 +297,9 @@ func (r *rig) workers() []*proto.Worker {
 	r.tb.Helper()
 	ctx := context.Background()
 	kv, err := r.conn.JS.KeyValue(ctx, proto.WorkersBucket)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		return nil // it is in the broker's memory, and declared anew after a restart
+	}
 	must(r.tb, err)
 	keys, err := kv.Keys(ctx)
 	if err != nil {

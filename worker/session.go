@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -40,7 +39,6 @@ type session struct {
 	beat    *beat
 	journal *journal
 	metrics *metrics
-	dead    []string // replies of what a dead process held
 
 	waits  sync.WaitGroup // lines that are away from their slot
 	ok     atomic.Int64
@@ -51,6 +49,7 @@ type session struct {
 
 	mu       sync.Mutex
 	unserved map[string]bool // models that the engine said it does not know, until it lists them
+	lacks    string          // why it serves none of its models; empty: it does
 }
 
 // Causes with which a line's context ends.
@@ -71,7 +70,7 @@ func open(w *Worker, stop context.Context) (*session, error) {
 		return nil, fmt.Errorf("register metrics: %w", err)
 	}
 	if w.Dir != "" {
-		if s.journal, s.dead, err = openJournal(w.Dir, w.Log); err != nil {
+		if s.journal, err = openJournal(w.Dir, w.Log); err != nil {
 			return nil, err
 		}
 	}
@@ -80,18 +79,22 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	s.feeder = newFeeder()
 	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
 	s.slots.back = func(l *line) { s.giveBack(l, jitter(2*time.Second), "doubted") }
-	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log, func() {
-		s.held.hurry()
-		s.feeder.nudge()
-		s.beat.soon() // others read there which models are served
-	})
+	s.queues = newQueues(w.Conn.JS, w.AckWait, w.Log)
 	s.queues.epoch = func() uint64 { return s.nc.Stats().Reconnects }
-	s.queues.seen = func(epoch uint64) {
-		s.held.verify(epoch)
+	s.held = &held{nc: s.nc, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1),
+		ackWait: s.queues.shortest}
+	s.queues.marks, s.queues.found = s.held.marks, s.giveBackDead
+	s.queues.seen = func() {
+		s.held.beat(0)
 		s.feeder.nudge()
 	}
-	s.held = &held{nc: s.nc, epoch: s.nc.Stats().Reconnects, journal: s.journal, lines: map[key]*line{}, over: (*line).over, again: make(chan struct{}, 1), doubt: s.queues.check,
-		ackWait: func() time.Duration { return signs(s.queues.all()) }}
+	s.queues.changed = func() {
+		s.held.hurry()
+		s.equip()
+		s.gate.show()
+		s.feeder.nudge()
+		s.beat.soon() // others read there which models are served
+	}
 	s.outbox = &outbox{held: s.held, log: w.Log, stop: s.stopped, refuse: s.refused, missing: func() { s.queues.lost(true) },
 		full: func(l *line) { s.giveBack(l, jitter(5*time.Second), "queue-full") }}
 	if err := openOutbox(w.Conn.JS, s.outbox); err != nil {
@@ -116,7 +119,7 @@ func (s *session) openWatchers() {
 	f.nc, f.queues, f.receive, f.room = s.nc, s.queues, s.receive, s.slots.room
 	f.prefix = apiPrefix(s.Conn.JS.Options())
 	f.crowded = func() bool { return s.outbox.crowded() || s.held.full() }
-	f.open = func() bool { return s.gate.quota() != 0 && s.held.sure() }
+	f.open = func() bool { return s.gate.quota() != 0 }
 }
 
 func all(*line) bool { return true }
@@ -136,7 +139,6 @@ func (s *session) work(take context.Context) error {
 	defer s.leave()
 	defer context.AfterFunc(s.stopped, s.leave)()
 	defer s.breakOff(nil)
-	s.giveBackDead()
 
 	life, end := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
@@ -198,17 +200,15 @@ func (s *session) flush() {
 	}
 }
 
-// giveBackDead gives back what a dead process of this worker's folder held.
-func (s *session) giveBackDead() {
-	for _, reply := range s.dead {
-		if s.nc.Publish(reply, verbNak) == nil { // or it comes back after AckWait
-			s.journal.done(reply)
-		}
+// giveBackDead gives back what a dead process of this worker's folder held of a model.
+func (s *session) giveBackDead(model string, born time.Time) {
+	dead := s.journal.reclaim(model, born)
+	for _, reply := range dead {
+		_ = s.nc.Publish(reply, verbNak) // or it comes back after AckWait
 	}
-	if n := len(s.dead); n > 0 {
-		s.Log.Info("gave back requests that a dead worker held", "requests", n)
+	if n := len(dead); n > 0 {
+		s.Log.Info("gave back requests that a dead worker held", "model", model, "requests", n)
 	}
-	s.dead = nil
 }
 
 func (s *session) writeJournal(ctx context.Context) {
@@ -263,7 +263,8 @@ func (s *session) receive(m *nats.Msg, q *queue) {
 		s.metrics.redelivered.Inc()
 	}
 	if !s.held.add(l) {
-		return // we have it already
+		s.queues.check() // we have it already: our signs of life are late, perhaps by a new AckWait
+		return
 	}
 	broker.CrashPoint("worker.after-fetch")
 	switch {
@@ -359,13 +360,24 @@ func (s *session) found(st Status) {
 		delete(s.unserved, m)
 		serves = append(serves, m)
 	}
-	s.mu.Unlock()
-	why := ""
+	s.lacks = ""
 	if len(serves) == 0 {
-		why = fmt.Sprintf("engine does not know %s; it serves %s", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
+		s.lacks = fmt.Sprintf("engine does not know %s; it serves %s", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
+	}
+	s.mu.Unlock()
+	s.queues.want(serves)
+	s.equip()
+}
+
+// equip tells the gate whether there is a model to pull for, and a queue to pull from.
+func (s *session) equip() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	why := s.lacks
+	if why == "" && len(s.queues.all()) == 0 {
+		why = s.queues.trouble()
 	}
 	s.gate.without(why)
-	s.queues.want(serves)
 }
 
 // others asks whether another ready worker serves a model.
@@ -377,14 +389,11 @@ func (s *session) others(model string, then func(bool)) {
 func (s *session) record() *proto.Worker {
 	state, reason, st, loaded := s.gate.view()
 	host, _, _ := strings.Cut(s.Self.Host, "/")
-	var models []string
-	for _, q := range s.queues.all() {
-		if !slices.Contains(models, q.model) {
-			models = append(models, q.model)
-		}
+	if reason == "" {
+		reason = s.queues.trouble()
 	}
 	return &proto.Worker{
-		ID: s.id, Host: host, PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: models,
+		ID: s.id, Host: host, PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
 		KVTokens: st.Gauges.KVTokens, MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,

@@ -200,7 +200,11 @@ func (s *slots) roomLocked() int {
 func (s *slots) stepAway(n int) {
 	s.mu.Lock()
 	s.away += n
+	room, chunk := s.roomLocked(), s.chunk()
 	s.mu.Unlock()
+	if n < 0 && room >= chunk {
+		s.more()
+	}
 }
 
 // takeReady removes the lines that match and have not been started.

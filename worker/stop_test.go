@@ -4,14 +4,11 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"millrace/broker"
@@ -191,77 +188,6 @@ func TestStrangers(t *testing.T) {
 	r.until("the other is given back", func() bool { return value(t, reg, "millrace_worker_given_back_total") == 1 })
 	if got := value(t, reg, "millrace_worker_undecodable_total"); got != 2 {
 		t.Errorf("%v messages removed", got)
-	}
-}
-
-// TestJournal: what a dead process held is had at once, not after AckWait (60 s).
-func TestJournal(t *testing.T) {
-	r, f := newRig(t), newFake(t)
-	dir := t.TempDir()
-	r.send(requests(5)...)
-	c, err := r.conn.JS.Consumer(context.Background(), proto.RequestStream("m"), string(proto.LaneNormal))
-	must(t, err)
-	batch, err := c.Fetch(5, jetstream.FetchMaxWait(patient))
-	must(t, err)
-	var text strings.Builder
-	for m := range batch.Messages() {
-		text.WriteString("+" + m.Reply() + "\n")
-	}
-	text.WriteString("-$JS.ACK.other\n+torn")
-	must(t, os.WriteFile(filepath.Join(dir, journalName), []byte(text.String()), 0o644))
-	w := r.start(f.engine(), func(w *Worker) { w.Dir = dir })
-	exactly(t, r.wait(5), 5)
-	r.settled(0)
-	if err := (&Worker{Conn: r.conn, Engine: f.engine(), Dir: dir}).Run(t.Context(), t.Context()); err == nil {
-		t.Error("two workers have one folder")
-	}
-	w.leave()
-	w.end(t)
-	left, err := os.ReadFile(filepath.Join(dir, journalName))
-	must(t, err)
-	if open, _ := readJournal(string(left)); len(open) != 0 {
-		t.Errorf("open at the end: %v", open)
-	}
-}
-
-// TestJournalFile: what is read is what was written, also after the file was written anew, and not when it is old.
-func TestJournalFile(t *testing.T) {
-	dir := t.TempDir()
-	log := (&rig{tb: t}).log()
-	j, left, err := openJournal(dir, log)
-	must(t, err)
-	if len(left) != 0 {
-		t.Errorf("left %v", left)
-	}
-	j.received("$JS.ACK.S.C.1.1.1.1.0")
-	j.received("$JS.ACK.S.C.1.2.2.1.0")
-	j.alive(time.Minute)
-	for range journalLarge / 20 {
-		j.received("$JS.ACK.x")
-		j.done("$JS.ACK.x")
-	}
-	j.done("$JS.ACK.S.C.1.1.1.1.0")
-	j.flush()
-	name := filepath.Join(dir, journalName)
-	st, err := os.Stat(name)
-	must(t, err)
-	if st.Size() > 100 {
-		t.Errorf("file has %d bytes", st.Size())
-	}
-	j.close()
-	j, left, err = openJournal(dir, log)
-	must(t, err)
-	if len(left) != 1 || left[0] != "$JS.ACK.S.C.1.2.2.1.0" {
-		t.Errorf("left %v", left)
-	}
-	j.close()
-	old := time.Now().Add(-2 * time.Minute)
-	must(t, os.Chtimes(name, old, old))
-	j, left, err = openJournal(dir, log)
-	must(t, err)
-	defer j.close()
-	if len(left) != 0 {
-		t.Errorf("left of an old journal: %v", left)
 	}
 }
 

@@ -192,7 +192,8 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		return v, err
 	}
 	defer wconn.Close()
-	ws, err := a.workers(wconn, &r.engineFlags, modelsOf(&job), reg, r.ackWait, filepath.Join(p.dir, "worker"))
+	// No journals: declareRun has made available what a dead process held, and by now another worker may have it.
+	ws, err := a.workers(wconn, &r.engineFlags, modelsOf(&job), reg, r.ackWait, "")
 	if err != nil {
 		return v, err
 	}

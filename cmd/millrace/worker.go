@@ -89,7 +89,8 @@ type crew struct {
 	over  chan error
 }
 
-// workers builds one worker for each engine. Their state lies under dir. models are what the null engine serves.
+// workers builds one worker for each engine. Their journals lie under dir; empty: they keep none. models are what the
+// null engine serves.
 func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg prometheus.Registerer, ackWait time.Duration, dir string) ([]*worker.Worker, error) {
 	key, err := e.apiKey()
 	if err != nil {
@@ -107,9 +108,12 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 		}
 		out = append(out, &worker.Worker{
 			Conn: conn, Self: broker.Self(), Engine: eng, Concurrency: n, RequestTimeout: e.requestTimeout,
-			MaxAttempts: int(e.maxAttempts), AckWait: ackWait, StallTimeout: e.stallTimeout, Dir: filepath.Join(dir, proto.ModelToken(hostPortOf(u))),
+			MaxAttempts: int(e.maxAttempts), AckWait: ackWait, StallTimeout: e.stallTimeout,
 			Log: a.log, Registry: reg, Program: programVersion(),
 		})
+		if dir != "" {
+			out[len(out)-1].Dir = filepath.Join(dir, proto.ModelToken(hostPortOf(u)))
+		}
 	}
 	return out, nil
 }
