@@ -1,6 +1,9 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS  = -s -w -X main.version=$(VERSION)
 N       ?= 100
+LINES   ?= 100000
+BIG     ?= 1000000
+RUNS    ?= 3
 export CGO_ENABLED ?= 0
 
 help: ## Show this help
@@ -18,8 +21,8 @@ test-vllm: ## Run the main job on a real vLLM on the CPU, which dies meanwhile; 
 	CGO_ENABLED=1 go test -race -count=1 -v -timeout 20m -tags vllm -run TestRealEngine ./cmd/millrace
 test-wire: ## Hold the golden records against Python's msgpack
 	python3 -m venv .venv-wire && .venv-wire/bin/pip -q install msgpack==1.2.1 && .venv-wire/bin/python proto/testdata/check_golden.py
-bench: ## Measure; docs/benchmarks.md says what
-	CGO_ENABLED=0 go test -run '^$$' -bench . ./proto ./sim ./producer ./worker ./aggregator
+bench: build ## Measure and print a table (LINES=100000 BIG=1000000 RUNS=3); docs/benchmarks.md has one
+	@go build -o bin/millrace-bench ./bench && bin/millrace-bench -lines $(LINES) -big $(BIG) -runs $(RUNS) $(BENCH)
 lint: ## gofmt, go vet, staticcheck
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
 	go vet ./... && go vet -tags crashpoints,vllm ./... && go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...

@@ -22,6 +22,7 @@ var allowed = map[string][]string{
 	"aggregator":   {"proto", "broker"},
 	"sim":          {"proto", "broker"},
 	"cmd/millrace": {"proto", "broker", "producer", "worker", "aggregator", "sim"},
+	"bench":        {}, // it measures the program from outside
 }
 
 // TestLayers keeps the rooms apart. Tests of a room from outside (package x_test) may use the simulated engine.

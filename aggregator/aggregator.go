@@ -74,8 +74,9 @@ func (a *Aggregator) check() error {
 	return nil
 }
 
-// Run folds until ctx ends, and returns nil then. Errors are those of the fields; whatever breaks later is logged,
-// shown in the progress of the jobs it touches, and tried again.
+// Run folds until ctx ends, and returns nil then. Errors are those of the fields, and broker.ErrClosed when the
+// connection is closed for good; whatever else breaks later is logged, shown in the progress of the jobs it touches,
+// and tried again.
 func (a *Aggregator) Run(ctx context.Context) error {
 	if err := a.check(); err != nil {
 		return err
@@ -86,17 +87,19 @@ func (a *Aggregator) Run(ctx context.Context) error {
 		return err
 	}
 	defer unregister()
+	ctx, stop := a.Conn.While(ctx)
+	defer stop()
 	said, wait := said{}, firstWait
 	for {
 		t := a.newTenure(m)
 		if !t.acquire(ctx) {
-			return nil
+			return closed(ctx)
 		}
 		began := time.Now()
 		err := t.hold(ctx)
 		t.release(err)
 		if ctx.Err() != nil {
-			return nil
+			return closed(ctx)
 		}
 		said.warn(a.Log, "the aggregator begins anew", err)
 		if time.Since(began) > longestWait {
@@ -105,6 +108,14 @@ func (a *Aggregator) Run(ctx context.Context) error {
 		sleep(ctx, wait)
 		wait = min(2*wait, longestWait)
 	}
+}
+
+// closed is why ctx ended, if it is the connection.
+func closed(ctx context.Context) error {
+	if err := context.Cause(ctx); errors.Is(err, broker.ErrClosed) {
+		return fmt.Errorf("fold results: %w", err)
+	}
+	return nil
 }
 
 func (a *Aggregator) newTenure(m *meter) *tenure {

@@ -449,3 +449,28 @@ func TestStopWhileWaiting(t *testing.T) {
 	b.stop()
 	a.stop()
 }
+
+// TestClosed: an aggregator whose connection is closed for good ends, and says why.
+func TestClosed(t *testing.T) {
+	r := newRig(t)
+	a := &Aggregator{Conn: r.connect("aggregator"), Self: broker.Self(), Dir: r.dir, LeaseTTL: time.Second,
+		Output: func(j *proto.Job) Files { return filesIn(filepath.Join(r.out, j.ID)) }}
+	over := make(chan error, 1)
+	go func() { over <- a.Run(t.Context()) }()
+	kv, err := r.conn.JS.KeyValue(t.Context(), proto.JobsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := kv.Watch(t.Context(), proto.LeaseKey, jetstream.UpdatesOnly())
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-w.Updates() // it holds the lease
+	if err := w.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	a.Conn.Close()
+	if err := <-over; !errors.Is(err, broker.ErrClosed) {
+		t.Errorf("error %v", err)
+	}
+}

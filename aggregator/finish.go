@@ -422,7 +422,7 @@ func (b *batch) read(from int64) (int64, error) {
 	errs := make([]error, min(runtime.GOMAXPROCS(0), 4))
 	for w := range errs {
 		wg.Go(func() {
-			buf := make([]byte, 16<<10)
+			buf := make([]byte, spoolGuess)
 			for errs[w] == nil && bytes.Load() < batchBytes {
 				i := next.Add(1) - 1
 				if i >= most {

@@ -208,11 +208,13 @@ func (s *spool) close() {
 	}
 }
 
+// spoolGuess is how many bytes are read for a record at first: most are shorter, and what is longer is read in two.
+const spoolGuess = 4 << 10
+
 // readRecord reads the record that begins at off. The record's data may lie in buf.
 func readRecord(f io.ReaderAt, off int64, buf []byte) (Record, error) {
-	const guess = 4 << 10
-	if cap(buf) < guess {
-		buf = make([]byte, guess)
+	if cap(buf) < spoolGuess {
+		buf = make([]byte, spoolGuess)
 	}
 	buf = buf[:cap(buf)]
 	got, err := f.ReadAt(buf, off)

@@ -39,77 +39,6 @@ func start(t *testing.T, s *broker.Server) *broker.Conn {
 	return c
 }
 
-func TestDeclare(t *testing.T) {
-	c := start(t, &broker.Server{})
-	d := broker.Declarer{JS: c.JS, Disk: 1 << 30}
-	for range 2 { // the second time finds everything there
-		if err := d.Base(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if err := d.Model(t.Context(), "org/model"); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s, err := c.JS.Stream(t.Context(), proto.RequestStream("org/model"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := s.CachedInfo().Config
-	if cfg.MaxBytes != 1<<30/10 || cfg.Discard != jetstream.DiscardNew || cfg.MaxAge != 0 || cfg.Metadata[proto.MetaModel] != "org/model" {
-		t.Errorf("stream %+v", cfg)
-	}
-	con, err := s.Consumer(t.Context(), "normal")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := con.CachedInfo().Config; got.AckWait != proto.DefaultAckWait || got.MaxDeliver != -1 || got.MaxAckPending != -1 {
-		t.Errorf("consumer %+v", got)
-	}
-	// An AckWait that was asked for is set, and stays when nobody asks.
-	for _, w := range []time.Duration{2 * time.Second, 0} {
-		if err := (broker.Declarer{JS: c.JS, AckWait: w}).Model(t.Context(), "org/model"); err != nil {
-			t.Fatal(err)
-		}
-		con, err := s.Consumer(t.Context(), "normal")
-		if err != nil || con.CachedInfo().Config.AckWait != 2*time.Second {
-			t.Errorf("ack wait %v, %v", con.CachedInfo().Config.AckWait, err)
-		}
-	}
-}
-
-func TestDeclareMendsDrift(t *testing.T) {
-	c := start(t, &broker.Server{})
-	old := proto.ResultStreamConfig(64 << 20)
-	old.Discard, old.MaxAge, old.AllowBatchPublish, old.Metadata = jetstream.DiscardOld, time.Hour, false, nil
-	if _, err := c.JS.CreateStream(t.Context(), old); err != nil {
-		t.Fatal(err)
-	}
-	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	s, err := c.JS.Stream(t.Context(), proto.ResultStream)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := s.CachedInfo().Config
-	if drift := broker.Drift(got, proto.ResultStreamConfig(0)); len(drift) > 0 || got.MaxBytes != 64<<20 {
-		t.Errorf("still differs in %v, size %d", drift, got.MaxBytes)
-	}
-}
-
-func TestDeclareRefusesForeignStream(t *testing.T) {
-	c := start(t, &broker.Server{})
-	other := proto.RequestStreamConfig("mine", 32<<20)
-	other.Metadata[proto.MetaModel] = "yours"
-	if _, err := c.JS.CreateStream(t.Context(), other); err != nil {
-		t.Fatal(err)
-	}
-	err := broker.Declarer{JS: c.JS}.Model(t.Context(), "mine")
-	if err == nil || !strings.Contains(err.Error(), `belongs to model "yours"`) {
-		t.Errorf("error %v", err)
-	}
-}
-
 func TestServerRefusals(t *testing.T) {
 	dir := t.TempDir()
 	first := &broker.Server{Dir: dir, Addr: "127.0.0.1:0", Token: "secret"}
@@ -334,6 +263,13 @@ func TestJobs(t *testing.T) {
 			t.Errorf("%s: %s, %v, want %s", what, v.State(), err, want)
 		}
 	}
+	silent, err := broker.Get(t.Context(), c.JS, "alpha-1")
+	if err != nil || silent.Silent <= 0 || silent.Silent > time.Minute {
+		t.Errorf("silent for %s, %v", silent.Silent, err)
+	}
+	if silent.Silent = 2 * broker.DefaultLeaseTTL; silent.State() != broker.StateOrphaned {
+		t.Errorf("a job whose owner has been silent for %s is %s", silent.Silent, silent.State())
+	}
 	if _, err := broker.Find(t.Context(), c.JS, "alpha"); err == nil || !strings.Contains(err.Error(), "alpha-1, alpha-2") && !strings.Contains(err.Error(), "alpha-2, alpha-1") {
 		t.Errorf("ambiguous: %v", err)
 	}
@@ -351,6 +287,76 @@ func TestJobs(t *testing.T) {
 	if err != nil || len(all) != 2 {
 		t.Errorf("%d jobs after the removal, %v", len(all), err)
 	}
+}
+
+// TestFollow: whoever watches a job hears that it was removed; one that is back soon goes on.
+func TestFollow(t *testing.T) {
+	c := start(t, &broker.Server{})
+	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec, err := (&proto.Job{ID: "j"}).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func() {
+		if _, err := kv.Put(t.Context(), proto.JobKey("j"), spec); err != nil {
+			t.Error(err)
+		}
+	}
+	remove := func() {
+		if err := broker.Remove(t.Context(), c.JS, broker.JobView{Job: proto.Job{ID: "j"}}); err != nil {
+			t.Error(err)
+		}
+	}
+	put()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	looks := 0
+	err = broker.Follow(ctx, c.JS, "j", time.Millisecond, func(broker.JobView) bool {
+		if looks++; looks == 1 {
+			remove()
+		}
+		return true
+	})
+	if !errors.Is(err, broker.ErrNoJob) || !strings.Contains(err.Error(), "removed") || looks != 1 {
+		t.Errorf("after the removal: %v, %d looks", err, looks)
+	}
+	// The job comes back at the first look that does not find it.
+	looks = 0
+	err = broker.Follow(ctx, refill{c.JS, put}, "j", time.Millisecond, func(broker.JobView) bool { looks++; return false })
+	if err != nil || looks != 1 {
+		t.Errorf("job that came back: %v, %d looks", err, looks)
+	}
+}
+
+// refill fills a broker after it was looked into.
+type refill struct {
+	jetstream.JetStream
+	put func()
+}
+
+func (r refill) KeyValue(ctx context.Context, bucket string) (jetstream.KeyValue, error) {
+	kv, err := r.JetStream.KeyValue(ctx, bucket)
+	return emptyOnce{kv, r.put}, err
+}
+
+// emptyOnce finds nothing, and then there is something.
+type emptyOnce struct {
+	jetstream.KeyValue
+	put func()
+}
+
+func (e emptyOnce) Get(ctx context.Context, key string) (jetstream.KeyValueEntry, error) {
+	got, err := e.KeyValue.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) && key == proto.JobKey("j") {
+		e.put()
+	}
+	return got, err
 }
 
 func TestDoctor(t *testing.T) {

@@ -3,14 +3,18 @@ package broker
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
+	"os"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nkeys"
 )
 
 // Access says how to reach a broker outside this process.
@@ -32,6 +36,8 @@ type Conn struct {
 	Reconnected <-chan struct{}
 	// SyncAlways says that the broker is embedded and fsyncs before it acknowledges.
 	SyncAlways bool
+
+	closed chan struct{} // closed with NC
 }
 
 // Close ends the connection after what was sent is on its way.
@@ -40,12 +46,81 @@ func (c *Conn) Close() {
 	c.NC.Close()
 }
 
-// ErrUnreachable is returned when no broker answers.
-var ErrUnreachable = errors.New("broker unreachable")
+// Errors of connections.
+var (
+	ErrUnreachable = errors.New("broker unreachable")                 // no broker answers
+	ErrAccess      = errors.New("cannot use")                         // a file of Access cannot be used
+	ErrClosed      = errors.New("connection to the broker is closed") // for good
+)
+
+// Closed says why the connection is closed for good: somebody called Close, or the broker that came back refuses us. It
+// is nil as long as the connection is open or mends itself.
+func (c *Conn) Closed() error { return closed(c.NC) }
+
+func closed(nc *nats.Conn) error {
+	if !nc.IsClosed() {
+		return nil
+	}
+	if err := nc.LastError(); permanent(err) {
+		return fmt.Errorf("%w: %w%s", ErrClosed, err, remedy(err))
+	}
+	return ErrClosed
+}
+
+// While returns a context that ends with ctx, and with Closed as its cause when the connection is closed for good.
+// stop lets go of it.
+func (c *Conn) While(ctx context.Context) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		select {
+		case <-c.closed:
+			cancel(c.Closed())
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		cancel(nil)
+		<-over
+	}
+}
+
+// check reads the files as connecting will. What is wrong with them does not mend itself.
+func (a Access) check() error {
+	if a.Creds != "" {
+		b, err := os.ReadFile(a.Creds)
+		if err == nil {
+			_, err = nkeys.ParseDecoratedNKey(b)
+		}
+		if err != nil {
+			return fmt.Errorf("%w --creds: %w; it must be a NATS credentials file: a user's JWT and seed", ErrAccess, err)
+		}
+	}
+	if a.TLSCert != "" || a.TLSKey != "" {
+		if _, err := tls.LoadX509KeyPair(a.TLSCert, a.TLSKey); err != nil {
+			return fmt.Errorf("%w --tls-cert and --tls-key: %w; they must be a certificate and its key in PEM", ErrAccess, err)
+		}
+	}
+	if a.TLSCA != "" {
+		b, err := os.ReadFile(a.TLSCA)
+		if err == nil && !x509.NewCertPool().AppendCertsFromPEM(b) {
+			err = fmt.Errorf("%s has no certificate", a.TLSCA)
+		}
+		if err != nil {
+			return fmt.Errorf("%w --tls-ca: %w; it must hold the certificates to trust in PEM", ErrAccess, err)
+		}
+	}
+	return nil
+}
 
 // Connect connects to a broker as role (shown in its connection list). It waits for the first connection until
-// ctx is done; after that the connection mends itself for as long as it is open.
+// ctx is done, with ErrUnreachable. After that the connection mends itself for as long as it is open; but a broker that
+// refuses it twice in a row, because it has another token now, ends it: see Closed.
 func Connect(ctx context.Context, a Access, role string, log *slog.Logger) (*Conn, error) {
+	if err := a.check(); err != nil {
+		return nil, err
+	}
 	opts := []nats.Option{}
 	if a.Token != "" {
 		opts = append(opts, nats.Token(a.Token))
@@ -121,15 +196,22 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 				nc.Close()
 				return nil, fmt.Errorf("open JetStream: %w", err)
 			}
-			return &Conn{NC: nc, JS: js, Reconnected: back}, nil
+			c := &Conn{NC: nc, JS: js, Reconnected: back, closed: make(chan struct{})}
+			var once sync.Once
+			end := func(*nats.Conn) { once.Do(func() { close(c.closed) }) }
+			nc.SetClosedHandler(end)
+			if nc.IsClosed() { // before it could be told
+				end(nc)
+			}
+			return c, nil
 		}
 		if permanent(err) {
-			return nil, fmt.Errorf("connect to the broker at %s: %w", redact(addr), err)
+			return nil, fmt.Errorf("connect to the broker at %s: %w%s", redact(addr), err, remedy(err))
 		}
 		last = err
 		if !said {
 			said = true
-			log.Info("waiting for the broker", "url", redact(addr), "error", err)
+			log.Warn("waiting for the broker", "url", redact(addr), "error", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -139,11 +221,29 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 	}
 }
 
+// refused says whether the broker does not know us, or not any more.
+func refused(err error) bool {
+	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) ||
+		errors.Is(err, nats.ErrAuthRevoked) || errors.Is(err, nats.ErrAccountAuthExpired)
+}
+
 // permanent says whether trying again cannot help.
 func permanent(err error) bool {
 	var ue *url.Error
-	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrSecureConnRequired) ||
-		errors.Is(err, nats.ErrSecureConnWanted) || errors.As(err, &ue)
+	return refused(err) || errors.Is(err, nats.ErrSecureConnRequired) || errors.Is(err, nats.ErrSecureConnWanted) || errors.As(err, &ue)
+}
+
+// remedy is what to do about such an error.
+func remedy(err error) string {
+	switch {
+	case refused(err):
+		return "; give its token with --token-file or MILLRACE_TOKEN (its `millrace broker` prints it at the start), or its --creds"
+	case errors.Is(err, nats.ErrSecureConnRequired):
+		return "; it wants TLS, name it tls://HOST:PORT, and its authority with --tls-ca"
+	case errors.Is(err, nats.ErrSecureConnWanted):
+		return "; it has no TLS, name it nats://HOST:PORT"
+	}
+	return ""
 }
 
 // redact hides a password or token inside a URL.

@@ -1,9 +1,13 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"reflect"
+	"strconv"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -21,29 +25,58 @@ const (
 	errNoStorage = 10047   // JSStorageResourcesExceeded
 )
 
-// Declarer makes the streams, consumers and buckets of proto, or brings those of an older version up to date.
+// Declarer makes the streams, consumers and buckets of proto, or brings those of an older version up to date. What is
+// there already keeps what an operator may have chosen: size, replicas, placement, compression, description. What a
+// newer version declared stays as it is, or two versions would undo each other's settings at every start.
 // Anyone may declare, at any time and side by side.
 type Declarer struct {
 	JS jetstream.JetStream
 	// Disk is the free space in bytes of the broker's disk where it is known; 0: it is not.
 	Disk int64
-	// AckWait is set on consumers; 0: what they have stays, and new ones get proto.DefaultAckWait.
+	// AckWait is set on consumers; 0: what they have stays, and new ones get that of Queues.
 	AckWait time.Duration
 }
 
 // Base declares what all jobs share.
 func (d Declarer) Base(ctx context.Context) error {
-	if _, err := d.JS.CreateOrUpdateKeyValue(ctx, proto.JobsConfig()); err != nil {
-		return explain("declare bucket "+proto.JobsBucket, err)
+	for _, cfg := range []jetstream.KeyValueConfig{proto.JobsConfig(), proto.WorkersConfig()} {
+		if err := d.keyValue(ctx, cfg); err != nil {
+			return err
+		}
 	}
-	if _, err := d.JS.CreateOrUpdateKeyValue(ctx, proto.WorkersConfig()); err != nil {
-		return explain("declare bucket "+proto.WorkersBucket, err)
-	}
-	if _, err := d.JS.CreateOrUpdateObjectStore(ctx, proto.InputsConfig()); err != nil {
-		return explain("declare object store "+proto.InputsBucket, err)
+	if err := d.objects(ctx, proto.InputsConfig()); err != nil {
+		return err
 	}
 	return d.stream(ctx, proto.ResultStreamConfig(0), maxResults, 2)
 }
+
+func (d Declarer) keyValue(ctx context.Context, cfg jetstream.KeyValueConfig) error {
+	create := func() error {
+		_, err := d.JS.CreateKeyValue(ctx, cfg)
+		return err
+	}
+	return d.ensure(ctx, bucketStream(cfg.Bucket), create, func(have *jetstream.StreamConfig) error {
+		have.Discard, have.MaxAge, have.MaxMsgsPerSubject = jetstream.DiscardNew, cfg.TTL, int64(cfg.History)
+		if cfg.TTL > 0 { // the broker wants it so
+			have.Duplicates = min(have.Duplicates, cfg.TTL)
+		}
+		return nil
+	})
+}
+
+func (d Declarer) objects(ctx context.Context, cfg jetstream.ObjectStoreConfig) error {
+	create := func() error {
+		_, err := d.JS.CreateObjectStore(ctx, cfg)
+		return err
+	}
+	return d.ensure(ctx, "OBJ_"+cfg.Bucket, create, func(have *jetstream.StreamConfig) error {
+		have.Discard, have.MaxAge = jetstream.DiscardNew, cfg.TTL
+		return nil
+	})
+}
+
+// bucketStream is the stream in which a bucket lies.
+func bucketStream(bucket string) string { return "KV_" + bucket }
 
 // Model declares the queue of a model and its consumers.
 func (d Declarer) Model(ctx context.Context, model string) error {
@@ -58,24 +91,76 @@ func (d Declarer) Model(ctx context.Context, model string) error {
 	return nil
 }
 
+// Queues sets AckWait, where it is not 0, on the consumers of all queues: on those that there are, and on those that
+// anybody declares later without an AckWait. Without it new ones get the one that was set last, or else
+// proto.DefaultAckWait.
+func (d Declarer) Queues(ctx context.Context) error {
+	if d.AckWait == 0 {
+		return nil
+	}
+	jobs, err := d.JS.Stream(ctx, bucketStream(proto.JobsBucket))
+	if err != nil {
+		return explain("keep the ack wait", err)
+	}
+	cfg := jobs.CachedInfo().Config
+	if cfg.Metadata[proto.MetaAckWait] != d.AckWait.String() {
+		cfg.Metadata = merged(cfg.Metadata, map[string]string{proto.MetaAckWait: d.AckWait.String()})
+		if _, err := d.JS.UpdateStream(ctx, cfg); err != nil {
+			return explain("keep the ack wait", err)
+		}
+	}
+	qs, err := Queues(ctx, d.JS)
+	if err != nil {
+		return err
+	}
+	for _, q := range qs {
+		if q.Stream != proto.RequestStream(q.Model) { // not declared by us
+			continue
+		}
+		if err := d.Model(ctx, q.Model); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ackWait is that of a new consumer for which nobody asks for another.
+func (d Declarer) ackWait(ctx context.Context) (time.Duration, error) {
+	jobs, err := d.JS.Stream(ctx, bucketStream(proto.JobsBucket))
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return proto.DefaultAckWait, nil
+	}
+	if err != nil {
+		return 0, explain("look up the ack wait", err)
+	}
+	if w, err := time.ParseDuration(jobs.CachedInfo().Config.Metadata[proto.MetaAckWait]); err == nil && w > 0 {
+		return w, nil
+	}
+	return proto.DefaultAckWait, nil
+}
+
 func (d Declarer) consumer(ctx context.Context, model string, lane proto.Lane) error {
 	want := proto.ConsumerConfig(model, lane, d.AckWait)
 	stream := proto.RequestStream(model)
 	have, err := d.JS.Consumer(ctx, stream, want.Durable)
-	if err == nil {
-		cfg := have.CachedInfo().Config
-		if want.AckWait == 0 {
-			want.AckWait = cfg.AckWait
+	switch {
+	case err == nil:
+		is := have.CachedInfo().Config
+		next := is
+		next.AckWait = cmp.Or(d.AckWait, is.AckWait)
+		if !newer(is.Metadata) {
+			next.MaxDeliver, next.MaxAckPending, next.Metadata = want.MaxDeliver, want.MaxAckPending, merged(is.Metadata, want.Metadata)
 		}
-		if cfg.AckWait == want.AckWait && cfg.MaxDeliver == want.MaxDeliver && cfg.MaxAckPending == want.MaxAckPending {
+		if reflect.DeepEqual(next, is) {
 			return nil
 		}
-	}
-	if err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
+		want = next
+	case !errors.Is(err, jetstream.ErrConsumerNotFound):
 		return explain("look up consumer "+want.Durable+" of "+stream, err)
-	}
-	if want.AckWait == 0 {
-		want.AckWait = proto.DefaultAckWait
+	case want.AckWait == 0:
+		if want.AckWait, err = d.ackWait(ctx); err != nil {
+			return err
+		}
 	}
 	if _, err := d.JS.CreateOrUpdateConsumer(ctx, stream, want); err != nil {
 		return explain("declare consumer "+want.Durable+" of "+stream, err)
@@ -83,56 +168,94 @@ func (d Declarer) consumer(ctx context.Context, model string, lane proto.Lane) e
 	return nil
 }
 
-// stream makes a stream that may take a share (one of that many parts) of the free disk, or mends one that
-// differs from what this version wants. The size of a stream that is there stays.
+// stream makes a stream that may take a share (one of that many parts) of the free disk, or mends one that differs
+// from what this version wants. One that belongs to another model is never touched.
 func (d Declarer) stream(ctx context.Context, cfg jetstream.StreamConfig, most int64, share int64) error {
-	have, err := d.JS.Stream(ctx, cfg.Name)
-	switch {
-	case err == nil:
-		return d.mend(ctx, have.CachedInfo().Config, cfg)
-	case !errors.Is(err, jetstream.ErrStreamNotFound):
-		return explain("look up stream "+cfg.Name, err)
-	}
-	cfg.MaxBytes = d.size(ctx, most, share)
-	for {
-		_, err = d.JS.CreateStream(ctx, cfg)
-		var je jetstream.JetStreamError
-		if errors.As(err, &je) && je.APIError() != nil && je.APIError().ErrorCode == errNoStorage && cfg.MaxBytes/2 >= minStream {
+	create := func() error {
+		cfg.MaxBytes = d.size(ctx, most, share)
+		for {
+			_, err := d.JS.CreateStream(ctx, cfg)
+			var je jetstream.JetStreamError
+			if !errors.As(err, &je) || je.APIError() == nil || je.APIError().ErrorCode != errNoStorage || cfg.MaxBytes/2 < minStream {
+				return err
+			}
 			cfg.MaxBytes /= 2
-			continue
 		}
-		break
 	}
-	if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // someone was faster
+	return d.ensure(ctx, cfg.Name, create, func(have *jetstream.StreamConfig) error {
+		if m := have.Metadata[proto.MetaModel]; m != cfg.Metadata[proto.MetaModel] && m != "" {
+			return fmt.Errorf("stream %s belongs to model %q, not %q: two names with one token; rename one model", cfg.Name, m, cfg.Metadata[proto.MetaModel])
+		}
+		have.Discard, have.MaxAge, have.Subjects = cfg.Discard, cfg.MaxAge, cfg.Subjects
+		have.AllowAtomicPublish, have.AllowBatchPublish = cfg.AllowAtomicPublish, cfg.AllowBatchPublish
+		have.Metadata = merged(have.Metadata, cfg.Metadata)
 		return nil
-	}
-	if err != nil {
-		return explain("declare stream "+cfg.Name, err)
-	}
-	return nil
+	})
 }
 
-// mend updates a stream of an older version. One that belongs to another model is never touched.
-func (d Declarer) mend(ctx context.Context, have, want jetstream.StreamConfig) error {
-	if m := have.Metadata[proto.MetaModel]; want.Metadata[proto.MetaModel] != m && m != "" {
-		return fmt.Errorf("stream %s belongs to model %q, not %q: two names with one token; rename one model", have.Name, m, want.Metadata[proto.MetaModel])
+// ensure makes a stream where it is not there, and else lets ours set what this version wants of it.
+func (d Declarer) ensure(ctx context.Context, name string, create func() error, ours func(*jetstream.StreamConfig) error) error {
+	for {
+		have, err := d.JS.Stream(ctx, name)
+		if err == nil {
+			return d.mend(ctx, have.CachedInfo().Config, ours)
+		}
+		if errors.Is(err, nats.ErrNoResponders) { // the account knows why
+			_, why := d.JS.AccountInfo(ctx)
+			err = cmp.Or(why, err)
+		}
+		if !errors.Is(err, jetstream.ErrStreamNotFound) {
+			return explain("look up stream "+name, err)
+		}
+		err = create()
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+			return explain("declare stream "+name, err)
+		}
+		if ctx.Err() != nil { // someone was faster: what they made is looked at
+			return explain("declare stream "+name, ctx.Err())
+		}
 	}
-	if len(Drift(have, want)) == 0 {
+}
+
+func (d Declarer) mend(ctx context.Context, have jetstream.StreamConfig, ours func(*jetstream.StreamConfig) error) error {
+	next := have
+	next.Metadata = merged(have.Metadata, map[string]string{proto.MetaSchema: proto.Schema})
+	if err := ours(&next); err != nil {
+		return err
+	}
+	if newer(have.Metadata) || reflect.DeepEqual(next, have) {
 		return nil
 	}
-	next := have
-	next.Discard, next.MaxAge = want.Discard, want.MaxAge
-	next.AllowAtomicPublish, next.AllowBatchPublish = want.AllowAtomicPublish, want.AllowBatchPublish
-	next.Subjects, next.Metadata = want.Subjects, want.Metadata
 	if _, err := d.JS.UpdateStream(ctx, next); err != nil {
 		return explain("update stream "+have.Name, err)
 	}
 	return nil
 }
 
+// newer says whether a later version than this one declared something.
+func newer(metadata map[string]string) bool {
+	have, err := strconv.Atoi(metadata[proto.MetaSchema])
+	ours, _ := strconv.Atoi(proto.Schema) // a number
+	return err == nil && have > ours
+}
+
+// merged adds ours to what the operator and the broker noted.
+func merged(have, ours map[string]string) map[string]string {
+	m := make(map[string]string, len(have)+len(ours))
+	maps.Copy(m, have)
+	maps.Copy(m, ours)
+	return m
+}
+
 // Drift names the settings in which a stream differs from what this version wants. Size and replicas are the
-// operator's.
+// operator's; one that a newer version declared is that version's.
 func Drift(have, want jetstream.StreamConfig) []string {
+	if newer(have.Metadata) {
+		return nil
+	}
 	var out []string
 	differ := func(name string, is bool) {
 		if is {
@@ -161,8 +284,8 @@ func (d Declarer) size(ctx context.Context, most, share int64) int64 {
 }
 
 // Redelivered declares the queue of a model as Model does, and makes every request that was handed out and not
-// acknowledged available at once, by making the consumers anew. Only for a broker whose clients are all gone: the requests that someone still works on would
-// run twice.
+// acknowledged available at once, by making the consumers anew. Only for a broker whose clients are all gone: the
+// requests that someone still works on would run twice.
 func (d Declarer) Redelivered(ctx context.Context, model string) error {
 	stream := proto.RequestStream(model)
 	for _, lane := range proto.Lanes() {

@@ -134,6 +134,9 @@ func (d *doctor) stream(info *jetstream.StreamInfo, want jetstream.StreamConfig)
 			"differs from what this version declares in %s", strings.Join(drift, ", "))
 		return
 	}
+	if newer(info.Config.Metadata) {
+		d.note(check, "update this millrace too", "declared by a newer version (settings %s, ours are %s)", info.Config.Metadata[proto.MetaSchema], proto.Schema)
+	}
 	used := float64(info.State.Bytes) / float64(max(info.Config.MaxBytes, 1))
 	switch {
 	case info.Config.MaxBytes > 0 && used > 0.8:

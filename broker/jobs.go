@@ -21,6 +21,7 @@ type JobView struct {
 	Control  proto.Control
 	Feed     proto.Feed
 	Progress proto.Progress
+	Silent   time.Duration // since the owner last wrote its record, on the broker's clock; 0 where there is none, or nothing to own
 }
 
 // States of a job, as people see it.
@@ -47,7 +48,7 @@ func (v *JobView) State() string {
 		return StateHalted
 	case v.Control.Want == proto.WantPause:
 		return StatePaused
-	case v.Feed.Owner.ID == "":
+	case v.Feed.Owner.ID == "", v.Silent > DefaultLeaseTTL:
 		return StateOrphaned
 	}
 	return StateRunning
@@ -81,35 +82,27 @@ func (v *JobView) set(kind string, value []byte) error {
 	return nil
 }
 
-// entries reads the values of a bucket, or its keys alone, as they are now.
-func entries(ctx context.Context, js jetstream.JetStream, bucket, keys string, opts ...jetstream.WatchOpt) ([]jetstream.KeyValueEntry, error) {
-	kv, err := js.KeyValue(ctx, bucket)
-	if errors.Is(err, jetstream.ErrBucketNotFound) {
+// keys names the keys of a bucket that match: by the subjects of its stream, since a listing by a watch passes over a
+// key that is being written at that moment. Some may be deleted.
+func keys(ctx context.Context, js jetstream.JetStream, bucket, match string) ([]string, error) {
+	prefix := "$KV." + bucket + "."
+	s, err := js.Stream(ctx, bucketStream(bucket))
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil, nil
 	}
+	var info *jetstream.StreamInfo
+	if err == nil {
+		info, err = s.Info(ctx, jetstream.WithSubjectFilter(prefix+match))
+	}
 	if err != nil {
-		return nil, explain("open bucket "+bucket, err)
+		return nil, explain("list bucket "+bucket, err)
 	}
-	w, err := kv.Watch(ctx, keys, append(opts, jetstream.IgnoreDeletes())...)
-	if err != nil {
-		return nil, explain("read bucket "+bucket, err)
+	var out []string
+	for subject := range info.State.Subjects {
+		out = append(out, strings.TrimPrefix(subject, prefix))
 	}
-	defer w.Stop()
-	var out []jetstream.KeyValueEntry
-	for {
-		select {
-		case <-ctx.Done():
-			return nil, explain("read bucket "+bucket, context.Cause(ctx))
-		case e, ok := <-w.Updates():
-			if !ok {
-				return nil, fmt.Errorf("read bucket %s: the watch ended", bucket)
-			}
-			if e == nil { // all that was there has come
-				return out, nil
-			}
-			out = append(out, e)
-		}
-	}
+	slices.Sort(out)
+	return out, nil
 }
 
 // Jobs lists all jobs, the newest first.
@@ -136,9 +129,9 @@ func Jobs(ctx context.Context, js jetstream.JetStream) ([]JobView, error) {
 }
 
 func jobIDs(ctx context.Context, js jetstream.JetStream) (ids []string, err error) {
-	es, err := entries(ctx, js, proto.JobsBucket, proto.JobKey("*"), jetstream.MetaOnly())
-	for _, e := range es {
-		_, id := proto.SplitKey(e.Key())
+	ks, err := keys(ctx, js, proto.JobsBucket, proto.JobKey("*"))
+	for _, k := range ks {
+		_, id := proto.SplitKey(k)
 		ids = append(ids, id)
 	}
 	return ids, err
@@ -158,6 +151,7 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 	if err != nil {
 		return v, explain("open bucket "+proto.JobsBucket, err)
 	}
+	var fed time.Time
 	for _, key := range []string{proto.JobKey(id), proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id)} {
 		e, err := kv.Get(ctx, key)
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
@@ -173,8 +167,16 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 		if err := v.set(kind, e.Value()); err != nil {
 			return v, fmt.Errorf("read %s: %w", key, err)
 		}
+		if kind == "feed" {
+			fed = e.Created()
+		}
 	}
-	return v, nil
+	if v.Feed.Owner.ID == "" || v.Progress.State == proto.FoldDone {
+		return v, nil
+	}
+	now, err := Now(ctx, js)
+	v.Silent = max(now.Sub(fed), 0)
+	return v, err
 }
 
 // Find reads the job whose id or name is what, or the only one whose id begins so.
@@ -234,14 +236,12 @@ func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	if err := Purge(ctx, js, proto.ResultStream, proto.ResultSubject(id)); err != nil {
 		return err
 	}
-	if v.Job.Object != "" {
-		os, err := js.ObjectStore(ctx, proto.InputsBucket)
-		if err == nil {
-			err = os.Delete(ctx, v.Job.Object)
-		}
-		if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
-			return explain("remove the input's copy", err)
-		}
+	os, err := js.ObjectStore(ctx, proto.InputsBucket)
+	if err == nil {
+		err = os.Delete(ctx, cmp.Or(v.Job.Object, id)) // it may lie there before the job says so
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
+		return explain("remove the input's copy", err)
 	}
 	for _, key := range []string{proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id), proto.JobKey(id)} {
 		if err := kv.Purge(ctx, key); err != nil {
@@ -268,15 +268,26 @@ func Purge(ctx context.Context, js jetstream.JetStream, stream, subject string) 
 
 // Workers lists the workers whose heartbeat counts, by id.
 func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
-	es, err := entries(ctx, js, proto.WorkersBucket, ">")
-	if err != nil {
+	ids, err := keys(ctx, js, proto.WorkersBucket, ">")
+	if err != nil || len(ids) == 0 {
 		return nil, err
 	}
+	kv, err := js.KeyValue(ctx, proto.WorkersBucket)
+	if err != nil {
+		return nil, explain("open bucket "+proto.WorkersBucket, err)
+	}
 	var out []proto.Worker
-	for _, e := range es {
+	for _, id := range ids {
+		e, err := kv.Get(ctx, id)
+		if errors.Is(err, jetstream.ErrKeyNotFound) { // it left meanwhile
+			continue
+		}
+		if err != nil {
+			return nil, explain("read worker "+id, err)
+		}
 		var w proto.Worker
 		if err := w.Decode(e.Value()); err != nil {
-			return nil, fmt.Errorf("read worker %s: %w", e.Key(), err)
+			return nil, fmt.Errorf("read worker %s: %w", id, err)
 		}
 		out = append(out, w)
 	}
@@ -326,17 +337,34 @@ func handedOut(ctx context.Context, js jetstream.JetStream, stream string) (wait
 	return waiting, handed
 }
 
+// goneLooks is how many looks in a row must not find a job before it counts as removed: 10 s of the commands that
+// people watch with. A broker that came back with an empty disk knows the job again sooner.
+const goneLooks = 40
+
 // Follow calls see with a job's view, now and about every interval, until see returns false or ctx ends. It goes on
-// through a broker that does not answer.
+// through a broker that does not answer, and returns ErrNoJob when the job was removed and ErrClosed when the
+// connection is closed.
 func Follow(ctx context.Context, js jetstream.JetStream, id string, interval time.Duration, see func(JobView) bool) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
+	gone := 0
 	for {
 		gctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		v, err := Get(gctx, js, id)
 		cancel()
-		if err == nil && !see(v) {
+		switch {
+		case err == nil && !see(v):
 			return nil
+		case !errors.Is(err, ErrNoJob):
+			gone = 0
+		default:
+			gone++
+		}
+		if gone > goneLooks {
+			return fmt.Errorf("%w; it was removed while it was watched", err)
+		}
+		if err := closed(js.Conn()); err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,8 +26,9 @@ type Lease struct {
 	// Holder reads the owner out of such a value.
 	Holder func(value []byte) (proto.Owner, error)
 
-	mu  sync.Mutex // guards rev; Renew and Release may be called side by side
-	rev uint64
+	mu   sync.Mutex // guards rev and sent; Renew and Release may be called side by side
+	rev  uint64
+	sent time.Time // when the last writing that succeeded was begun: nobody else has waited for longer
 }
 
 // DefaultLeaseTTL is how long the holder of a lease may be silent.
@@ -84,12 +86,13 @@ func (l *Lease) put(owner proto.Owner, write func([]byte) (uint64, error)) error
 	if err != nil {
 		return err
 	}
+	began := time.Now()
 	rev, err := write(v)
 	if err != nil {
 		return fmt.Errorf("write lease %s: %w", l.Key, err)
 	}
 	l.mu.Lock()
-	l.rev = rev
+	l.rev, l.sent = rev, began
 	l.mu.Unlock()
 	return nil
 }
@@ -126,37 +129,74 @@ func (l *Lease) write(ctx context.Context, owner proto.Owner) error {
 	return l.put(owner, func(v []byte) (uint64, error) { return l.KV.Update(ctx, l.Key, v, e.Revision()) })
 }
 
-// Keep renews the lease until ctx ends, and calls lost when it is not ours any more: because another process has
-// it, or because it could not be renewed for TTL, after which another may have it. In the second case Keep goes on
-// trying, and calls regained when it succeeds.
+// left is how long the lease is surely ours: a TTL from the beginning of the last renewal, less an eighth for what
+// lost must stop.
+func (l *Lease) left() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return time.Until(l.sent.Add(l.ttl() - l.ttl()/8))
+}
+
+// Keep renews the lease, which Try took, until ctx ends, and calls lost when it is not ours any more: because another
+// process has it, or because it could not be renewed, before another may have it, also while a renewal is unanswered. In
+// the second case Keep goes on trying, and calls regained when it succeeds.
 func (l *Lease) Keep(ctx context.Context, lost func(error), regained func()) error {
-	last, silent := time.Now(), false
 	tick := time.NewTicker(l.ttl() / 4)
 	defer tick.Stop()
+	end := time.NewTimer(l.left())
+	defer end.Stop()
+	var (
+		answer  = make(chan error, 1)
+		asking  bool // a renewal is under way
+		silent  bool // lost was called
+		problem error
+	)
 	for {
 		select {
 		case <-ctx.Done():
+			if asking {
+				<-answer
+			}
 			return nil
 		case <-tick.C:
-		}
-		rctx, cancel := context.WithTimeout(ctx, l.ttl()/3)
-		err := l.Renew(rctx)
-		cancel()
-		switch {
-		case err == nil:
-			last = time.Now()
+			if !asking {
+				asking = true
+				go func() { answer <- l.renew(ctx) }()
+			}
+		case err := <-answer:
+			asking = false
+			if errors.Is(err, ErrLeaseLost) {
+				lost(err)
+				return err
+			}
+			problem = err
+			left := l.left()
+			if left <= 0 { // not renewed, or so late that it may be another's already
+				continue
+			}
+			end.Reset(left)
 			if silent {
 				silent = false
 				regained()
 			}
-		case errors.Is(err, ErrLeaseLost):
-			lost(err)
-			return err
-		case time.Since(last) > l.ttl() && !silent && ctx.Err() == nil:
+		case <-end.C:
+			if left := l.left(); left > 0 { // somebody called Renew
+				end.Reset(left)
+				continue
+			}
 			silent = true
-			lost(fmt.Errorf("lease %s not renewed for %s: %w", l.Key, l.ttl(), err))
+			lost(fmt.Errorf("lease %s not renewed for nearly %s: %w", l.Key, l.ttl(), cmp.Or(problem, errUnanswered)))
 		}
 	}
+}
+
+var errUnanswered = errors.New("no answer")
+
+// renew renews the lease once, with the time for it that lets the next one come before it is too late.
+func (l *Lease) renew(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, l.ttl()/3)
+	defer cancel()
+	return l.Renew(ctx)
 }
 
 // Release lets go of the lease so that another process need not wait.

@@ -19,12 +19,10 @@ func Self() proto.Owner {
 	return proto.Owner{ID: nuid.Next(), Host: hostID(), PID: int64(pid), Start: processStart(pid)}
 }
 
-// hostID names the machine, its boot and the process name space: where two are equal, a PID means the same.
+// hostID names the machine, and behind a slash the scope of its PIDs.
 func hostID() string {
-	name, _ := os.Hostname() // empty where the system does not tell: the rest still tells machines apart
-	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	ns, _ := os.Readlink("/proc/self/ns/pid")
-	return strings.Join([]string{name, string(bytes.TrimSpace(boot)), ns}, "/")
+	name, _ := os.Hostname() // empty where the system does not tell: the scope still tells machines apart
+	return name + "/" + pidScope()
 }
 
 // processStart is what the system says of when a process began; empty where it does not say.
@@ -41,9 +39,11 @@ func processStart(pid int) string {
 	return ""
 }
 
-// dead says whether o is surely not running any more: a process of this machine that is not there.
+// dead says whether o is surely not running any more: a process of this machine that is not there. Where the scope of
+// PIDs is not known nobody is: two machines may go by one name.
 func dead(o, self proto.Owner) bool {
-	if o.Host != self.Host || o.PID <= 0 {
+	_, scope, _ := strings.Cut(o.Host, "/")
+	if o.Host != self.Host || strings.Trim(scope, "/") == "" || o.PID <= 0 {
 		return false
 	}
 	if errors.Is(syscall.Kill(int(o.PID), 0), syscall.ESRCH) {

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -29,13 +31,14 @@ type Server struct {
 	TLSCA      string // PEM file; where set, clients must show a certificate it signed
 	Monitor    string // HOST:PORT of nats-server's own HTTP monitoring; empty: none
 	Log        *slog.Logger
+	// Broken is called, once, when a stream could not be written, as on a full disk: nats-server refuses that stream
+	// from then on, also when there is room again, until it is started anew.
+	Broken func(error)
 
 	ns   *server.Server
 	lock *Lock
+	once sync.Once // guards the call of Broken
 }
-
-// startTimeout bounds the recovery of what lies on disk: nats-server reads about 1 GB/s of it after a kill -9.
-const startTimeout = 10 * time.Minute
 
 // Start takes the folder and starts the server. It returns when the server takes connections.
 func (s *Server) Start(ctx context.Context) error {
@@ -57,37 +60,75 @@ func (s *Server) Start(ctx context.Context) error {
 }
 
 func (s *Server) start(ctx context.Context, opts *server.Options) error {
-	if s.Addr != "" { // nats-server ends the process when its port is taken; ask first
-		ln, err := net.Listen("tcp", s.Addr)
-		if err != nil {
-			return fmt.Errorf("listen on %s: %w; choose another --addr or stop what holds the port", s.Addr, err)
-		}
-		ln.Close()
+	// A port that is taken is said before what lies on disk is read, which can take minutes.
+	if err := free(s.Addr, "listen", "--addr"); err != nil {
+		return err
+	}
+	if err := free(s.Monitor, "monitor", "--monitor-addr"); err != nil {
+		return err
 	}
 	ns, err := server.NewServer(opts)
 	if err != nil {
 		return fmt.Errorf("start the broker: %w", err)
 	}
-	s.ns = ns
-	ns.SetLoggerV2(serverLog{s.Log}, false, false, false)
+	log := serverLog{s, make(chan string, 1)}
+	ns.SetLoggerV2(log, false, false, false)
 	started := make(chan struct{})
-	go func() { // Start returns at once, but for the recovery of streams
+	go func() { // it returns when all streams are recovered: nats-server reads about 1 GB/s of them after a kill -9
 		defer close(started)
 		ns.Start()
 	}()
-	select {
-	case <-started:
-	case <-ctx.Done():
+	if err := s.settle(ctx, ns, started, log.fatal); err != nil {
 		ns.Shutdown()
 		<-started
 		ns.WaitForShutdown()
+		return err
+	}
+	ns.SetLoggerV2(serverLog{s: s}, false, false, false)
+	s.ns = ns
+	return nil
+}
+
+// settle waits until the server takes connections. Where nats-server gives up it only says so, to its log.
+func (s *Server) settle(ctx context.Context, ns *server.Server, started <-chan struct{}, fatal <-chan string) error {
+	gaveUp := func(why string) error {
+		return fmt.Errorf("start the broker in %s: %s; mend that, or choose another --data", s.Dir, why)
+	}
+	select {
+	case <-started:
+	case why := <-fatal:
+		return gaveUp(why)
+	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	if !ns.ReadyForConnections(startTimeout) || !ns.JetStreamEnabled() {
-		ns.Shutdown()
-		ns.WaitForShutdown()
-		return fmt.Errorf("start the broker in %s: it did not become ready; its log says why (--verbose)", s.Dir)
+	for {
+		ready := ns.ReadyForConnections(100 * time.Millisecond)
+		select {
+		case why := <-fatal:
+			return gaveUp(why)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		default:
+		}
+		if ready && !ns.JetStreamEnabled() {
+			return gaveUp("JetStream is off")
+		}
+		if ready {
+			return nil
+		}
 	}
+}
+
+// free says whether an address can be listened on.
+func free(addr, what, flag string) error {
+	if addr == "" {
+		return nil
+	}
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return fmt.Errorf("%s on %s: %w; choose another %s or stop what holds the port", what, addr, err, flag)
+	}
+	ln.Close()
 	return nil
 }
 
@@ -102,7 +143,7 @@ func (s *Server) options() (*server.Options, error) {
 		NoLog:      true,
 		JetStream:  true,
 		StoreDir:   filepath.Join(s.Dir, "jetstream"),
-		// Streams reserve their MaxBytes against this. The sizes come from the free disk (StreamBytes); a limit
+		// Streams reserve their MaxBytes against this. The sizes come from the free disk (Declarer); a limit
 		// here would only refuse a reservation on a disk that filled since.
 		JetStreamMaxStore:     1 << 60,
 		JetStreamMaxMemory:    1 << 30,
@@ -170,12 +211,40 @@ func (s *Server) Stop() {
 	s.lock.Unlock()
 }
 
-// serverLog hands nats-server's log to slog. Its notices are details to us.
-type serverLog struct{ log *slog.Logger }
+// broken tells that a stream is lost until the next start.
+func (s *Server) broken(why string) {
+	s.once.Do(func() {
+		if s.Broken != nil {
+			s.Broken(fmt.Errorf("the broker cannot write to %s: %s; make room or mend the disk and start it again, it continues", s.Dir, why))
+		}
+	})
+}
 
-func (l serverLog) Noticef(f string, v ...any) { l.log.Debug("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Warnf(f string, v ...any)   { l.log.Warn("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Errorf(f string, v ...any)  { l.log.Error("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Fatalf(f string, v ...any)  { l.log.Error("nats: " + fmt.Sprintf(f, v...)) }
+// serverLog hands nats-server's log to slog. Its notices are details to us.
+type serverLog struct {
+	s     *Server
+	fatal chan string // why the server gave up, while somebody waits for it to start
+}
+
+func (l serverLog) Noticef(f string, v ...any) { l.s.Log.Debug("nats: " + fmt.Sprintf(f, v...)) }
+func (l serverLog) Warnf(f string, v ...any)   { l.s.Log.Warn("nats: " + fmt.Sprintf(f, v...)) }
 func (l serverLog) Debugf(f string, v ...any)  {}
 func (l serverLog) Tracef(f string, v ...any)  {}
+
+// Fatalf gives the reason to Start, which returns it; later there is nobody to say it but the log.
+func (l serverLog) Fatalf(f string, v ...any) {
+	why := fmt.Sprintf(f, v...)
+	select {
+	case l.fatal <- why:
+	default:
+		l.s.Log.Error("nats: " + why)
+	}
+}
+
+func (l serverLog) Errorf(f string, v ...any) {
+	text := fmt.Sprintf(f, v...)
+	l.s.Log.Error("nats: " + text)
+	if _, why, ok := strings.Cut(text, "ritical write error: "); ok { // with a small or a capital c
+		l.s.broken(why)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -32,17 +33,29 @@ type Adopter struct {
 	Every    time.Duration // how often it looks for jobs; 0: 2 s
 
 	metrics *metrics
+	reading chan struct{} // holds one for each input that is fetched or scanned
 
 	mu   sync.Mutex           // guards the rest
 	busy map[string]bool      // jobs that a goroutine has
-	done map[string]bool      // jobs that need nothing any more
+	done map[string]versions  // jobs that need nothing any more, as long as they stay so
 	next map[string]time.Time // when a job that could not be adopted is tried again
 }
 
-// adoptAgain is how long a job is left alone that another process has or that could not be fed.
-const adoptAgain = 5 * time.Second
+// versions are the revisions of a job's own key and of its progress: a job that was removed and left again has others,
+// and so has one whose progress went back.
+type versions struct{ job, progress uint64 }
 
-// Run adopts jobs until ctx ends, and returns when all of them are let go.
+// adoptReading is how many inputs are fetched and scanned at once: a scan takes up to 150 MB of memory.
+const adoptReading = 2
+
+// adoptAgain is how long a job is left alone that another process has or that could not be fed, and adoptLater one
+// that needs another program or broker first.
+const (
+	adoptAgain = 5 * time.Second
+	adoptLater = 5 * time.Minute
+)
+
+// Run adopts jobs until ctx ends or the connection is closed for good, and returns when all of them are let go.
 func (a *Adopter) Run(ctx context.Context) error {
 	if a.Log == nil {
 		a.Log = slog.New(slog.DiscardHandler)
@@ -59,21 +72,39 @@ func (a *Adopter) Run(ctx context.Context) error {
 		return err
 	}
 	defer stop()
-	a.metrics = m
-	a.busy, a.done, a.next = map[string]bool{}, map[string]bool{}, map[string]time.Time{}
+	a.metrics, a.reading = m, make(chan struct{}, adoptReading)
+	ctx, let := a.Conn.While(ctx)
+	defer let()
+	a.mu.Lock()
+	a.busy, a.done, a.next = map[string]bool{}, map[string]versions{}, map[string]time.Time{}
+	a.mu.Unlock()
 	every := a.Every
 	if every <= 0 {
 		every = 2 * time.Second
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	var swept time.Time
 	for {
+		if time.Since(swept) >= uploadIdle {
+			swept = time.Now()
+			a.sweep(ctx)
+		}
 		if err := a.look(ctx, &wg); err != nil && ctx.Err() == nil {
 			a.Log.Debug("look for jobs to adopt", "error", err)
 		}
 		if err := sleep(ctx, every); err != nil {
 			return err
 		}
+	}
+}
+
+// sweep removes what interrupted uploads left at the broker.
+func (a *Adopter) sweep(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := sweepUploads(ctx, a.Conn, uploadIdle); err != nil && ctx.Err() == nil {
+		a.Log.Debug("sweep interrupted uploads", "error", err)
 	}
 }
 
@@ -85,45 +116,105 @@ func (a *Adopter) look(ctx context.Context, wg *sync.WaitGroup) error {
 	if err != nil {
 		return err
 	}
-	keys, err := kv.ListKeysFiltered(cctx, proto.JobKey("*"))
+	all, removed, err := list(cctx, kv)
 	if err != nil {
-		return fmt.Errorf("list jobs: %w", err)
+		return err
 	}
-	for key := range keys.Keys() {
-		if _, id := proto.SplitKey(key); a.claim(id) {
-			wg.Go(func() { a.release(id, a.adopt(ctx, kv, id)) })
+	a.drop(all, removed)
+	for id, at := range all {
+		if a.claim(id, at) {
+			wg.Go(func() { a.release(id, at, a.adopt(ctx, kv, id)) })
 		}
 	}
 	return nil
 }
 
-func (a *Adopter) claim(id string) bool {
+// list reads which jobs there are, and which were removed. The progress of a job that is being written at that moment is
+// passed over; then the job only seems to have changed.
+func list(ctx context.Context, kv jetstream.KeyValue) (all map[string]versions, removed []string, err error) {
+	w, err := kv.WatchFiltered(ctx, []string{proto.JobKey("*"), proto.ProgressKey("*")}, jetstream.MetaOnly())
+	if err != nil {
+		return nil, nil, fmt.Errorf("list jobs: %w", err)
+	}
+	defer func() { _ = w.Stop() }() // it ends with the connection at the latest
+	all = map[string]versions{}
+	progress := map[string]uint64{}
+	for {
+		var e jetstream.KeyValueEntry
+		ok := true
+		select {
+		case <-ctx.Done():
+			return nil, nil, fmt.Errorf("list jobs: %w", context.Cause(ctx))
+		case e, ok = <-w.Updates():
+		}
+		if !ok {
+			return nil, nil, errors.New("list jobs: the watch ended")
+		}
+		if e == nil { // all that was there has come
+			break
+		}
+		kind, id := proto.SplitKey(e.Key())
+		switch put := e.Operation() == jetstream.KeyValuePut; {
+		case kind == "agg" && put:
+			progress[id] = e.Revision()
+		case kind == "job" && put:
+			all[id] = versions{job: e.Revision()}
+		case kind == "job":
+			removed = append(removed, id)
+		}
+	}
+	for id, v := range all {
+		all[id] = versions{v.job, progress[id]}
+	}
+	return all, removed, nil
+}
+
+// drop forgets the jobs that are not there, and removes what is laid down of those that were removed. That a job is not
+// there says nothing else: the broker may have lost it.
+func (a *Adopter) drop(all map[string]versions, removed []string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.busy[id] || a.done[id] || time.Now().Before(a.next[id]) {
+	gone := func(id string) bool { _, ok := all[id]; return !ok }
+	maps.DeleteFunc(a.done, func(id string, _ versions) bool { return gone(id) })
+	maps.DeleteFunc(a.next, func(id string, _ time.Time) bool { return gone(id) })
+	for _, id := range removed {
+		if !a.busy[id] {
+			_ = os.Remove(a.file(id)) // most often there is none
+		}
+	}
+}
+
+func (a *Adopter) claim(id string, at versions) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.busy[id] || a.done[id] == at || time.Now().Before(a.next[id]) {
 		return false
 	}
 	a.busy[id] = true
 	return true
 }
 
-func (a *Adopter) release(id string, done bool) {
+// release notes how long the job, of which at is what was known when it was claimed, is left alone; 0: until that changes.
+func (a *Adopter) release(id string, at versions, wait time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.busy, id)
 	delete(a.next, id)
-	if done {
-		a.done[id] = true
+	if wait == 0 {
+		a.done[id] = at
 	} else {
-		a.next[id] = time.Now().Add(adoptAgain)
+		a.next[id] = time.Now().Add(wait)
 	}
 }
 
-// adopt feeds a job, if it is one to adopt, until it ends, and says whether nothing is left to do for it.
-func (a *Adopter) adopt(ctx context.Context, kv jetstream.KeyValue, id string) bool {
+// adopt feeds a job, if it is one to adopt, until it is finished or removed, and says how long to leave it alone then.
+func (a *Adopter) adopt(ctx context.Context, kv jetstream.KeyValue, id string) time.Duration {
 	job, todo, err := a.judge(ctx, kv, id)
 	if err == nil && todo == adoptIt {
 		err = a.feed(ctx, job)
+	}
+	if errors.Is(err, ErrRemoved) { // and all of it with it; what lies under its name may be of the next one already
+		return 0
 	}
 	if err == nil && todo != adoptNot {
 		err = a.forget(ctx, job)
@@ -131,10 +222,16 @@ func (a *Adopter) adopt(ctx context.Context, kv jetstream.KeyValue, id string) b
 	if err != nil && ctx.Err() == nil && !errors.Is(err, broker.ErrLeaseHeld) {
 		a.Log.Warn("job not adopted, trying again", "job", id, "error", err)
 	}
-	return err == nil && todo != adoptNot
+	switch {
+	case errors.Is(err, ErrJudged):
+		return adoptLater
+	case err != nil, todo == adoptNot:
+		return adoptAgain
+	}
+	return 0
 }
 
-// feed runs an owner. Every end of the job is a good one here.
+// feed runs an owner. Every way in which a job finishes is a good one here.
 func (a *Adopter) feed(ctx context.Context, job proto.Job) error {
 	o := &Owner{Conn: a.Conn, Job: job, Self: a.Self, Log: a.Log, Window: a.Window,
 		AckWait: a.AckWait, LeaseTTL: a.LeaseTTL, Disk: a.Disk, metrics: a.metrics}
@@ -159,7 +256,10 @@ const (
 func (a *Adopter) judge(ctx context.Context, kv jetstream.KeyValue, id string) (job proto.Job, todo int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	if job, _, err = getJob(ctx, kv, id); err != nil {
+	if job, _, err = getJob(ctx, kv, id); errors.Is(err, jetstream.ErrKeyNotFound) {
+		return job, adoptNot, nil // removed meanwhile
+	}
+	if err != nil {
 		return job, adoptNot, err
 	}
 	var p proto.Progress
@@ -202,8 +302,14 @@ func revision(ctx context.Context, kv jetstream.KeyValue, key string, decode fun
 
 // fetch lays the input down, unless that was done before, and scans it.
 func (a *Adopter) fetch(ctx context.Context, job proto.Job) (*Dataset, error) {
+	select {
+	case a.reading <- struct{}{}:
+		defer func() { <-a.reading }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 	broker.CrashPoint("adopt.lease-taken")
-	name := a.file(job)
+	name := a.file(job.ID)
 	if _, err := os.Stat(name); errors.Is(err, os.ErrNotExist) {
 		if err := download(ctx, a.Conn, job.Object, name); err != nil {
 			return nil, err
@@ -225,12 +331,12 @@ func (a *Adopter) fetch(ctx context.Context, job proto.Job) (*Dataset, error) {
 	return nil, err
 }
 
-func (a *Adopter) file(job proto.Job) string { return filepath.Join(a.Dir, "adopted-"+job.ID+".jsonl") }
+func (a *Adopter) file(id string) string { return filepath.Join(a.Dir, "adopted-"+id+".jsonl") }
 
 // forget removes the copies of an input whose job has ended.
 func (a *Adopter) forget(ctx context.Context, job proto.Job) error {
 	broker.CrashPoint("adopt.before-delete")
-	if err := os.Remove(a.file(job)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(a.file(job.ID)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove the laid down input: %w", err)
 	}
 	if job.Object == "" {
@@ -238,15 +344,5 @@ func (a *Adopter) forget(ctx context.Context, job proto.Job) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	store, err := a.Conn.JS.ObjectStore(ctx, proto.InputsBucket)
-	if err == nil {
-		_, err = store.GetInfo(ctx, job.Object) // deleting what is deleted would write a new marker
-	}
-	if err == nil {
-		err = store.Delete(ctx, job.Object)
-	}
-	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
-		return fmt.Errorf("remove the input's copy: %w", err)
-	}
-	return nil
+	return dropObject(ctx, a.Conn, job.Object)
 }

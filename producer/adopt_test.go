@@ -2,10 +2,13 @@ package producer
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +30,13 @@ func (w *world) adopter(dir string) (a *Adopter, stop func()) {
 			w.t.Errorf("adopter: %v", err)
 		}
 	})
+}
+
+// knows says whether the adopter has nothing to do, and thinks that of a job.
+func (a *Adopter) knows() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.busy) == 0 && len(a.next)+len(a.done) > 0
 }
 
 // left counts what lies in the object store.
@@ -92,6 +102,77 @@ func TestDetachAdopt(t *testing.T) {
 	stop()
 }
 
+// TestAdoptAgain: a job that was removed and left again, which has the same id, is adopted again: when it was finished,
+// and, faster than the adopter looks, while it ran. Nothing is left of what was removed.
+func TestAdoptAgain(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(10, "m"))}
+	job := w.detach(in)
+	a := w.aggregate(job)
+	dir := t.TempDir()
+	ad, _ := w.adopter(dir)
+	removed := func() {
+		t.Helper()
+		a.set(func(a *aggregator) { a.noKey = true })
+		w.remove(job.ID)
+		a.set(func(a *aggregator) { clear(a.results) })
+		if again := w.detach(in); again.ID != job.ID {
+			t.Fatalf("job %s, was %s", again.ID, job.ID)
+		}
+		a.set(func(a *aggregator) { a.noKey = false })
+	}
+	until(t, "all are enqueued", func() bool { return w.queued(&job) == 10 })
+	removed()
+	stop := w.work("m", okay)
+	until(t, "left again, it is done", func() bool { return a.folded() == 10 && w.left() == 0 })
+	until(t, "the adopter knows", ad.knows)
+	removed()
+	until(t, "left again, it is done again", func() bool { return a.folded() == 10 && w.left() == 0 })
+	until(t, "it is let go", func() bool { return w.feed(job.ID).State == proto.FeedFinished })
+	stop()
+	removed()
+	until(t, "all are enqueued", func() bool { return w.queued(&job) == 10 })
+	w.remove(job.ID)
+	until(t, "nothing lies in its folder", func() bool { l, _ := filepath.Glob(filepath.Join(dir, "*")); return len(l) == 0 })
+	if left := w.left(); left > 0 {
+		t.Errorf("%d objects", left)
+	}
+}
+
+// TestAdoptUnfinished: a finished job that is not so any more, since the broker came back with an older disk, is
+// adopted again.
+func TestAdoptUnfinished(t *testing.T) {
+	w := tcpWorld(t)
+	job := w.detach(Input{Path: file(t, linesOf(10, "m"))})
+	w.restart(func(dir string) { copyDir(t, dir, dir+".old") })
+	a := w.aggregate(job)
+	ad, _ := w.adopter(t.TempDir())
+	w.work("m", okay)
+	until(t, "the adopter knows that it is done", ad.knows)
+	a.set(func(a *aggregator) { a.behind = true; clear(a.results) })
+	w.restart(func(dir string) { copyDir(t, dir+".old", dir) })
+	a.set(func(a *aggregator) { a.behind = false })
+	until(t, "all have run again, and the input is gone", func() bool { return a.folded() == 10 && w.left() == 0 })
+}
+
+// TestAdoptKeepsInput: the copy of the input stays until the files are final, whatever the aggregator says before.
+func TestAdoptKeepsInput(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	job := w.detach(Input{Path: file(t, linesOf(10, "m"))})
+	a := w.aggregate(job)
+	a.set(func(a *aggregator) { a.noKey = true })
+	w.work("m", okay)
+	w.adopter(t.TempDir())
+	a.saysDone(t)
+	if w.left() != 1 || w.feed(job.ID).Owner.ID == "" {
+		t.Errorf("%d objects, record %+v", w.left(), w.feed(job.ID))
+	}
+	a.set(func(a *aggregator) { clear(a.results) }) // it loses all before it wrote a file
+	until(t, "all lines have run again", func() bool { return a.folded() == 10 })
+	a.set(func(a *aggregator) { a.noKey = false })
+	until(t, "the input is gone", func() bool { return w.left() == 0 })
+}
+
 // TestAdoptTakesOver: when an adopter goes, another one goes on; when it died with half of the input laid down, its
 // leftovers do no harm.
 func TestAdoptTakesOver(t *testing.T) {
@@ -136,7 +217,7 @@ func TestAdoptLeavesAlone(t *testing.T) {
 	})
 	ad, _ := w.adopter(t.TempDir())
 	until(t, "it is halted", func() bool { f := w.feed(job.ID); return f.State == proto.FeedHalted && f.Owner.ID == "" })
-	until(t, "the adopter knows", func() bool { ad.mu.Lock(); defer ad.mu.Unlock(); return len(ad.next) > 0 && len(ad.busy) == 0 })
+	until(t, "the adopter knows", ad.knows)
 	if _, todo, err := ad.judge(t.Context(), mustKV(t, w), job.ID); todo != adoptNot || err != nil {
 		t.Errorf("to do for a halted job: %d, %v", todo, err)
 	}
@@ -155,6 +236,27 @@ func mustKV(t *testing.T, w *world) jetstream.KeyValue {
 		t.Fatal(err)
 	}
 	return kv
+}
+
+// TestAdoptMany: however many jobs there are, few inputs are read at once; all of them are in the end.
+func TestAdoptMany(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	text := randomLines(30)
+	var all []proto.Job
+	for i := range 5 {
+		all = append(all, w.detach(Input{Path: file(t, text), Name: fmt.Sprint("job ", i)}))
+	}
+	dir := t.TempDir()
+	w.adopter(dir)
+	most := 0
+	until(t, "all are enqueued", func() bool {
+		l, _ := filepath.Glob(filepath.Join(dir, tempLaid))
+		most = max(most, len(l))
+		return !slices.ContainsFunc(all, func(job proto.Job) bool { return w.queued(&job) < job.Lines })
+	})
+	if most > adoptReading {
+		t.Errorf("%d inputs are laid down at once", most)
+	}
 }
 
 // TestAdoptEndsOrphans: a cancelled job ends although nobody has its input any more.
@@ -180,7 +282,7 @@ func TestAdoptEndsOrphans(t *testing.T) {
 // TestDetachChanged: what is copied is what was scanned, or nothing.
 func TestDetachChanged(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
-	text := linesOf(10, "m")
+	text := randomLines(100) // some chunks are stored before it shows
 	name := file(t, text)
 	d := scanned(t, Input{Path: name})
 	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
@@ -193,19 +295,112 @@ func TestDetachChanged(t *testing.T) {
 	if err := Detach(t.Context(), w.conn, d, job); !errors.Is(err, ErrChanged) {
 		t.Errorf("error %v", err)
 	}
-	if w.left() > 0 {
-		t.Error("an object is left")
+	if w.left() > 0 || w.chunks() > 0 {
+		t.Errorf("%d objects and %d chunks are left", w.left(), w.chunks())
+	}
+}
+
+// randomLines are lines of 20 KB that do not compress to less than half.
+func randomLines(n int) string {
+	var b strings.Builder
+	rnd := rand.NewChaCha8([32]byte{})
+	text := make([]byte, 10_000)
+	for i := range n {
+		_, _ = rnd.Read(text) // never fails
+		fmt.Fprintln(&b, line(fmt.Sprint("id-", i), "m", hex.EncodeToString(text)))
+	}
+	return b.String()
+}
+
+// chunks counts the chunks of objects at the broker, and of uploads that never became one.
+func (w *world) chunks() (n uint64) {
+	w.t.Helper()
+	s, err := w.conn.JS.Stream(w.t.Context(), inputsStream)
+	var i *jetstream.StreamInfo
+	if err == nil {
+		i, err = s.Info(w.t.Context(), jetstream.WithSubjectFilter(chunksOf+">"))
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, k := range i.State.Subjects {
+		n += k
+	}
+	return n
+}
+
+// TestDetachInterrupted: an upload that is interrupted leaves nothing behind, and one whose process was killed only
+// until it is swept away. What an object names stays.
+func TestDetachInterrupted(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	w.detach(Input{Path: file(t, linesOf(10, "m"))})
+	whole := w.chunks()
+	s, err := w.conn.JS.Stream(t.Context(), inputsStream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	begun := func() *uploader {
+		t.Helper()
+		u := newUploader(ctx, w.conn, "x")
+		if _, err := u.Write(make([]byte, (chunkBatch+1)*chunkBytes)); err != nil || w.chunks() != whole+chunkBatch {
+			t.Fatalf("%d chunks, %v", w.chunks(), err)
+		}
+		return u
+	}
+	killed := begun()
+	if err := sweepUploads(t.Context(), w.conn, time.Hour); err != nil || w.chunks() != whole+chunkBatch {
+		t.Errorf("%d chunks, which may be those of an upload under way, %v", w.chunks(), err)
+	}
+	if err := sweepUploads(t.Context(), w.conn, 0); err != nil || w.chunks() != whole {
+		t.Errorf("%d chunks, want %d, %v", w.chunks(), whole, err)
+	}
+	if err := errors.Join(killed.flush(), killed.check(s)); err == nil || !strings.Contains(err.Error(), "1 of 9 chunks") {
+		t.Errorf("an upload whose chunks were swept away goes on: %v", err)
+	}
+	killed.abandon(s)
+	interrupted := begun()
+	cancel()
+	if err := interrupted.flush(); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	interrupted.abandon(s)
+	if n := w.chunks(); n != whole {
+		t.Errorf("%d chunks, want %d", n, whole)
+	}
+}
+
+// TestDetachRemoved: nothing is left of the input of a job that is removed before its record names the copy.
+func TestDetachRemoved(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	d := scanned(t, Input{Path: file(t, linesOf(10, "m"))})
+	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copied := func() {
+		t.Helper()
+		if err := upload(t.Context(), w.conn, d, job.ID); err != nil || w.left() != 1 {
+			t.Fatalf("%d objects, %v", w.left(), err)
+		}
+	}
+	copied()
+	copied() // the second replaces the first
+	w.remove(job.ID)
+	if w.chunks() > 0 {
+		t.Errorf("%d chunks after rm", w.chunks())
+	}
+	copied() // it was under way
+	if err := Detach(t.Context(), w.conn, d, job); !errors.Is(err, ErrRemoved) || w.chunks() > 0 {
+		t.Errorf("%d chunks, %v", w.chunks(), err)
 	}
 }
 
 // TestDetachLarge: an input of many chunks comes back as it was.
 func TestDetachLarge(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
-	var b strings.Builder
-	for i := range 3000 {
-		fmt.Fprintln(&b, line(fmt.Sprint(i), "m", strings.Repeat(fmt.Sprintf("%x", uint64(i)*0x9e3779b97f4a7c15), 40)))
-	}
-	d := scanned(t, Input{Path: file(t, b.String())})
+	text := randomLines(300)
+	d := scanned(t, Input{Path: file(t, text)})
 	job, _, err := Create(t.Context(), w.conn, d.Job(), false)
 	if err != nil {
 		t.Fatal(err)
@@ -217,8 +412,8 @@ func TestDetachLarge(t *testing.T) {
 	if err := download(t.Context(), w.conn, job.ID, name); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := os.ReadFile(name); err != nil || string(got) != b.String() {
-		t.Errorf("%d bytes came back of %d, %v", len(got), b.Len(), err)
+	if got, err := os.ReadFile(name); err != nil || string(got) != text {
+		t.Errorf("%d bytes came back of %d, %v", len(got), len(text), err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

@@ -1,13 +1,14 @@
 package producer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
+	"time"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -92,6 +93,54 @@ func TestExpire(t *testing.T) {
 	}
 }
 
+// TestExpireGoesOn: a job whose time is over stays so, whoever owns it: no line runs after the first was given up, and
+// time passes while nobody owns it.
+func TestExpireGoesOn(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(50, "m")), LifetimeMS: 300}
+	o := w.owner(scanned(t, in))
+	a := w.aggregate(o.Job)
+	a.set(func(a *aggregator) { a.mute = true }) // the end of the lines takes a while
+	s := w.run(o)
+	until(t, "the rest is being ended", func() bool { return w.feed(o.Job.ID).State == proto.FeedEnding })
+	s.stop()
+	if err := s.end(); !errors.Is(err, context.Canceled) {
+		t.Fatalf("error %v", err)
+	}
+	in.LifetimeMS = time.Hour.Milliseconds() // too late
+	a.set(func(a *aggregator) { a.mute = false })
+	w.work("m", okay)
+	if err := w.run(w.owner(scanned(t, in))).end(); !errors.Is(err, ErrExpired) {
+		t.Errorf("error %v", err)
+	}
+	for i := range o.Job.Lines {
+		if r := best(a.of(i)); r.Code != proto.CodeExpired {
+			t.Errorf("line %d: %+v", i, r)
+		}
+	}
+}
+
+// TestExpireCounts: the time of a job counts from its first owner on.
+func TestExpireCounts(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	in := Input{Path: file(t, linesOf(10, "m")), LifetimeMS: time.Hour.Milliseconds()}
+	o := w.owner(scanned(t, in))
+	w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	s.stop()
+	s.end()
+	f := w.feed(o.Job.ID)
+	if now, err := broker.Now(t.Context(), w.conn.JS); err != nil || f.Since == 0 || f.Since > now.UnixNano() {
+		t.Fatalf("began %d, it is %v, %v", f.Since, now, err)
+	}
+	f.Since -= time.Hour.Nanoseconds()
+	w.put(proto.FeedKey(o.Job.ID), &f)
+	if err := w.run(w.owner(scanned(t, in))).end(); !errors.Is(err, ErrExpired) {
+		t.Errorf("error %v", err)
+	}
+}
+
 // TestHalt: too many failures stop the job, with the commonest as the reason; run again, it may fail as often again.
 func TestHalt(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
@@ -99,12 +148,9 @@ func TestHalt(t *testing.T) {
 	o := w.owner(scanned(t, in))
 	o.Window = 10
 	a := w.aggregate(o.Job)
-	var healthy atomic.Bool
-	w.work("m", func(q *proto.Request) *proto.Result {
+	stop := w.work("m", func(q *proto.Request) *proto.Result {
 		r := okay(q)
-		if !healthy.Load() {
-			r.OK, r.Status, r.Code, r.Message = false, 500, proto.CodeEngineError, "boom"
-		}
+		r.OK, r.Status, r.Code, r.Message = false, 500, proto.CodeEngineError, "boom"
 		return r
 	})
 	err := w.run(o).end()
@@ -117,7 +163,15 @@ func TestHalt(t *testing.T) {
 	if n := a.folded(); n >= 200 {
 		t.Errorf("%d lines ended, the halt came too late", n)
 	}
-	healthy.Store(true)
+	// Run again and interrupted, it halts only at new failures: what was forgiven stays so.
+	stop()
+	s := w.run(w.owner(scanned(t, in)))
+	until(t, "it goes on", func() bool { f := w.feed(o.Job.ID); return f.State != proto.FeedHalted && f.BasisFailed > 10 })
+	s.stop()
+	if err := s.end(); !errors.Is(err, context.Canceled) {
+		t.Fatalf("error %v", err)
+	}
+	w.work("m", okay)
 	if err := w.run(w.owner(scanned(t, in))).end(); err != nil {
 		t.Errorf("run again: %v", err)
 	}
@@ -200,8 +254,32 @@ func TestEmptyDisk(t *testing.T) {
 	}
 }
 
-// TestNoProgressRecord: where the aggregator writes no progress, its word that every line has ended does.
-func TestNoProgressRecord(t *testing.T) {
+// TestRemoved: a job that was removed stays removed, though its owner lives and has its input: the owner ends.
+func TestRemoved(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(100, "m"))}))
+	w.aggregate(o.Job).set(func(a *aggregator) { a.noKey = true })
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 100 })
+	w.remove(o.Job.ID)
+	if err := s.end(); !errors.Is(err, ErrRemoved) {
+		t.Fatalf("error %v", err)
+	}
+	if left := w.keys(); len(left) > 0 || w.queued(&o.Job) > 0 {
+		t.Errorf("left are %v and %d requests", left, w.queued(&o.Job))
+	}
+	if err := w.run(o).end(); !errors.Is(err, ErrRemoved) {
+		t.Errorf("an owner of a removed job: %v", err)
+	}
+	if _, _, err := Create(t.Context(), w.conn, o.Job, false); err != nil {
+		t.Fatal(err)
+	}
+	s = w.run(o)
+	until(t, "created anew, it runs", func() bool { return w.queued(&o.Job) == 100 })
+}
+
+// TestNotFinal: that every line has ended is not enough, the files must be final: until then the input is needed.
+func TestNotFinal(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
 	for name, cancelled := range map[string]bool{"m": false, "n": true} {
 		o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, name))}))
@@ -212,7 +290,13 @@ func TestNoProgressRecord(t *testing.T) {
 		} else {
 			w.work(name, okay)
 		}
-		if err := w.run(o).end(); cancelled != errors.Is(err, ErrCancelled) || !cancelled && err != nil {
+		s := w.run(o)
+		a.saysDone(t)
+		a.set(func(a *aggregator) { clear(a.results) }) // it loses all
+		until(t, "all have run, or ended, again", func() bool { return a.folded() == 10 })
+		a.saysDone(t)
+		a.set(func(a *aggregator) { a.noKey = false })
+		if err := s.end(); cancelled != errors.Is(err, ErrCancelled) || !cancelled && err != nil {
 			t.Errorf("cancelled %v: %v", cancelled, err)
 		}
 	}

@@ -13,7 +13,8 @@ import (
 )
 
 // Create finds the job that spec (from Dataset.Job) is, or puts a new one; with again a new one always, whose id ends
-// in -r2, -r3, … A job that exists gets the thresholds, the lifetime and the lane of now.
+// in -r2, -r3, … A job that is continued gets the thresholds, the lifetime and the lane of now; those that again passes
+// over stay as they are.
 //
 // changed is, for a new job, the newest older one of the same input file or name whose content was another: its input
 // is gone, and it can only be cancelled.
@@ -30,16 +31,15 @@ func Create(ctx context.Context, conn *broker.Conn, spec proto.Job, again bool) 
 		if job.After, err = removedAt(ctx, kv, job.ID); err != nil {
 			return job, nil, err
 		}
-		existed, err := createJob(ctx, kv, &job)
-		if err != nil {
+		existed, err := createJob(ctx, kv, job)
+		switch {
+		case err != nil:
 			return job, nil, err
-		}
-		if !existed {
+		case !existed:
 			changed, err = olderContent(ctx, conn, &job)
 			return job, changed, err
-		}
-		if !again {
-			return job, nil, nil
+		case !again:
+			return job, nil, mergeJob(ctx, kv, &job)
 		}
 	}
 }
@@ -72,8 +72,8 @@ func removedAt(ctx context.Context, kv jetstream.KeyValue, id string) (int64, er
 	return es[len(es)-1].Created().UnixNano(), nil
 }
 
-// createJob puts the job, or says that it is there, and reads it.
-func createJob(ctx context.Context, kv jetstream.KeyValue, job *proto.Job) (existed bool, err error) {
+// createJob puts the job, or says that it is there.
+func createJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) (existed bool, err error) {
 	b, err := job.Encode()
 	if err != nil {
 		return false, err
@@ -86,7 +86,7 @@ func createJob(ctx context.Context, kv jetstream.KeyValue, job *proto.Job) (exis
 	if !errors.Is(err, jetstream.ErrKeyExists) {
 		return false, fmt.Errorf("put the job: %w", err)
 	}
-	return true, mergeJob(ctx, kv, job)
+	return true, nil
 }
 
 // mergeJob makes job the one that is there, with the limits that job brings.

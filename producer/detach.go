@@ -19,19 +19,16 @@ import (
 	"millrace/proto"
 )
 
-// objectChunk keeps what the library has under way below 64 MB (it publishes 4,000 chunks before it waits): a broker
-// refuses more than 128 MB that it has not written yet.
-const objectChunk = 16 << 10
-
 // detachTries is how often the copying is begun anew.
 const detachTries = 5
 
 // Detach copies the input to the broker's object store, compressed, and then says so in the job: from then on whoever
 // adopts jobs feeds it, and the input here is not needed any more.
 func Detach(ctx context.Context, conn *broker.Conn, d *Dataset, job proto.Job) error {
+	_ = sweepUploads(ctx, conn, uploadIdle) // adopters do that too
 	_, err := backoff.Retry(ctx, func() (struct{}, error) {
 		err := detach(ctx, conn, d, job)
-		if errors.Is(err, ErrChanged) {
+		if errors.Is(err, ErrChanged) || errors.Is(err, ErrRemoved) {
 			err = backoff.Permanent(err)
 		}
 		return struct{}{}, err
@@ -49,6 +46,9 @@ func detach(ctx context.Context, conn *broker.Conn, d *Dataset, job proto.Job) e
 		return err
 	}
 	if err := putJob(ctx, kv, job); err != nil {
+		if errors.Is(err, ErrRemoved) { // while its input was copied, it may be
+			err = errors.Join(err, dropObject(ctx, conn, job.ID))
+		}
 		return err
 	}
 	have, rev, err := getJob(ctx, kv, job.ID)
@@ -64,27 +64,24 @@ func detach(ctx context.Context, conn *broker.Conn, d *Dataset, job proto.Job) e
 			return nil
 		}
 	}
-	if err := upload(ctx, store, d, job.ID); err != nil {
+	if err := upload(ctx, conn, d, job.ID); err != nil {
 		return err
 	}
 	have.Object = job.ID
 	return updateJob(ctx, kv, have, rev)
 }
 
-// upload copies the plain input. What was there under the name is replaced.
-func upload(ctx context.Context, store jetstream.ObjectStore, d *Dataset, name string) error {
-	r, w := io.Pipe()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		w.CloseWithError(d.pack(w)) // nil: the end
-	}()
-	meta := jetstream.ObjectMeta{Name: name, Description: "input of job " + name + ", zstd", Opts: &jetstream.ObjectMetaOptions{ChunkSize: objectChunk}}
-	_, err := store.Put(ctx, meta, r)
-	r.CloseWithError(errors.New("upload ended")) // else the writer waits for ever
-	<-done
-	if err != nil {
-		return fmt.Errorf("copy the input: %w", err)
+// dropObject removes the copy of an input, where there is one.
+func dropObject(ctx context.Context, conn *broker.Conn, name string) error {
+	store, err := conn.JS.ObjectStore(ctx, proto.InputsBucket)
+	if err == nil {
+		_, err = store.GetInfo(ctx, name) // deleting what is deleted would write a new marker
+	}
+	if err == nil {
+		err = store.Delete(ctx, name)
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) {
+		return fmt.Errorf("remove the input's copy: %w", err)
 	}
 	return nil
 }
@@ -160,8 +157,8 @@ func openObject(ctx context.Context, conn *broker.Conn, name string) (*object, e
 	if err != nil {
 		return nil, fmt.Errorf("look up the input's copy: %w", err)
 	}
-	c, err := conn.JS.OrderedConsumer(ctx, "OBJ_"+proto.InputsBucket, jetstream.OrderedConsumerConfig{
-		FilterSubjects: []string{"$O." + proto.InputsBucket + ".C." + info.NUID}})
+	c, err := conn.JS.OrderedConsumer(ctx, inputsStream, jetstream.OrderedConsumerConfig{
+		FilterSubjects: []string{chunksOf + info.NUID}})
 	if err != nil {
 		return nil, fmt.Errorf("read the input's copy: %w", err)
 	}

@@ -40,20 +40,7 @@ func (r *run) ask(ctx context.Context, from int64) (*proto.MissingAnswer, error)
 	if !a.Known {
 		return nil, errors.New("the aggregator does not know the job yet")
 	}
-	r.heard(a)
 	return a, nil
-}
-
-// heard notes that the aggregator says that every line has ended.
-func (r *run) heard(a *proto.MissingAnswer) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	switch {
-	case !a.Done:
-		r.doneAt = time.Time{}
-	case r.doneAt.IsZero():
-		r.doneAt = time.Now()
-	}
 }
 
 // answer asks until the aggregator answers, and says so while it does not.

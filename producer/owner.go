@@ -18,7 +18,7 @@ import (
 // defaultWindow is how many requests of a job are kept in the queues at least.
 const defaultWindow = 20_000
 
-// Owner feeds one job from its input until every line has ended. Its fields may be set until Run.
+// Owner feeds one job from its input until every line has ended and its files are final. Its fields may be set until Run.
 type Owner struct {
 	Conn     *broker.Conn
 	Dataset  *Dataset
@@ -30,6 +30,9 @@ type Owner struct {
 	AckWait  time.Duration         // set on the consumers; 0: theirs stays
 	LeaseTTL time.Duration         // 0: broker.DefaultLeaseTTL
 	Disk     int64                 // free bytes of the broker's disk where known, for the size of queues
+	// Held is called, where not nil, when another process owns the job; Run watches then, and goes on where that one
+	// stops. Where it is nil, Run returns a *HeldError.
+	Held func(*HeldError)
 	// Report is called, where not nil, with every change of how far it is, never twice at the same time. It must not block.
 	Report func(proto.Feed)
 
@@ -43,6 +46,9 @@ var (
 	ErrCancelled = errors.New("the job was cancelled")
 	ErrExpired   = errors.New("the job's time was over before all lines had run")
 	ErrHalted    = errors.New("too many lines failed, the job was halted")
+	ErrLeft      = errors.New("the process that fed the job gave it up")
+	ErrRemoved   = errors.New("the job was removed")
+	ErrJudged    = errors.New("the input is the same, but other lines of it are valid now than when the job was created")
 )
 
 // HeldError says who owns the job. It is a broker.ErrLeaseHeld.
@@ -55,11 +61,14 @@ func (e *HeldError) Error() string {
 func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }
 
 // Run takes the lease on the job and feeds it. It returns
-//   - nil when every line has ended, or ErrCancelled or ErrExpired when that is how lines ended;
-//   - a *HeldError (broker.ErrLeaseHeld) when a living process has the lease: watch the job instead;
+//   - nil when the job is finished, or ErrCancelled or ErrExpired when that is how lines ended;
+//   - a *HeldError (broker.ErrLeaseHeld) when a living process has the lease and nobody wants to watch (Held);
+//   - ErrLeft when it watched, and the process that it watched gave up;
 //   - broker.ErrLeaseLost when another process took it;
+//   - ErrRemoved when the job was removed at the broker: nothing of it is put again;
 //   - ErrHalted, with the most frequent error, when Job.MaxErrors was exceeded: it can be run again;
-//   - ErrChanged when the input is not what it was;
+//   - ErrChanged when the input is not what it was, and ErrJudged when it is but other lines of it can run;
+//   - broker.ErrClosed when the connection is closed for good;
 //   - the cause of ctx when that ended first. What is in the queues runs on, and a later Run continues.
 //
 // A broker that does not answer is waited for, for as long as ctx lasts.
@@ -72,6 +81,8 @@ func (o *Owner) Run(ctx context.Context) error {
 	if m == nil {
 		m = o.metrics
 	}
+	ctx, let := o.Conn.While(ctx)
+	defer let()
 	r := newRun(o, m)
 	if err := r.start(ctx); err != nil {
 		return err
@@ -82,7 +93,7 @@ func (o *Owner) Run(ctx context.Context) error {
 }
 
 func newRun(o *Owner, m *metrics) *run {
-	r := &run{o: o, metrics: m, job: o.Job, d: o.Dataset, log: o.Log, began: time.Now(), notes: map[noteKind]string{}}
+	r := &run{o: o, metrics: m, job: o.Job, d: o.Dataset, log: o.Log, notes: map[noteKind]string{}}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
@@ -117,7 +128,8 @@ func (r *run) start(ctx context.Context) (err error) {
 		if err := r.base(ctx); err != nil {
 			return err
 		}
-		return r.recall(ctx)
+		_, err := r.recall(ctx)
+		return err
 	})
 	if err != nil {
 		return err
@@ -126,8 +138,8 @@ func (r *run) start(ctx context.Context) (err error) {
 	return r.take(ctx)
 }
 
-// base declares what all jobs share, and puts the job where its key is not there: at first, and when the broker came
-// back with an empty disk.
+// base declares what all jobs share, and puts the job where its key never was: at first, and when the broker came back
+// with an empty disk.
 func (r *run) base(ctx context.Context) error {
 	if err := r.declare.Base(ctx); err != nil {
 		return err
@@ -142,32 +154,45 @@ func (r *run) base(ctx context.Context) error {
 	return putJob(ctx, r.kv, r.job)
 }
 
+// putJob puts the job where its key never was. A key that was removed left a marker, and is not put again (Create does
+// that, where a user wants it).
 func putJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) error {
 	b, err := job.Encode()
 	if err != nil {
 		return err
 	}
-	if _, err = kv.Create(ctx, proto.JobKey(job.ID), b); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+	key := proto.JobKey(job.ID)
+	_, err = kv.Update(ctx, key, b, 0)
+	if errors.Is(err, jetstream.ErrKeyExists) {
+		_, err = kv.Get(ctx, key)
+	}
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return ErrRemoved
+	}
+	if err != nil {
 		return fmt.Errorf("put the job: %w", err)
 	}
 	return nil
 }
 
 // recall reads how far the last owner came, so that the first thing this one writes does not forget it.
-func (r *run) recall(ctx context.Context) error {
-	e, err := r.kv.Get(ctx, proto.FeedKey(r.job.ID))
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return nil
-	}
+func (r *run) recall(ctx context.Context) (last proto.Feed, err error) {
+	now, err := broker.Now(ctx, r.o.Conn.JS)
 	if err != nil {
-		return fmt.Errorf("read how far the job is: %w", err)
+		return last, err
 	}
-	var f proto.Feed
-	if err := f.Decode(e.Value()); err != nil {
-		return fmt.Errorf("read how far the job is: %w", err)
+	if err := r.get(ctx, proto.FeedKey(r.job.ID), last.Decode); err != nil {
+		return last, err
 	}
+	f := last
 	f.Owner, f.Note = proto.Owner{}, ""
-	r.before, r.feed, r.known = f.State, f, true
+	if f.Since == 0 {
+		f.Since = now.UnixNano()
+	}
+	r.began = time.Now().Add(min(time.Unix(0, f.Since).Sub(now), 0))
+	r.before, r.feed = f.State, f
+	r.ending = f.State == proto.FeedEnding
+	clear(r.first)
 	for _, m := range f.Models {
 		for i, q := range r.queues {
 			if q.model == m.Model {
@@ -175,37 +200,65 @@ func (r *run) recall(ctx context.Context) error {
 			}
 		}
 	}
-	return nil
+	return last, nil
 }
 
-// take waits for the lease until it is ours, or until its holder shows that it lives by renewing it.
+// take waits for the lease until it is ours, or until its holder shows that it lives by renewing it. Where that one is
+// to be watched, it waits on.
 func (r *run) take(ctx context.Context) error {
 	var w broker.Watch
 	var seen uint64
-	ttl := cmp.Or(r.o.LeaseTTL, broker.DefaultLeaseTTL)
+	watching := false
 	for {
-		cctx, cancel := context.WithTimeout(ctx, callTimeout)
-		held, err := r.lease.Try(cctx, &w)
-		var rev uint64
-		if errors.Is(err, broker.ErrLeaseHeld) {
-			if e, gerr := r.kv.Get(cctx, r.lease.Key); gerr == nil {
-				rev = e.Revision()
-			}
-		}
-		cancel()
+		holder, rev, err := r.try(ctx, &w, watching)
 		switch {
 		case err == nil:
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
-		case errors.Is(err, broker.ErrLeaseHeld) && rev != 0 && seen != 0 && rev != seen:
-			return &HeldError{held}
+		case permanent(err), errors.Is(err, ErrLeft):
+			return err
+		case !errors.Is(err, broker.ErrLeaseHeld):
+			r.log.Debug("take the lease", "error", err)
+		case rev != 0 && seen != 0 && rev != seen && !watching:
+			if r.o.Held == nil {
+				return &HeldError{holder}
+			}
+			watching = true
+			r.o.Held(&HeldError{holder})
 		}
-		seen = max(seen, rev)
-		if err := sleep(ctx, ttl/12); err != nil {
+		seen = cmp.Or(rev, seen)
+		if err := sleep(ctx, cmp.Or(r.o.LeaseTTL, broker.DefaultLeaseTTL)/12); err != nil {
 			return err
 		}
 	}
+}
+
+// try takes the lease where it is free, and goes on from where its last holder stopped, unless it was watched and gave
+// up: to try again is for the user to say. rev is the revision of a lease that is held.
+func (r *run) try(ctx context.Context, w *broker.Watch, watching bool) (holder proto.Owner, rev uint64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if err := r.uphold(ctx); err != nil {
+		if berr := r.base(ctx); berr != nil { // ErrRemoved, it may be
+			err = berr
+		}
+		return holder, 0, err
+	}
+	last, err := r.recall(ctx)
+	if err != nil {
+		return holder, 0, err
+	}
+	if watching && last.State == proto.FeedHalted && last.Owner.ID == "" {
+		return holder, 0, fmt.Errorf("%w: %s", ErrLeft, last.Note)
+	}
+	holder, err = r.lease.Try(ctx, w)
+	if errors.Is(err, broker.ErrLeaseHeld) {
+		if e, gerr := r.kv.Get(ctx, r.lease.Key); gerr == nil {
+			rev = e.Revision()
+		}
+	}
+	return holder, rev, err
 }
 
 // sleep waits for d, or returns the cause with which ctx ends.

@@ -67,6 +67,18 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// TestClosed: an owner whose connection is closed for good ends, and says why.
+func TestClosed(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "a"))}))
+	s := w.run(o)
+	until(t, "it is queued", func() bool { return w.queued(&o.Job) == 10 })
+	o.Conn.Close()
+	if err := s.end(); !errors.Is(err, broker.ErrClosed) {
+		t.Errorf("error %v", err)
+	}
+}
+
 // TestWindow: no more requests wait than the window takes, and no model waits for another.
 func TestWindow(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
@@ -206,60 +218,6 @@ func TestContinue(t *testing.T) {
 	}
 }
 
-// TestLease: a second owner learns who the first is, and takes over when that one falls silent.
-func TestLease(t *testing.T) {
-	w := newWorld(t, &broker.Server{})
-	in := Input{Path: file(t, linesOf(10, "m"))}
-	o := w.owner(scanned(t, in))
-	o.Self = proto.Owner{ID: "first", Host: "elsewhere", PID: 7}
-	a := w.aggregate(o.Job)
-	first := w.run(o)
-	until(t, "the first owns it", func() bool { return w.feed(o.Job.ID).Owner.ID == "first" })
-	o2 := w.owner(scanned(t, in))
-	err := w.run(o2).end()
-	var held *HeldError
-	if !errors.Is(err, broker.ErrLeaseHeld) || !errors.As(err, &held) || held.Holder.PID != 7 || !strings.Contains(err.Error(), "process 7 on elsewhere") {
-		t.Fatalf("error %v", err)
-	}
-	o.Conn.NC.Close() // it cannot renew any more
-	second := w.run(o2)
-	until(t, "the second owns it", func() bool { id := w.feed(o.Job.ID).Owner.ID; return id != "first" && id != "" })
-	first.stop()
-	if err := first.end(); !errors.Is(err, context.Canceled) {
-		t.Errorf("first: %v", err)
-	}
-	w.work("m", okay)
-	if err := second.end(); err != nil || a.folded() != 10 {
-		t.Errorf("second: %v, %d folded", err, a.folded())
-	}
-}
-
-// TestLeaseTaken: an owner whose lease another one has stops.
-func TestLeaseTaken(t *testing.T) {
-	w := newWorld(t, &broker.Server{})
-	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "m"))}))
-	s := w.run(o)
-	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 10 })
-	kv, err := w.conn.JS.KeyValue(t.Context(), proto.JobsBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	thief := proto.Feed{Owner: proto.Owner{ID: "thief"}}
-	b, err := thief.Encode()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := kv.Put(t.Context(), proto.FeedKey(o.Job.ID), b); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.end(); !errors.Is(err, broker.ErrLeaseLost) {
-		t.Errorf("error %v", err)
-	}
-	if f := w.feed(o.Job.ID); f.Owner.ID != "thief" {
-		t.Errorf("record %+v", f)
-	}
-}
-
 // TestChanged: an edited input stops the job, with its queue empty and the reason in its record.
 func TestChanged(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
@@ -286,6 +244,31 @@ func TestChanged(t *testing.T) {
 	job, changed, err := Create(t.Context(), w.conn, scanned(t, Input{Path: name}).Job(), false)
 	if err != nil || job.ID == o.Job.ID || changed == nil || changed.ID != o.Job.ID {
 		t.Errorf("job %s, changed %+v, %v", job.ID, changed, err)
+	}
+}
+
+// TestJudgedOtherwise: a file that did not change, but of which other lines are valid now, is not called changed. The
+// job stays as it is.
+func TestJudgedOtherwise(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	path := file(t, linesOf(10, "m")+line("big", "m", strings.Repeat("x", 40_000))+"\n")
+	in := Input{Path: path, SkipInvalid: true, MaxPayload: 32 << 10}
+	o := w.owner(scanned(t, in))
+	w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all that are valid are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	s.stop()
+	s.end()
+	err := w.run(w.owner(scanned(t, Input{Path: path, SkipInvalid: true}))).end()
+	if !errors.Is(err, ErrJudged) || errors.Is(err, ErrChanged) || !strings.Contains(err.Error(), "10 lines were valid, 11 are") {
+		t.Errorf("error %v", err)
+	}
+	if f := w.feed(o.Job.ID); f.State == proto.FeedHalted || f.Owner.ID != "" || w.queued(&o.Job) != 10 {
+		t.Errorf("record %+v, %d queued", f, w.queued(&o.Job))
+	}
+	w.work("m", okay)
+	if err := w.run(w.owner(scanned(t, in))).end(); err != nil {
+		t.Errorf("as it was created: %v", err)
 	}
 }
 
@@ -378,6 +361,12 @@ func TestCreate(t *testing.T) {
 	}
 	if v, err := broker.Get(t.Context(), w.conn.JS, spec.ID); err != nil || v.Job.MaxErrors != "7" || v.Job.Lane != "high" {
 		t.Errorf("job %+v, %v", v.Job, err)
+	}
+	if _, _, err := Create(t.Context(), w.conn, spec, true); err != nil {
+		t.Error(err)
+	}
+	if v, err := broker.Get(t.Context(), w.conn.JS, spec.ID); err != nil || v.Job.MaxErrors != "7" || v.Job.Lane != "high" {
+		t.Errorf("another run changed job %+v, %v", v.Job, err)
 	}
 	other := spec
 	other.SHA256 = strings.Repeat("0", 64)

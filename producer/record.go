@@ -150,41 +150,39 @@ const (
 	keyEvery   = 8 // times watchEvery
 )
 
-// watch turns what is wanted, and what became of the job so far, into demands.
-func (r *run) watch(ctx context.Context) {
+// watch turns what is wanted, and what became of the job so far, into demands. Its error is ErrRemoved.
+func (r *run) watch(ctx context.Context) error {
 	for n := 1; sleep(ctx, watchEvery) == nil; n++ {
 		err := r.read(ctx)
 		if err == nil && n%keyEvery == 0 {
 			err = r.uphold(ctx)
 		}
-		if err != nil && ctx.Err() == nil {
-			r.log.Debug("read the job's keys", "error", err)
-			r.restore(ctx)
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		r.log.Debug("read the job's keys", "error", err)
+		if err := r.restore(ctx); errors.Is(err, ErrRemoved) {
+			return err
+		} else if err != nil {
+			r.log.Debug("restore the job's keys", "error", err)
 		}
 	}
+	return nil
 }
-
-// errKeyGone is returned when the broker does not know the job any more.
-var errKeyGone = errors.New("the job's key is gone")
 
 // uphold looks whether the job's key is there.
 func (r *run) uphold(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	_, err := r.kv.Get(ctx, proto.JobKey(r.job.ID))
-	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return errKeyGone
-	}
 	return err
 }
 
 // restore puts what a broker that came back with an empty disk does not have.
-func (r *run) restore(ctx context.Context) {
+func (r *run) restore(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	if err := r.base(ctx); err != nil {
-		r.log.Debug("restore the job's keys", "error", err)
-	}
+	return r.base(ctx)
 }
 
 // look is the first reading, which is waited for.
@@ -195,7 +193,7 @@ func (r *run) look(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.before == proto.FeedHalted { // it may fail as often again
-		r.basis = r.progress
+		r.feed.BasisFailed, r.feed.BasisEnded = r.counted(r.progress)
 		if r.want == wantHalt {
 			r.want = wantRun
 		}
@@ -236,21 +234,17 @@ func (r *run) get(ctx context.Context, key string, decode func([]byte) error) er
 	return nil
 }
 
-// doneWait is how long the aggregator's word that every line has ended goes before a progress record that does not
-// say so: that of a broker with an older disk never will.
-const doneWait = 10 * time.Second
-
-// judge is what is demanded now.
+// judge is what is demanded now. A job is done when its files are final, not when its lines have ended: until then the
+// aggregator may lose what it folded, and the input is still needed. Its record says so, again after each reconnect.
 func (r *run) judge(c proto.Control, p proto.Progress) demand {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	said := !r.doneAt.IsZero() && p.State != proto.FoldWriting
 	switch {
-	case p.State == proto.FoldDone, said && (p.State == "" || time.Since(r.doneAt) >= doneWait):
+	case p.State == proto.FoldDone:
 		return wantDone
 	case c.Want == proto.WantCancel:
 		return wantCancel
-	case r.job.LifetimeMS > 0 && time.Since(r.began) >= time.Duration(r.job.LifetimeMS)*time.Millisecond:
+	case r.ending, r.job.LifetimeMS > 0 && time.Since(r.began) >= time.Duration(r.job.LifetimeMS)*time.Millisecond:
 		return wantExpire
 	case r.limit.reached(r.failures(p)):
 		return wantHalt
@@ -260,18 +254,16 @@ func (r *run) judge(c proto.Control, p proto.Progress) demand {
 	return wantRun
 }
 
-// failures counts what speaks for halting: not the lines that were known to be invalid, and not those that failed
-// before a halted job was started again.
+// failures counts what speaks for halting: not what was so before a halted job was started again.
 func (r *run) failures(p proto.Progress) (failed, ended int64) {
-	invalid := min(r.job.Invalid, p.Failed)
-	failed = p.Failed - invalid
-	ended = p.OK + failed
-	if r.basis.Lines > 0 {
-		known := min(r.job.Invalid, r.basis.Failed)
-		failed -= r.basis.Failed - known
-		ended -= r.basis.OK + r.basis.Failed - known
-	}
-	return max(failed, 0), max(ended, 0)
+	failed, ended = r.counted(p)
+	return max(failed-r.feed.BasisFailed, 0), max(ended-r.feed.BasisEnded, 0)
+}
+
+// counted counts the lines that ended, without those that were known to be invalid.
+func (r *run) counted(p proto.Progress) (failed, ended int64) {
+	failed = p.Failed - min(r.job.Invalid, p.Failed)
+	return failed, p.OK + failed
 }
 
 // worst describes the most frequent error.

@@ -28,11 +28,11 @@ type run struct {
 	metrics *metrics
 	queues  []*queue
 	limit   threshold
-	began   time.Time
-	known   bool   // the job had an owner before
-	before  string // state in which that one left it
-	gave    error  // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
-	purged  bool   // requests were dropped: what is missing must be asked
+	began   time.Time // since when the job has had owners, on the clock here
+	ending  bool      // the last one had begun to end it: what was given up stays given up
+	before  string    // state in which that one left it
+	gave    error     // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
+	purged  bool      // requests were dropped: what is missing must be asked
 
 	kv jetstream.KeyValue
 
@@ -43,8 +43,6 @@ type run struct {
 	notes    map[noteKind]string
 	full     []string // of each queue: why it takes no more
 	progress proto.Progress
-	basis    proto.Progress // as it was when a halted job was started again
-	doneAt   time.Time      // since when the aggregator says that every line has ended
 	want     demand
 	unheld   bool // the lease could not be renewed and may be another's
 	turn     context.CancelCauseFunc
@@ -75,7 +73,11 @@ func (r *run) live(ctx context.Context) error {
 	wg.Go(func() {
 		_ = r.lease.Keep(ctx, func(err error) { r.lost(err, stop) }, r.regained) // what it returns, lost has heard
 	})
-	wg.Go(func() { r.watch(ctx) })
+	wg.Go(func() {
+		if err := r.watch(ctx); err != nil {
+			stop(err)
+		}
+	})
 	wg.Go(func() { r.notice(ctx) })
 	err := r.drive(ctx)
 	if ctx.Err() != nil { // whatever broke then broke because of it
@@ -159,10 +161,21 @@ func (r *run) obtain(ctx context.Context) error {
 		}
 		r.d = d
 	}
-	if r.job.SHA256 != r.d.SHA256 || r.job.Lines != r.d.Lines || !slices.Equal(r.job.Models, r.d.Models()) {
+	if r.job.SHA256 != r.d.SHA256 || r.job.Lines != r.d.Lines {
 		return fmt.Errorf("job %s was made from another input: %w", r.job.ID, ErrChanged)
 	}
+	if now := r.d.Models(); !slices.Equal(r.job.Models, now) {
+		return fmt.Errorf("%w: %s lines were valid, %s are; the broker's max_payload or this program is another than then (millrace %s); "+
+			"run it as it was created, or cancel it and begin anew with --again", ErrJudged, commas(count(r.job.Models)), commas(count(now)), r.job.Program)
+	}
 	return nil
+}
+
+func count(models []proto.ModelLines) (n int64) {
+	for _, m := range models {
+		n += m.Lines
+	}
+	return n
 }
 
 // phase returns a context that ends with errTurn when another demand comes.
@@ -201,7 +214,7 @@ func (r *run) do(ctx context.Context, want demand) error {
 	return r.serve(ctx)
 }
 
-// finished is how a job ended whose every line has ended.
+// finished is how a job ended whose files are final.
 func (r *run) finished() error {
 	if r.d != nil {
 		r.d.ended()
@@ -224,6 +237,7 @@ func (r *run) finished() error {
 
 // leave says in the job's record how it was left, and lets go of it.
 func (r *run) leave(err error) error {
+	defer r.unmeasure()
 	if errors.Is(err, broker.ErrLeaseLost) {
 		return fmt.Errorf("feed job %s: %w", r.job.ID, err)
 	}
@@ -242,16 +256,38 @@ func (r *run) leave(err error) error {
 		r.note(noteEnd, err.Error())
 		r.state(proto.FeedHalted)
 	}
-	for _, q := range r.queues {
-		q.metrics.deepen(q.model, -q.depth)
-	}
-	if rerr := r.lease.Release(ctx); rerr != nil {
+	if errors.Is(err, ErrRemoved) {
+		r.purge(ctx)
+		r.vanish(ctx)
+	} else if rerr := r.lease.Release(ctx); rerr != nil {
 		r.log.Warn("lease not released, the next owner waits for it to run out", "error", rerr)
 	}
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
 	return fmt.Errorf("feed job %s: %w", r.job.ID, err)
+}
+
+// vanish removes the record of a job that was removed, where a renewal of the lease put it again.
+func (r *run) vanish(ctx context.Context) {
+	e, err := r.kv.Get(ctx, r.lease.Key)
+	if err == nil {
+		var f proto.Feed
+		if err = f.Decode(e.Value()); err == nil && f.Owner.ID != r.lease.Self.ID {
+			return // of one that was created anew
+		}
+		err = r.kv.Purge(ctx, r.lease.Key, jetstream.LastRevision(e.Revision()))
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrKeyNotFound) {
+		r.log.Warn("the record of a removed job stays at the broker", "error", err)
+	}
+}
+
+// unmeasure takes the job's queues out of the depth that all owners share.
+func (r *run) unmeasure() {
+	for _, q := range r.queues {
+		q.metrics.deepen(q.model, -q.depth)
+	}
 }
 
 // purge drops the requests of the job, at best effort.
@@ -294,6 +330,6 @@ func (r *run) trouble(doing string, err error) {
 }
 
 func permanent(err error) bool {
-	return errors.Is(err, proto.ErrNewerVersion) || errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, ErrChanged) ||
+	return errors.Is(err, proto.ErrNewerVersion) || errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, ErrChanged) || errors.Is(err, ErrRemoved) ||
 		errors.Is(err, jetstream.ErrJetStreamNotEnabled) || errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount)
 }

@@ -288,6 +288,15 @@ func (a *aggregator) questions() int {
 	return a.asked
 }
 
+// saysDone waits until the aggregator has said a few times that every line has ended.
+func (a *aggregator) saysDone(t *testing.T) {
+	t.Helper()
+	until(t, "every line has ended", func() bool { return int64(a.folded()) == a.job.Lines })
+	const times = 5
+	before := a.questions()
+	until(t, "the owner has heard so", func() bool { return a.questions() >= before+times })
+}
+
 // of returns the results of a line.
 func (a *aggregator) of(i int64) []*proto.Result {
 	a.mu.Lock()
@@ -379,6 +388,40 @@ func (w *world) queued(job *proto.Job) (n int64) {
 		}
 	}
 	return n
+}
+
+// put writes a key of JOBS.
+func (w *world) put(key string, v interface{ Encode() ([]byte, error) }) {
+	w.t.Helper()
+	b, err := v.Encode()
+	if err == nil {
+		_, err = mustKV(w.t, w).Put(w.t.Context(), key, b)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// keys lists the keys of JOBS.
+func (w *world) keys() []string {
+	w.t.Helper()
+	keys, err := mustKV(w.t, w).Keys(w.t.Context())
+	if err != nil && !errors.Is(err, jetstream.ErrNoKeysFound) {
+		w.t.Fatal(err)
+	}
+	return keys
+}
+
+// remove is `millrace rm --force`.
+func (w *world) remove(id string) {
+	w.t.Helper()
+	v, err := broker.Get(w.t.Context(), w.conn.JS, id)
+	if err == nil {
+		err = broker.Remove(w.t.Context(), w.conn.JS, v)
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 func (w *world) want(id, what string) {

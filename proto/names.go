@@ -31,11 +31,13 @@ const (
 	requestPrefix = "REQ_"
 )
 
-// Metadata of the streams that millrace declares.
+// Metadata of the streams, consumers and buckets that millrace declares.
 const (
-	MetaModel  = "millrace.model"  // true name of the model whose requests the stream holds
-	MetaSchema = "millrace.schema" // version of the configuration
-	Schema     = "1"
+	MetaModel   = "millrace.model"    // true name of the model whose requests the stream holds
+	MetaAckWait = "millrace.ack_wait" // of JOBS: the AckWait of queues for which nobody asks for another
+	MetaSchema  = "millrace.schema"   // version of the configurations below
+	// Schema counts up with any change of them, and no version undoes what one with a higher number declared.
+	Schema = "1"
 )
 
 const (
@@ -129,6 +131,7 @@ func ConsumerConfig(model string, lane Lane, ackWait time.Duration) jetstream.Co
 		MaxDeliver:    -1,
 		MaxAckPending: -1,
 		MaxWaiting:    4096,
+		Metadata:      schema(),
 	}
 }
 
@@ -144,21 +147,23 @@ func ResultStreamConfig(maxBytes int64) jetstream.StreamConfig {
 		Replicas:           1,
 		AllowAtomicPublish: true,
 		AllowBatchPublish:  true,
-		Metadata:           map[string]string{MetaSchema: Schema},
+		Metadata:           schema(),
 	}
 }
 
 // JobsConfig is the bucket of what is known of jobs.
 func JobsConfig() jetstream.KeyValueConfig {
-	return jetstream.KeyValueConfig{Bucket: JobsBucket, History: 1, Storage: jetstream.FileStorage}
+	return jetstream.KeyValueConfig{Bucket: JobsBucket, History: 1, Storage: jetstream.FileStorage, Metadata: schema()}
 }
 
 // WorkersConfig is the bucket of heartbeats; a key that is not renewed goes away.
 func WorkersConfig() jetstream.KeyValueConfig {
-	return jetstream.KeyValueConfig{Bucket: WorkersBucket, History: 1, TTL: WorkerTTL, Storage: jetstream.MemoryStorage}
+	return jetstream.KeyValueConfig{Bucket: WorkersBucket, History: 1, TTL: WorkerTTL, Storage: jetstream.MemoryStorage, Metadata: schema()}
 }
 
 // InputsConfig is the object store of detached inputs.
 func InputsConfig() jetstream.ObjectStoreConfig {
-	return jetstream.ObjectStoreConfig{Bucket: InputsBucket, Storage: jetstream.FileStorage}
+	return jetstream.ObjectStoreConfig{Bucket: InputsBucket, Storage: jetstream.FileStorage, Metadata: schema()}
 }
+
+func schema() map[string]string { return map[string]string{MetaSchema: Schema} }

@@ -20,7 +20,7 @@ type Job struct {
 	Again       int64  // how many jobs of the same input and parameters came before this one
 	CreatedMS   int64  // Unix time in ms on the creator's clock; shown, never compared
 	MaxErrors   string // as the user gave it: "N" or "P%"; empty: no limit
-	LifetimeMS  int64  // --timeout: from the moment an owner starts it; 0: none
+	LifetimeMS  int64  // --timeout: from the moment its first owner began (Feed.Since), whoever owns it later; 0: none
 	Program     string // version of the program that created it
 	SkipInvalid bool
 	Lane        string // one of the Lane constants; empty: normal
@@ -108,6 +108,11 @@ type Feed struct {
 	Resent   int64        // lines sent again because they were missing
 	Ended    int64        // lines that the owner ended itself: invalid, cancelled, expired
 	Models   []ModelLines // of Enqueued, per model: where the next owner goes on
+
+	// What had failed, and ended, when a halted job was started again: it does not count towards --max-errors any more.
+	BasisFailed int64
+	BasisEnded  int64
+	Since       int64 // when its first owner began, Unix ns on the broker's clock; 0: not known
 }
 
 // States of a feed.
@@ -128,6 +133,9 @@ func (f *Feed) visit(c *codec) {
 	c.int(&f.Resent)
 	c.int(&f.Ended)
 	list(c, &f.Models)
+	c.int(&f.BasisFailed)
+	c.int(&f.BasisEnded)
+	c.int(&f.Since)
 }
 
 // Progress is how far the aggregator has folded a job. Key: agg.<id>.

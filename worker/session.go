@@ -59,7 +59,7 @@ var (
 	errCancelled = errors.New("job was cancelled")
 	errHung      = errors.New("engine hangs")
 	errGone      = errors.New("engine is gone")
-	errClosed    = errors.New("connection to the broker is closed")
+	errClosed    = broker.ErrClosed
 )
 
 // open makes a session ready to work.
@@ -149,7 +149,7 @@ func (s *session) work(take context.Context) error {
 	parts.Wait()
 	s.flush()
 	if errors.Is(context.Cause(s.stopped), errClosed) {
-		return fmt.Errorf("run worker: %w", errClosed)
+		return fmt.Errorf("run worker: %w", s.Conn.Closed())
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -286,8 +287,8 @@ func TestClosed(t *testing.T) {
 	conn.Close()
 	select {
 	case err := <-done:
-		if err == nil {
-			t.Error("no error")
+		if !errors.Is(err, broker.ErrClosed) {
+			t.Errorf("error %v", err)
 		}
 	case <-time.After(patient):
 		t.Fatal("worker does not end")

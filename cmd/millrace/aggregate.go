@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -38,6 +39,10 @@ func (a *app) aggregateCommand() *cobra.Command {
 		Short: "Fold results into output files, and feed detached jobs",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkAckWait(g.ackWait); err != nil {
+				return err
+			}
+			defer runtime.KeepAlive(spareHeap())
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
 			reg, stopMetrics, err := a.serveMetrics()
@@ -54,7 +59,7 @@ func (a *app) aggregateCommand() *cobra.Command {
 		},
 	}
 	g.bind(cmd)
-	cmd.Flags().DurationVar(&g.ackWait, "ack-wait", 0, "for detached jobs: how long a request may go without a heartbeat (default 1m)")
+	cmd.Flags().DurationVar(&g.ackWait, "ack-wait", 0, "for detached jobs: how long a request may go without a heartbeat (default: as the broker's, 1m)")
 	a.metricsFlag(cmd)
 	a.natsFlags(cmd)
 	return cmd
@@ -70,14 +75,13 @@ func (a *app) serveCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
-			return a.holdBroker(take, &b, func(srv *broker.Server, reg *prometheus.Registry) error {
-				conn, err := srv.Connect(take, "aggregator")
+			return a.holdBroker(take, &b, func(ctx context.Context, srv *broker.Server, reg *prometheus.Registry) error {
+				conn, err := srv.Connect(ctx, "aggregator")
 				if err != nil {
 					return err
 				}
 				defer conn.Close()
-				g.ackWait = b.ackWait
-				return a.aggregate(take, conn, &g, reg, true)
+				return a.aggregate(ctx, conn, &g, reg, true)
 			})
 		},
 	}

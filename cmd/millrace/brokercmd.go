@@ -33,7 +33,7 @@ func (b *brokerFlags) bind(cmd *cobra.Command, a *app) {
 	f.StringVar(&b.sync, "sync", "1s", "when the disk is flushed: 1s (power loss costs resending) or always")
 	f.StringVar(&b.monitor, "monitor-addr", "", "HOST:PORT of nats-server's own monitoring (no authentication there)")
 	f.BoolVar(&b.noToken, "insecure-no-token", false, "ask nobody for a token although the broker listens beyond loopback")
-	f.DurationVar(&b.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default 1m)")
+	f.DurationVar(&b.ackWait, "ack-wait", 0, "for all queues of this broker: how long a request may go without a heartbeat before another worker gets it (default: as last set, 1m)")
 	f.StringVar(&a.nats.tokenFile, "token-file", "", "file with the token to ask for (default: made in --data where needed)")
 	f.StringVar(&a.nats.token, "token", "", "token to ask for; better in MILLRACE_TOKEN")
 	f.StringVar(&a.nats.cert, "tls-cert", "", "TLS certificate, PEM")
@@ -50,10 +50,10 @@ func (a *app) brokerCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, _, done := a.phases(cmd.Context(), "")
 			defer done()
-			return a.holdBroker(take, &b, func(*broker.Server, *prometheus.Registry) error {
+			return a.holdBroker(take, &b, func(ctx context.Context, _ *broker.Server, _ *prometheus.Registry) error {
 				ready()
-				<-take.Done()
-				return stopped(take)
+				<-ctx.Done()
+				return stopped(ctx)
 			})
 		},
 	}
@@ -62,9 +62,13 @@ func (a *app) brokerCommand() *cobra.Command {
 	return cmd
 }
 
-// holdBroker starts the embedded broker and the metrics, says how to connect, and stops them when do returns.
-func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Server, *prometheus.Registry) error) error {
-	srv, err := a.startBroker(ctx, b)
+// holdBroker starts the embedded broker and the metrics, says how to connect, and stops them when do returns. The context
+// of do ends also when the broker cannot go on.
+func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(context.Context, *broker.Server, *prometheus.Registry) error) error {
+	tightHeap()
+	ctx, broken := context.WithCancelCause(ctx)
+	defer broken(nil)
+	srv, err := a.startBroker(ctx, b, broken)
 	if err != nil {
 		return err
 	}
@@ -74,8 +78,9 @@ func (a *app) holdBroker(ctx context.Context, b *brokerFlags, do func(*broker.Se
 		return err
 	}
 	defer stopMetrics()
+	reg.MustRegister(srv.Metrics())
 	a.sayConnect(srv)
-	return do(srv, reg)
+	return do(ctx, srv, reg)
 }
 
 // ready tells systemd, where it started us, that we are.
@@ -92,10 +97,11 @@ func stopped(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// startBroker starts the embedded broker and declares what all jobs share.
-func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, error) {
-	if b.sync != "1s" && b.sync != "always" {
-		return nil, usagef("--sync is %q, must be 1s or always", b.sync)
+// startBroker starts the embedded broker, declares what all jobs share, and sets what goes for all queues. broken is
+// called when it cannot go on.
+func (a *app) startBroker(ctx context.Context, b *brokerFlags, broken func(error)) (*broker.Server, error) {
+	if err := b.check(); err != nil {
+		return nil, err
 	}
 	token, err := a.brokerToken(b)
 	if err != nil {
@@ -103,7 +109,7 @@ func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, 
 	}
 	srv := &broker.Server{
 		Dir: filepath.Join(a.data, "broker"), Addr: b.addr, SyncAlways: b.sync == "always", Token: token,
-		TLSCert: a.nats.cert, TLSKey: a.nats.key, TLSCA: a.nats.ca, Monitor: b.monitor, Log: a.log,
+		TLSCert: a.nats.cert, TLSKey: a.nats.key, TLSCA: a.nats.ca, Monitor: b.monitor, Log: a.log, Broken: broken,
 	}
 	if err := srv.Start(ctx); err != nil {
 		return nil, err
@@ -113,6 +119,29 @@ func (a *app) startBroker(ctx context.Context, b *brokerFlags) (*broker.Server, 
 		return nil, err
 	}
 	return srv, nil
+}
+
+// check refuses what cannot be meant.
+func (b *brokerFlags) check() error {
+	if err := checkSync(b.sync); err != nil {
+		return err
+	}
+	for flag, addr := range map[string]string{"--addr": b.addr, "--monitor-addr": b.monitor} {
+		if _, _, err := net.SplitHostPort(addr); err != nil && addr != "" {
+			return usagef("%s is %q, must be HOST:PORT", flag, addr)
+		}
+	}
+	if b.addr == "" {
+		return usagef("--addr is empty, must be HOST:PORT")
+	}
+	return checkAckWait(b.ackWait)
+}
+
+func checkSync(s string) error {
+	if s != "1s" && s != "always" {
+		return usagef("--sync is %q, must be 1s or always", s)
+	}
+	return nil
 }
 
 func (a *app) declare(ctx context.Context, srv *broker.Server, ackWait time.Duration) error {
@@ -125,7 +154,11 @@ func (a *app) declare(ctx context.Context, srv *broker.Server, ackWait time.Dura
 	if err != nil {
 		return err
 	}
-	return broker.Declarer{JS: conn.JS, Disk: free, AckWait: ackWait}.Base(ctx)
+	d := broker.Declarer{JS: conn.JS, Disk: free, AckWait: ackWait}
+	if err := d.Base(ctx); err != nil {
+		return err
+	}
+	return d.Queues(ctx)
 }
 
 // brokerToken returns the token to ask clients for: the one that was given, or for a broker that listens beyond

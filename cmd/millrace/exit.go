@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"syscall"
+
+	"github.com/spf13/cobra"
 
 	"millrace/broker"
 	"millrace/producer"
@@ -32,6 +35,19 @@ type coded struct {
 func (c coded) Unwrap() error { return c.error }
 
 func usagef(format string, args ...any) error { return coded{fmt.Errorf(format, args...), exitUsage} }
+
+// misused is the error of a command line that names no command, or not the arguments that the command wants: one line.
+func misused(cmd *cobra.Command, err error) error {
+	var c coded
+	if errors.As(err, &c) {
+		return err
+	}
+	how := "usage: " + cmd.UseLine()
+	if !cmd.Runnable() {
+		how = "see `" + cmd.CommandPath() + " --help`"
+	}
+	return usagef("%s; %s", strings.Join(strings.Fields(err.Error()), " "), how)
+}
 
 // quiet is an exit code without a message: what there was to say has been said.
 type quiet int
@@ -63,7 +79,9 @@ func exitCode(err error) int {
 	switch {
 	case errors.As(err, &c):
 		return c.code
-	case errors.As(err, &bad):
+	case errors.Is(err, broker.ErrAccess):
+		return exitUsage
+	case errors.As(err, &bad), errors.Is(err, producer.ErrEmpty):
 		return exitInvalid
 	case errors.As(err, &s):
 		if n, ok := s.sig.(syscall.Signal); ok {

@@ -55,7 +55,7 @@ func (b *signalBuffer) after() (string, <-chan struct{}) {
 
 // proc is a role in a process of its own.
 type proc struct {
-	t    *testing.T
+	t    testing.TB
 	name string
 	cmd  *exec.Cmd
 	out  *signalBuffer
@@ -66,8 +66,14 @@ type proc struct {
 // startProc starts the program. It is killed at the end of the test if it still runs.
 func startProc(t *testing.T, name string, env []string, args ...string) *proc {
 	t.Helper()
-	p := &proc{t: t, name: name, cmd: exec.Command(os.Args[0], args...), out: newSignalBuffer(), err: newSignalBuffer(), over: make(chan struct{})}
-	p.cmd.Env = append(append(os.Environ(), programEnv+"=1"), env...)
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(append(os.Environ(), programEnv+"=1"), env...)
+	return launch(t, name, cmd)
+}
+
+func launch(t testing.TB, name string, cmd *exec.Cmd) *proc {
+	t.Helper()
+	p := &proc{t: t, name: name, cmd: cmd, out: newSignalBuffer(), err: newSignalBuffer(), over: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.err
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -144,7 +150,7 @@ type testEngine struct {
 }
 
 // newEngine starts a simulated engine; it ends with the test.
-func newEngine(t *testing.T, cfg sim.Config) *testEngine {
+func newEngine(t testing.TB, cfg sim.Config) *testEngine {
 	t.Helper()
 	if cfg.Models == nil {
 		cfg.Models = []string{"m"}
@@ -161,9 +167,11 @@ func newEngine(t *testing.T, cfg sim.Config) *testEngine {
 	e.url = "http://" + ln.Addr().String()
 	srv := &http.Server{Handler: e.counting(eng.Handler())}
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = srv.Serve(ln) })        // ends with ErrServerClosed
-	wg.Go(func() { _ = eng.Run(t.Context()) }) // ends with the test's context
+	wg.Go(func() { _ = srv.Serve(ln) }) // ends with ErrServerClosed
+	ctx, cancel := context.WithCancel(t.Context())
+	wg.Go(func() { _ = eng.Run(ctx) }) // ends with ctx
 	t.Cleanup(func() {
+		cancel()
 		_ = srv.Close() // nobody is left
 		wg.Wait()
 	})
@@ -191,7 +199,7 @@ func (e *testEngine) count() (int, <-chan struct{}) {
 }
 
 // answered waits until the engines together have answered n requests.
-func answered(t *testing.T, n int, engines ...*testEngine) {
+func answered(t testing.TB, n int, engines ...*testEngine) {
 	t.Helper()
 	limit := time.After(hangLimit)
 	for {
@@ -234,7 +242,7 @@ func newFleet(t *testing.T) *fleet {
 	return &fleet{t: t, dir: t.TempDir(), addr: freePort(t)}
 }
 
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

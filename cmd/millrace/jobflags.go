@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -68,8 +69,16 @@ func (j *jobFlags) check() error {
 		return usagef("--max-attempts is %d, must be 1 to 100", j.maxAttempts)
 	case j.requestTimeout <= 0:
 		return usagef("--request-timeout is %s, must be positive", j.requestTimeout)
-	case j.ackWait != 0 && j.ackWait < 500*time.Millisecond:
-		return usagef("--ack-wait is %s, must be at least 500ms", j.ackWait)
+	case j.timeout < 0:
+		return usagef("--timeout is %s, must not be negative", j.timeout)
+	}
+	return checkAckWait(j.ackWait)
+}
+
+// checkAckWait refuses what heartbeats could not keep up with.
+func checkAckWait(d time.Duration) error {
+	if d != 0 && d < 500*time.Millisecond {
+		return usagef("--ack-wait is %s, must be at least 500ms", d)
 	}
 	return nil
 }
@@ -78,7 +87,7 @@ func (j *jobFlags) check() error {
 func number(s string) (n float64, percent bool, err error) {
 	t, percent := strings.CutSuffix(strings.TrimSpace(s), "%")
 	n, err = strconv.ParseFloat(strings.TrimSpace(t), 64)
-	if err != nil || n < 0 || percent && n > 100 {
+	if err != nil || !(n >= 0 && n <= math.MaxInt64) || percent && n > 100 || !percent && n != math.Trunc(n) {
 		return 0, false, fmt.Errorf("%q is neither a number nor a percentage", s)
 	}
 	return n, percent, nil

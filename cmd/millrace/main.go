@@ -22,6 +22,9 @@ func run(ctx context.Context, args []string, std stdio) int {
 	a := &app{std: std}
 	root := a.root()
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err != nil && a.log == nil { // it did not come so far as to run
+		err = misused(cmd, err)
+	}
 	return a.report(err)
 }

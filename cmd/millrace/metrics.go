@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,6 +17,7 @@ import (
 
 func (a *app) metricsFlag(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&a.metrics, "metrics-addr", "", "serve Prometheus metrics at HOST:PORT/metrics")
+	cmd.Flags().BoolVar(&a.pprof, "pprof", false, "serve profiles of this process there, too, at /debug/pprof")
 }
 
 // serveMetrics starts the metrics server where one is wanted. The function it returns stops it.
@@ -26,15 +28,16 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 	info.WithLabelValues(programVersion()).Set(1)
 	reg.MustRegister(info)
 	if a.metrics == "" {
+		if a.pprof {
+			return nil, nil, usagef("--pprof needs --metrics-addr, where the profiles are served")
+		}
 		return reg, func() {}, nil
 	}
 	ln, err := net.Listen("tcp", a.metrics)
 	if err != nil {
 		return nil, nil, coded{fmt.Errorf("serve metrics: %w; choose another --metrics-addr", err), exitFailure}
 	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute}
+	srv := &http.Server{Handler: watched(reg, a.pprof), ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: time.Minute}
 	over := make(chan struct{})
 	go func() {
 		defer close(over)
@@ -42,7 +45,7 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 			a.log.Error("metrics server ended", "error", err)
 		}
 	}()
-	a.log.Info("metrics", "url", "http://"+ln.Addr().String()+"/metrics")
+	fmt.Fprintf(a.std.err, "metrics at http://%s/metrics\n", ln.Addr())
 	return reg, func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()
@@ -50,4 +53,16 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 		_ = srv.Close()
 		<-over
 	}, nil
+}
+
+// watched serves what a process shows of itself.
+func watched(reg *prometheus.Registry, profiles bool) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
+	if profiles {
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	}
+	return mux
 }

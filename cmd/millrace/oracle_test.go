@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,11 +16,11 @@ import (
 )
 
 // writeInput writes n valid chat lines, each with a prompt of its own. edit may change a line.
-func writeInput(t *testing.T, n int, edit func(i int, line string) string) string {
+func writeInput(t testing.TB, n int, edit func(i int, line string) string) string {
 	t.Helper()
 	var b bytes.Buffer
 	for i := range n {
-		line := fmt.Sprintf(`{"custom_id":"id-%d","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"question %d of the mill race"}],"max_tokens":%d}}`, i, i, 4+i%5)
+		line := inputLine(i)
 		if edit != nil {
 			line = edit(i, line)
 		}
@@ -32,6 +33,11 @@ func writeInput(t *testing.T, n int, edit func(i int, line string) string) strin
 	return name
 }
 
+// inputLine is a line that is valid, another one for each i.
+func inputLine(i int) string {
+	return fmt.Sprintf(`{"custom_id":"id-%d","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"question %d of the mill race"}],"max_tokens":%d}}`, i, i, 4+i%5)
+}
+
 // want is what the oracle knows of an input.
 type want struct {
 	hash     map[string]string // custom_id → hash of its prompt
@@ -39,14 +45,26 @@ type want struct {
 	nameless int               // of these, lines whose custom_id is unusable
 }
 
-func readInput(t *testing.T, name string) want {
+func readInput(t testing.TB, name string) want {
 	t.Helper()
 	w := want{hash: map[string]string{}}
 	eachLine(t, name, func(b []byte) {
+		if b = bytes.TrimSuffix(bytes.TrimPrefix(b, []byte("\ufeff")), []byte("\r")); len(b) == 0 {
+			return // no line
+		}
 		l, err := proto.ParseLine(b)
 		w.lines++
-		if err != nil || w.hash[l.CustomID] != "" {
-			w.nameless++ // an invalid line with a usable id does not occur in these tests
+		id := l.CustomID
+		var le *proto.LineError
+		if errors.As(err, &le) {
+			id = le.CustomID
+		}
+		if _, twice := w.hash[id]; id == "" || twice || len(b) > proto.MaxPayload {
+			w.nameless++
+			return
+		}
+		if err != nil {
+			w.hash[id] = "no answer"
 			return
 		}
 		h, err := sim.PromptHash(l.Body)
@@ -58,7 +76,7 @@ func readInput(t *testing.T, name string) want {
 	return w
 }
 
-func eachLine(t *testing.T, name string, visit func([]byte)) {
+func eachLine(t testing.TB, name string, visit func([]byte)) {
 	t.Helper()
 	f, err := os.Open(name)
 	if err != nil {
@@ -80,16 +98,16 @@ type counts struct{ ok, failed int }
 
 // oracle closes every end-to-end test: every line of the input ended as exactly one line of the output or of the
 // error file, each answer carries the hash of its own prompt, and the manifest says what is there.
-func oracle(t *testing.T, input, output, errors, manifest string) counts {
+func oracle(t testing.TB, input, output, failed, manifest string) counts {
 	t.Helper()
 	w := readInput(t, input)
-	return audit(t, w, output, errors, manifest, func(id string, l *proto.OutputLine) bool {
+	return audit(t, w, output, failed, manifest, func(id string, l *proto.OutputLine) bool {
 		return strings.Contains(string(l.Response.Body), `"sim:`+w.hash[id]+` `)
 	})
 }
 
 // audit is the oracle for any engine: own says whether an answer is the one to its line.
-func audit(t *testing.T, w want, output, errors, manifest string, own func(id string, l *proto.OutputLine) bool) counts {
+func audit(t testing.TB, w want, output, failed, manifest string, own func(id string, l *proto.OutputLine) bool) counts {
 	t.Helper()
 	seen := map[string]bool{}
 	var c counts
@@ -127,7 +145,7 @@ func audit(t *testing.T, w want, output, errors, manifest string, own func(id st
 		tokens.Prompt += u.Prompt
 		tokens.Completion += u.Completion
 	})
-	eachLine(t, errors, func(b []byte) {
+	eachLine(t, failed, func(b []byte) {
 		l := parseOutput(t, b)
 		once(l, "errors")
 		c.failed++
@@ -143,7 +161,7 @@ func audit(t *testing.T, w want, output, errors, manifest string, own func(id st
 	return c
 }
 
-func parseOutput(t *testing.T, b []byte) *proto.OutputLine {
+func parseOutput(t testing.TB, b []byte) *proto.OutputLine {
 	t.Helper()
 	l, err := proto.ParseOutput(b)
 	if err != nil {
@@ -153,13 +171,13 @@ func parseOutput(t *testing.T, b []byte) *proto.OutputLine {
 }
 
 // oracleDir is the oracle for a folder of `millrace aggregate`.
-func oracleDir(t *testing.T, input, dir string) counts {
+func oracleDir(t testing.TB, input, dir string) counts {
 	t.Helper()
 	return oracle(t, input, filepath.Join(dir, "output.jsonl"), filepath.Join(dir, "errors.jsonl"), filepath.Join(dir, "manifest.json"))
 }
 
 // checkManifest compares the manifest with what was counted from the files here.
-func checkManifest(t *testing.T, m *aggregator.Manifest, c counts, tokens proto.Usage) {
+func checkManifest(t testing.TB, m *aggregator.Manifest, c counts, tokens proto.Usage) {
 	t.Helper()
 	if !m.Valid || m.Verdict != aggregator.Valid {
 		t.Errorf("the manifest says %s: %v", m.Verdict, m.Reasons)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/google/renameio/v2"
+	"github.com/nats-io/nats.go"
 
 	"millrace/aggregator"
 	"millrace/broker"
@@ -66,7 +67,7 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		if exists(filepath.Join(next, memoFile)) { // the newest run is the one that counts
 			continue
 		}
-		if exists(m.Manifest) {
+		if filesStand(m.Manifest) {
 			p.finished = m.Manifest
 			return p, nil
 		}
@@ -75,6 +76,16 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		}
 		return p, nil
 	}
+}
+
+// filesStand says whether the manifest of a finished run and the files that it names are where they were written.
+func filesStand(manifest string) bool {
+	m, err := aggregator.ReadManifest(manifest)
+	if err != nil {
+		return false
+	}
+	files := m.Paths(manifest)
+	return exists(files.Output) && exists(files.Errors)
 }
 
 func (p *place) write(m memo) error {
@@ -131,10 +142,25 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFl
 	}
 	defer conn.Close()
 	fmt.Fprintf(a.std.err, "job %s is run by process %d; watching it\n", job.ID, e.PID)
-	v, err := a.watch(ctx, conn, *job, func(v *broker.JobView) bool {
-		return v.State() == broker.StateFinished || conn.NC.IsReconnecting() || conn.NC.IsClosed()
-	})
-	if err != nil {
+	wctx, gone := context.WithCancel(ctx) // with the process goes its broker
+	defer gone()
+	lost := conn.NC.StatusChanged(nats.RECONNECTING, nats.CLOSED)
+	defer conn.NC.RemoveStatusListener(lost)
+	if !conn.NC.IsConnected() { // before it could be told
+		gone()
+	}
+	go func() {
+		select {
+		case <-lost:
+			gone()
+		case <-wctx.Done():
+		}
+	}()
+	v, err := a.watch(wctx, conn, *job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil && wctx.Err() == nil {
 		return err
 	}
 	if v.State() != broker.StateFinished {

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -48,7 +50,7 @@ func (a *app) validateCommand() *cobra.Command {
 	return cmd
 }
 
-// invalid prints what is wrong with the lines of an input, one per line of the error stream.
+// invalid prints what is wrong with the lines of an input, one per line of the error stream, and returns the sum of it.
 func (a *app) invalid(err error) error {
 	var bad *producer.InvalidInput
 	if !errors.As(err, &bad) {
@@ -60,7 +62,7 @@ func (a *app) invalid(err error) error {
 	if n := bad.Total - int64(len(bad.Errors)); n > 0 {
 		fmt.Fprintf(a.std.err, "… and %d more\n", n)
 	}
-	return err
+	return coded{fmt.Errorf("lines that are invalid: %d; nothing was enqueued. Mend them, or let them end as error lines (--skip-invalid)", bad.Total), exitInvalid}
 }
 
 func (a *app) produceCommand() *cobra.Command {
@@ -77,6 +79,7 @@ input is copied to the broker and the fleet's aggregator stays with the job inst
 			if err := j.check(); err != nil {
 				return err
 			}
+			defer runtime.KeepAlive(spareHeap())
 			take, _, done := a.phases(cmd.Context(), "the same command continues")
 			defer done()
 			return a.produce(take, &j, args[0], detach)
@@ -156,28 +159,29 @@ func ended(err error) bool {
 	return err == nil || errors.Is(err, producer.ErrCancelled) || errors.Is(err, producer.ErrExpired)
 }
 
-// own runs the owner of the job's input, or watches the one that there is, and shows the progress to the end.
+// own runs the owner of the job's input, which watches the one that there is first, and shows the progress to the end.
 func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	seen := make(chan broker.JobView, 1)
+	var v broker.JobView
+	seen := make(chan error, 1)
 	go func() {
-		v, _ := a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
-		seen <- v // an interrupted watch has seen what it has seen
+		var err error // an interrupted watch has seen what it has seen
+		v, err = a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+		seen <- err
 	}()
+	o.Held = func(by *producer.HeldError) {
+		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it, and going on where that one stops\n", o.Job.ID, by)
+	}
 	err := o.Run(ctx)
-	switch {
-	case errors.Is(err, broker.ErrLeaseHeld):
-		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it\n", o.Job.ID, err)
-		err = nil
-	case !ended(err):
+	if !ended(err) {
 		cancel()
 	}
-	v := <-seen
+	werr := <-seen
 	if ctx.Err() != nil {
 		return v, context.Cause(ctx)
 	}
-	return v, err
+	return v, cmp.Or(err, werr)
 }
 
 // finish prints the end of a job and says which exit code it deserves.
@@ -201,6 +205,12 @@ func verdict(v *broker.JobView, j *jobFlags) error {
 		}
 		if is < n {
 			return coded{fmt.Errorf("%d of %d lines are ok, less than --fail-under %s", p.OK, v.Job.Lines, j.failUnder), exitThreshold}
+		}
+	}
+	for _, e := range p.Errors { // also for those who only watch, or come later
+		switch e.Code {
+		case proto.CodeCancelled, proto.CodeExpired:
+			return quiet(exitEnded)
 		}
 	}
 	if p.Failed > 0 {

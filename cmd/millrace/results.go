@@ -46,6 +46,8 @@ both times.`,
 			case manifest:
 				which = proto.WhichManifest
 			}
+			take, stop := conn.While(take)
+			defer stop()
 			return copyResults(take, conn, v.Job.ID, which, follow, a.std.out)
 		},
 	}

@@ -154,6 +154,55 @@ func TestRunTwiceWatches(t *testing.T) {
 	oracle(t, input, f.path("r.jsonl"), f.path("r.errors.jsonl"), f.path("r.manifest.json"))
 }
 
+// TestProduceTakesOver: the same produce started a second time watches the first, and goes on when that one is killed.
+// Another one that watches ends when the job is removed, and so does the one that it watches.
+func TestProduceTakesOver(t *testing.T) {
+	f := newFleet(t)
+	input := writeInput(t, 100, nil)
+	f.serve()
+	produce := func(name string) *proc {
+		return f.start(name, "produce", input, "--data", f.path(name), "--window", "10", "--ack-wait", testAckWait)
+	}
+	first := produce("first")
+	f.until(func(v *broker.JobView) bool { return v.Feed.Enqueued > 0 })
+	second := produce("second")
+	second.says("watching it")
+	first.kill()
+	w := f.worker(1, newEngine(t, slow()))
+	if code := second.wait(); code != exitOK {
+		t.Fatalf("the second ended with %d\n%s", code, second.err)
+	}
+	oracleDir(t, input, f.output())
+	w.term()
+
+	v := f.finished(100)
+	if code := f.start("rm", "rm", v.Job.ID).wait(); code != exitOK {
+		t.Fatalf("rm ended with %d", code)
+	}
+	third := produce("third")
+	f.until(func(v *broker.JobView) bool { return v.Feed.Enqueued > 0 })
+	fourth := produce("fourth")
+	fourth.says("watching it")
+	if code := f.start("rm", "rm", "--force", v.Job.ID).wait(); code != exitOK {
+		t.Fatalf("rm --force ended with %d", code)
+	}
+	for _, p := range []*proc{third, fourth} {
+		if code := p.wait(); code != exitFailure || !strings.Contains(p.err.String(), "the job was removed") {
+			t.Errorf("ended with %d\n%s", code, p.err)
+		}
+	}
+}
+
+// TestOrphaned: that the owner of a job was killed is seen, by its silence.
+func TestOrphaned(t *testing.T) {
+	f := newFleet(t)
+	f.serve()
+	p := f.produce(writeInput(t, 10, nil))
+	f.until(func(v *broker.JobView) bool { return v.State() == broker.StateRunning })
+	p.kill()
+	f.until(func(v *broker.JobView) bool { return v.State() == broker.StateOrphaned })
+}
+
 // TestCancelKeepsWhatWasDone: what ran stays, the rest ends as batch_cancelled, each line once.
 func TestCancelKeepsWhatWasDone(t *testing.T) {
 	f := newFleet(t)

@@ -36,8 +36,12 @@ type app struct {
 	json    bool
 	data    string
 	metrics string
+	pprof   bool
 	nats    natsFlags
 }
+
+// groupRoles are the commands that run for long beside others, and log.
+const groupRoles = "roles"
 
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
@@ -62,7 +66,7 @@ OpenAI-compatible servers. Every line ends as exactly one line of the output or 
 	pf := root.PersistentFlags()
 	pf.BoolVarP(&a.verbose, "verbose", "v", false, "log details")
 	pf.StringVar(&a.data, "data", "", "folder for state (default: $XDG_STATE_HOME/millrace)")
-	root.AddGroup(&cobra.Group{ID: "work", Title: "Run jobs:"}, &cobra.Group{ID: "roles", Title: "Roles of a fleet:"},
+	root.AddGroup(&cobra.Group{ID: "work", Title: "Run jobs:"}, &cobra.Group{ID: groupRoles, Title: "Roles of a fleet:"},
 		&cobra.Group{ID: "control", Title: "Look and control:"})
 	add := func(group string, cmds ...*cobra.Command) {
 		for _, c := range cmds {
@@ -71,7 +75,7 @@ OpenAI-compatible servers. Every line ends as exactly one line of the output or 
 		}
 	}
 	add("work", a.runCommand(), a.produceCommand(), a.validateCommand())
-	add("roles", a.brokerCommand(), a.aggregateCommand(), a.serveCommand(), a.workerCommand(), a.simCommand())
+	add(groupRoles, a.brokerCommand(), a.aggregateCommand(), a.serveCommand(), a.workerCommand(), a.simCommand())
 	add("control", a.statusCommand(), a.jobsCommand(), a.wantCommand("cancel"), a.wantCommand("pause"), a.wantCommand("resume"),
 		a.resultsCommand(), a.verifyCommand(), a.rmCommand(), a.doctorCommand())
 	return root
@@ -85,21 +89,24 @@ func (a *app) prepare(cmd *cobra.Command) error {
 	if a.data == "" {
 		a.data = defaultData()
 	}
-	level := slog.LevelInfo
-	if a.verbose {
+	level := slog.LevelWarn // a command that talks to a person says by itself what there is to say
+	switch {
+	case a.verbose:
 		level = slog.LevelDebug
+	case cmd.GroupID == groupRoles:
+		level = slog.LevelInfo
 	}
 	a.log = slog.New(tint.NewTextHandler(a.std.err, &tint.Options{Level: level, TimeFormat: time.TimeOnly, NoColor: !terminal(a.std.err)}))
 	return nil
 }
 
-// fromEnv sets each flag that was not given from MILLRACE_<FLAG>, dashes as underscores.
+// fromEnv sets each flag that was not given from MILLRACE_<FLAG>, dashes as underscores. Asking for help is no setting.
 func fromEnv(fs *pflag.FlagSet, env func(string) (string, bool)) error {
 	var err error
 	fs.VisitAll(func(f *pflag.Flag) {
-		name := "MILLRACE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := envName(f)
 		v, ok := env(name)
-		if !ok || v == "" || f.Changed || err != nil {
+		if !ok || v == "" || f.Name == "help" || f.Changed || err != nil {
 			return
 		}
 		values := []string{v}
@@ -113,6 +120,10 @@ func fromEnv(fs *pflag.FlagSet, env func(string) (string, bool)) error {
 		}
 	})
 	return err
+}
+
+func envName(f *pflag.Flag) string {
+	return "MILLRACE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 }
 
 func defaultData() string {

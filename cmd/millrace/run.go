@@ -42,11 +42,17 @@ aggregator and producer in this one process. The same command again continues wh
   millrace run requests.jsonl --engine sim                 try it without a GPU, on a simulated engine`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := r.check(); err != nil {
+			if err := r.jobFlags.check(); err != nil {
+				return err
+			}
+			if err := checkSync(r.sync); err != nil {
 				return err
 			}
 			if len(r.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000, or --engine sim to try without one")
+			}
+			if err := r.engineFlags.check("sim"); err != nil {
+				return err
 			}
 			take, stop, done := a.phases(cmd.Context(), "the same command continues")
 			defer done()
@@ -148,11 +154,20 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	if err != nil {
 		return v, err
 	}
-	srv := &broker.Server{Dir: filepath.Join(p.dir, "broker"), Addr: "127.0.0.1:0", Token: newToken(), SyncAlways: r.sync == "always", Log: a.log}
+	take, stopTaking := context.WithCancelCause(take)
+	defer stopTaking(nil)
+	stop, abort := context.WithCancelCause(stop)
+	defer abort(nil)
+	broken := func(err error) { // nothing that is in flight could be stored
+		stopTaking(err)
+		abort(err)
+	}
+	srv := &broker.Server{Dir: filepath.Join(p.dir, "broker"), Addr: "127.0.0.1:0", Token: newToken(), SyncAlways: r.sync == "always", Log: a.log, Broken: broken}
 	if err := srv.Start(take); err != nil {
 		return v, err
 	}
 	defer srv.Stop()
+	reg.MustRegister(srv.Metrics())
 	if err := (endpoint{URL: srv.URL(), Token: srv.Token, PID: os.Getpid()}).write(p.dir); err != nil {
 		return v, err
 	}
@@ -162,6 +177,9 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	}
 	defer conn.Close()
 	if err := a.declareRun(take, conn, srv, &job, r.ackWait); err != nil {
+		return v, err
+	}
+	if job, _, err = producer.Create(take, conn, job, false); err != nil {
 		return v, err
 	}
 	stopAgg, err := a.startAggregator(srv, job, p, files, reg)
@@ -182,7 +200,11 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	defer func() { err = errors.Join(err, c.stop()) }()
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
 	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
-	return a.own(take, conn, o)
+	v, err = a.own(take, conn, o)
+	if ended(err) { // every line has: nobody waits for what an engine still does
+		c.abort(nil)
+	}
+	return v, err
 }
 
 // declareRun declares the queues. Nobody but our own dead predecessor can hold requests of this broker: they are

@@ -25,7 +25,11 @@ func (a *app) phases(ctx context.Context, hint string) (take, stop context.Conte
 				return
 			case s := <-sigs:
 				if n == 0 {
-					fmt.Fprintln(a.std.err, "millrace: stopping, once more to abort;", hint)
+					say := "millrace: stopping, once more to abort"
+					if hint != "" {
+						say += "; " + hint
+					}
+					fmt.Fprintln(a.std.err, say)
 					drain(signalled{s})
 					continue
 				}

@@ -69,7 +69,11 @@ func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
 	if err != nil {
 		return err
 	}
-	v := broker.JobView{Job: *job, Progress: proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict}}
+	var failures []proto.ErrorCount
+	for _, f := range m.Statistics.Failures {
+		failures = append(failures, proto.ErrorCount{Code: f.Code, Count: f.Count})
+	}
+	v := broker.JobView{Job: *job, Progress: proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict, Errors: failures}}
 	return verdict(&v, j)
 }
 

@@ -47,7 +47,7 @@ func (t *talk) see(v broker.JobView) {
 	if !t.seen {
 		t.seen, t.from = true, v.Ended()
 	}
-	if n := t.why(&v); n != t.note {
+	if n, begun := v.Note(), t.justBegun(&v); n != t.note && !begun {
 		t.note = n
 		if n != "" {
 			t.line(n)
@@ -63,15 +63,11 @@ func (t *talk) see(v broker.JobView) {
 	}
 }
 
-// why says why nothing moves. That nobody feeds a job is no news before somebody did: who starts it begins to look
-// before it is the owner.
-func (t *talk) why(v *broker.JobView) string {
+// justBegun says whether nobody feeds the job because its owner, this process most often, is about to.
+func (t *talk) justBegun(v *broker.JobView) bool {
 	orphaned := v.State() == broker.StateOrphaned
 	t.fed = t.fed || !orphaned
-	if orphaned && !t.fed {
-		return v.Progress.Note
-	}
-	return v.Note()
+	return orphaned && !t.fed && time.Since(t.start) < broker.DefaultLeaseTTL
 }
 
 func (t *talk) line(s string) {

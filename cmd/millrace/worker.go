@@ -6,6 +6,8 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -60,9 +62,30 @@ func (e *engineFlags) inFlight() (int, error) {
 	return n, nil
 }
 
+// check refuses what cannot be meant, before anything begins. known are engines that are no URLs.
+func (e *engineFlags) check(known ...string) error {
+	if _, err := e.inFlight(); err != nil {
+		return err
+	}
+	key, err := e.apiKey()
+	if err != nil {
+		return err
+	}
+	for _, u := range e.urls {
+		if slices.Contains(known, u) {
+			continue
+		}
+		if _, err := newEngineClient(u, key, nil); err != nil {
+			return coded{err, exitUsage}
+		}
+	}
+	return nil
+}
+
 // crew is the workers of one process, one for each engine.
 type crew struct {
-	drain context.CancelCauseFunc
+	drain context.CancelCauseFunc // take no more
+	abort context.CancelCauseFunc // break off what is in flight
 	over  chan error
 }
 
@@ -113,6 +136,7 @@ func hostPortOf(engine string) string {
 func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
 	c := &crew{over: make(chan error, 1)}
 	take, c.drain = context.WithCancelCause(take)
+	stop, c.abort = context.WithCancelCause(stop)
 	var parts []func(context.Context) error
 	for _, w := range ws {
 		parts = append(parts, func(take context.Context) error { return w.Run(take, stop) })
@@ -124,6 +148,12 @@ func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
 // stop lets the workers finish what is in flight and waits for them.
 func (c *crew) stop() error {
 	c.drain(nil)
+	return c.wait()
+}
+
+// wait waits until the workers have ended.
+func (c *crew) wait() error {
+	defer c.abort(nil)
 	return <-c.over
 }
 
@@ -138,6 +168,13 @@ func (a *app) workerCommand() *cobra.Command {
 			if len(e.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000")
 			}
+			if err := e.check(); err != nil {
+				return err
+			}
+			if err := checkAckWait(ackWait); err != nil {
+				return err
+			}
+			defer runtime.KeepAlive(spareHeap())
 			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
 			defer done()
 			return a.work(take, stop, &e, ackWait)
@@ -147,7 +184,7 @@ func (a *app) workerCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.DurationVar(&e.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line whose job does not say")
 	f.Int64Var(&e.maxAttempts, "max-attempts", 4, "tries of a line whose job does not say")
-	f.DurationVar(&ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default: as declared, 1m)")
+	f.DurationVar(&ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default: as the broker's, 1m)")
 	a.metricsFlag(cmd)
 	a.natsFlags(cmd)
 	return cmd
@@ -170,7 +207,7 @@ func (a *app) work(take, stop context.Context, e *engineFlags, ackWait time.Dura
 	}
 	ready()
 	c := startCrew(take, stop, ws)
-	err = <-c.over
+	err = c.wait()
 	if stop.Err() != nil {
 		return context.Cause(stop)
 	}

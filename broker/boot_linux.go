@@ -1,0 +1,17 @@
+package broker
+
+import (
+	"bytes"
+	"os"
+)
+
+// pidScope names the boot of this machine and the name space of processes: where two are equal, a PID means the same.
+// It is empty where the system does not tell one of them.
+func pidScope() string {
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	ns, _ := os.Readlink("/proc/self/ns/pid")
+	if boot = bytes.TrimSpace(boot); len(boot) == 0 || ns == "" {
+		return ""
+	}
+	return string(boot) + "/" + ns
+}

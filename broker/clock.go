@@ -1,0 +1,20 @@
+package broker
+
+import (
+	"context"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/proto"
+)
+
+// Now is the time on the clock of the broker: what the timestamps of its messages are compared with. A broker that
+// does not tell its time (before 2.10) says the zero time.
+func Now(ctx context.Context, js jetstream.JetStream) (time.Time, error) {
+	s, err := js.Stream(ctx, "KV_"+proto.JobsBucket)
+	if err != nil {
+		return time.Time{}, explain("ask the broker for its time", err)
+	}
+	return s.CachedInfo().TimeStamp, nil
+}
