@@ -11,7 +11,8 @@ import (
 // Engine answers requests. HTTP is a real one, Null one for benchmarks.
 type Engine interface {
 	// Do sends one request and returns the answer as it came. An error says that there is no whole answer; the
-	// Answer beside it holds the status where that much was heard. Do sends a request once.
+	// Answer beside it holds the status where that much was heard; where ctx ended before, the error is its cause. Do
+	// sends a request once.
 	Do(ctx context.Context, r *proto.Request) (Answer, error)
 	// Probe looks at the engine. An error says that it did not answer.
 	Probe(ctx context.Context) (Status, error)

@@ -25,13 +25,16 @@ const maxAnswer = 4 * proto.MaxPayload
 // connection breaks before the answer. That is what the death of an engine looks like, and the retry would turn it
 // into "connection refused", as if the request had never been in the engine. Without it the transport repeats only
 // what it has not begun to write. Connections are let go of before uvicorn closes them (after 5 s), so that idle
-// ones are not met broken; so nothing needs to be closed either.
+// ones are not met broken; so nothing needs to be closed either. Most requests do not go through that transport at
+// all, but through direct, which keeps the same promises for less.
 type HTTP struct {
 	base  string // without a trailing slash and without /v1
 	shown string // base without user information
 	auth  string // value of Authorization; empty: none
 	rt    *http.Transport
 	about about
+
+	direct *direct // nil: all goes through rt
 }
 
 // NewHTTP prepares a client of the engine at a URL such as http://127.0.0.1:8000; a trailing slash or /v1 makes no
@@ -42,7 +45,8 @@ func NewHTTP(addr, key string) (*HTTP, error) {
 	if err != nil {
 		return nil, fmt.Errorf("engine URL %q: %w; give it like http://HOST:PORT", addr, err)
 	}
-	h := &HTTP{rt: newTransport()}
+	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}
+	h := &HTTP{rt: newTransport(dialer)}
 	switch {
 	case key != "":
 		h.auth = "Bearer " + key
@@ -55,6 +59,7 @@ func NewHTTP(addr, key string) (*HTTP, error) {
 	u.User = nil
 	h.base = u.String()
 	h.shown = h.base
+	h.direct = newDirect(u, h.auth, dialer)
 	return h, nil
 }
 
@@ -78,21 +83,31 @@ func parseURL(addr string) (*url.URL, error) {
 	return u, nil
 }
 
-func newTransport() *http.Transport {
+func newTransport(dialer *net.Dialer) *http.Transport {
 	return &http.Transport{
-		DialContext:         (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+		DialContext:         dialer.DialContext,
 		TLSHandshakeTimeout: 10 * time.Second,
 		MaxIdleConns:        0,
 		MaxIdleConnsPerHost: 1 << 14, // at least what may be in flight
-		IdleConnTimeout:     3 * time.Second,
+		IdleConnTimeout:     idleLimit,
 		DisableCompression:  true,
 	}
 }
 
 func (h *HTTP) String() string { return h.shown }
 
+// CloseIdleConnections closes the connections that no request uses. Those in use are closed when they were idle for
+// a few seconds.
+func (h *HTTP) CloseIdleConnections() {
+	h.rt.CloseIdleConnections()
+	h.direct.closeIdle()
+}
+
 // Do posts the request's body, byte for byte, to the engine. Redirects are not followed.
 func (h *HTTP) Do(ctx context.Context, r *proto.Request) (Answer, error) {
+	if p := h.direct.prefix(r); p != nil {
+		return h.direct.do(ctx, p, r)
+	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.base+r.URL, bytes.NewReader(r.Body))
 	if err != nil {
 		return Answer{}, fmt.Errorf("make request: %w", err)

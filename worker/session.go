@@ -134,6 +134,9 @@ func workerID(self proto.Owner) string {
 // work runs the session to its end.
 func (s *session) work(take context.Context) error {
 	defer s.journal.close()
+	if e, ok := s.Engine.(interface{ CloseIdleConnections() }); ok {
+		defer e.CloseIdleConnections()
+	}
 	defer s.metrics.watch(s)()
 	s.taking, s.leave = context.WithCancel(take)
 	defer s.leave()

@@ -6,7 +6,7 @@
 //	tap, feeder     pull it, when the gate is open and there is room            pull.go, feeder.go
 //	held            keeps it ours by signs of life, until the last word on it   held.go, journal.go
 //	slots           give it a place at the engine                               slots.go
-//	Engine          answers                                                     http.go, probe.go
+//	Engine          answers                                                     http.go, direct.go, conn.go, probe.go
 //	classify        says what the answer means                                  classify.go, body.go
 //	session.settle  does what follows from it                                   settle.go
 //	outbox          publishes the result, then acknowledges the request         outbox.go
