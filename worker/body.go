@@ -82,7 +82,7 @@ var errNotJSON = errors.New("not a JSON object")
 // readReply goes over an answer once. Its error says that the body is not one whole JSON object.
 func readReply(body []byte) (reply, error) {
 	r := reply{choices: -1}
-	d := jsontext.NewDecoder(bytes.NewReader(body), lenient)
+	d := jsontext.NewDecoder(bytes.NewBuffer(body), lenient) // from a buffer it reads in place, and writes nothing there
 	if d.PeekKind() != '{' {
 		return r, errNotJSON
 	}

@@ -119,6 +119,25 @@ func TestClassifyRecordings(t *testing.T) {
 	}
 }
 
+// TestReadInPlace: whoever looks into a body leaves it as it is, whatever it holds and wherever it is torn.
+func TestReadInPlace(t *testing.T) {
+	bodies := []string{aborted, coreDied, `{"error":"x","id":"\u0041\ud800","choices":[1,{"finish_reason":"st\u006fp"}],"usage":{"a":"\n"}} more`,
+		`{"max_tokens":5,"n":2,"id":"\xff"}`, "{\"id\":\"\xff\"}", "", "[", "{"}
+	for _, r := range recordings(t) {
+		bodies = append(bodies, r.Body, r.Request)
+	}
+	for _, want := range bodies {
+		for _, n := range []int{len(want), len(want) * 2 / 3, len(want) / 3} {
+			body := []byte(want[:n])
+			_, _ = readReply(body) // whether it can be read does not matter here
+			maxTokens(body)
+			if string(body) != want[:n] {
+				t.Errorf("%q became %q", want[:n], body)
+			}
+		}
+	}
+}
+
 const (
 	coreDied  = `{"error":{"message":"EngineCore encountered an issue. See stack trace (above) for the root cause.","type":"InternalServerError","param":null,"code":500}}`
 	stopping  = `{"error":{"message":"cannot schedule new futures after shutdown","type":"InternalServerError","param":null,"code":500}}`

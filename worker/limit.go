@@ -144,7 +144,7 @@ func (l *limit) refused(now time.Time) {
 
 // maxTokens finds how long an answer a body asks for, over all its choices.
 func maxTokens(body []byte) int {
-	d := jsontext.NewDecoder(bytes.NewReader(body), lenient)
+	d := jsontext.NewDecoder(bytes.NewBuffer(body), lenient) // in place, see readReply
 	if t, err := d.ReadToken(); err != nil || t.Kind() != '{' {
 		return noMaxTokens
 	}
