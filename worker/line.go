@@ -26,7 +26,7 @@ type line struct {
 
 	deliveries uint64 // of the message, this one included
 
-	ctx     context.Context // ends when the line is to be let go of; set while it runs
+	ctx     context.Context // ends when the line is to be let go of, or its time is over; set when it is started
 	cancel  context.CancelCauseFunc
 	started time.Time    // of the attempt
 	until   atomic.Int64 // Unix ns after which the attempt is overdue, and the line not kept any more; 0: it is not at the engine
