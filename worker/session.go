@@ -175,6 +175,7 @@ func (s *session) finish() {
 		s.slots.abort(errStopped, all)
 		<-idle
 	}
+	s.slots.end()
 	select {
 	case <-s.outbox.drained():
 	case <-s.stopped.Done():

@@ -19,7 +19,8 @@ type slots struct {
 	back func(*line) // gives a suspect back for which there is no room
 	more func()      // is called, holding no lock, when there is room for a chunk of lines
 
-	wg sync.WaitGroup // runners
+	wg      sync.WaitGroup // lines at runners, or on their way back
+	runners sync.WaitGroup
 
 	mu       sync.Mutex
 	limit    int
@@ -31,6 +32,11 @@ type slots struct {
 	suspects int  // running lines with a suspicion
 	single   bool // the one running line runs alone
 	away     int  // lines that wait for their retry
+
+	// parked are the ways to runners without a line; the one that ran last comes last. A new one costs more: it grows
+	// its stack anew. They wait until end.
+	parked []chan *line
+	ended  bool
 }
 
 // fifo is a queue of lines.
@@ -92,8 +98,25 @@ func (s *slots) offer(l *line) {
 func (s *slots) fill() {
 	for l := s.pick(); l != nil; l = s.pick() {
 		s.wg.Add(1)
-		go s.runner(l)
+		if n := len(s.parked) - 1; n >= 0 {
+			s.parked[n] <- l // it has room for one
+			s.parked = s.parked[:n]
+			continue
+		}
+		s.runners.Go(func() { s.runner(l) })
 	}
+}
+
+// end lets the runners go. All lines have ended.
+func (s *slots) end() {
+	s.mu.Lock()
+	s.ended = true
+	for _, in := range s.parked {
+		close(in)
+	}
+	s.parked = nil
+	s.mu.Unlock()
+	s.runners.Wait()
 }
 
 // pick chooses the next line to run and counts it as running. Called with mu held.
@@ -150,17 +173,21 @@ func (s *slots) start(l *line) *line {
 	return l
 }
 
-// runner runs lines, one after another, until there is none for its slot.
+// runner runs lines, one after another, and waits where there is none for its slot.
 func (s *slots) runner(l *line) {
-	defer s.wg.Done()
+	in := make(chan *line, 1)
 	for l != nil {
 		s.run(l)
-		l = s.next(l)
+		if l = s.next(l, in); l == nil {
+			s.wg.Done()
+			l = <-in // nil: it was closed
+		}
 	}
 }
 
-// next ends a line's stay in its slot and returns the line that goes on in it.
-func (s *slots) next(l *line) *line {
+// next ends a line's stay in its slot and returns the line that goes on in it. Where there is none, the next one comes
+// through in.
+func (s *slots) next(l *line, in chan *line) *line {
 	l.cancel(nil)
 	s.mu.Lock()
 	delete(s.running, l)
@@ -169,6 +196,13 @@ func (s *slots) next(l *line) *line {
 	}
 	s.single = false
 	n := s.pick()
+	switch {
+	case n != nil:
+	case s.ended:
+		close(in)
+	default:
+		s.parked = append(s.parked, in)
+	}
 	room := s.roomLocked()
 	chunk := s.chunk()
 	s.mu.Unlock()

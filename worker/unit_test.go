@@ -3,8 +3,11 @@ package worker
 import (
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"go.uber.org/goleak"
 
 	"millrace/proto"
 )
@@ -189,5 +192,40 @@ func TestReadError(t *testing.T) {
 		if got := readError([]byte(body)); got != want {
 			t.Errorf("%q: %+v, want %+v", body, got, want)
 		}
+	}
+}
+
+// TestSlotsPark: runners wait for lines, there are never more of them than slots, and all leave in the end.
+func TestSlotsPark(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t, goleak.IgnoreCurrent()) })
+	const limit, lines = 8, 2000
+	var ran, now, most atomic.Int64
+	s := &slots{limit: limit, more: func() {}}
+	s.run = func(*line) {
+		if n := now.Add(1); n > most.Load() {
+			most.Store(n)
+		}
+		ran.Add(1)
+		now.Add(-1)
+	}
+	for i := range lines {
+		s.offer(&line{req: request(i)})
+		if i%100 == 0 {
+			s.wg.Wait() // now all of them wait
+		}
+	}
+	s.wg.Wait()
+	s.mu.Lock()
+	parked := len(s.parked)
+	s.mu.Unlock()
+	if ran.Load() != lines || most.Load() > limit || parked < 1 || parked > limit {
+		t.Errorf("%d lines ran, up to %d at once, on %d runners", ran.Load(), most.Load(), parked)
+	}
+	s.end()
+	s.offer(&line{req: request(0)}) // one that comes after the end is run, too, and its runner leaves
+	s.wg.Wait()
+	s.runners.Wait()
+	if ran.Load() != lines+1 {
+		t.Errorf("%d lines ran", ran.Load())
 	}
 }
