@@ -81,6 +81,7 @@ func TestEngineDies(t *testing.T) {
 	r.send(requests(8)...)
 	r.start(m.f.engine(), func(w *Worker) { w.Concurrency = 8 })
 	m.f.enter(8)
+	r.until("the engine has them in work", func() bool { m.mu.Lock(); defer m.mu.Unlock(); return m.held == 0 })
 	m.die()
 	r.state(proto.EngineWaiting)
 	r.until("lines are back", func() bool {
