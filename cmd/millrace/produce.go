@@ -24,7 +24,7 @@ func (a *app) validateCommand() *cobra.Command {
 		Short: "Check every line of an input file, enqueue nothing",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			take, _, done := a.phases(cmd.Context(), "")
+			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			if err := j.check(); err != nil {
 				return err
@@ -80,7 +80,7 @@ input is copied to the broker and the fleet's aggregator stays with the job inst
 				return err
 			}
 			defer runtime.KeepAlive(spareHeap())
-			take, _, done := a.phases(cmd.Context(), "the same command continues")
+			take, done := a.untilSignal(cmd.Context(), "the same command continues")
 			defer done()
 			return a.produce(take, &j, args[0], detach)
 		},

@@ -135,7 +135,7 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 	if !ended(err) {
 		return err
 	}
-	p.finish(a, files)
+	p.finish(a, v.Progress.Manifest)
 	if ferr := a.finish(take, nil, &v, &r.jobFlags); err == nil {
 		return ferr
 	}
