@@ -69,10 +69,14 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		if exists(filepath.Join(next, memoFile)) { // the newest run is the one that counts
 			continue
 		}
-		if filesStand(m.Manifest) {
+		switch stand, err := filesStand(m.Manifest, job.ID); {
+		case err != nil:
+			return nil, err
+		case stand:
 			p.finished = m.Manifest
 			return p, nil
 		}
+		fmt.Fprintf(a.std.err, "note: job %s is finished, but its files are gone from %s; it is run again\n", job.ID, filepath.Dir(m.Manifest))
 		if err := os.RemoveAll(p.dir); err != nil {
 			return nil, fmt.Errorf("clear the job's folder: %w", err)
 		}
@@ -80,14 +84,24 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 	}
 }
 
-// filesStand says whether the manifest of a finished run and the files that it names are where they were written.
-func filesStand(manifest string) bool {
+// filesStand says whether the manifest of a finished run and the files that it names are where they were written. The
+// error says that they are, but are not what was written; it does not look into them, as verify does.
+func filesStand(manifest, job string) (bool, error) {
 	m, err := aggregator.ReadManifest(manifest)
-	if err != nil {
-		return false
+	if err != nil || m.Job.ID != job {
+		return false, nil
 	}
 	files := m.Paths(manifest)
-	return exists(files.Output) && exists(files.Errors)
+	for name, is := range map[string]int64{files.Output: m.Files.Output.Bytes, files.Errors: m.Files.Errors.Bytes} {
+		st, err := os.Stat(name)
+		if err != nil {
+			return false, nil
+		}
+		if st.Size() != is {
+			return false, fmt.Errorf("job %s is finished, but %s has %d bytes and not %d as when it was written; `millrace verify %s` tells more, --again runs the job anew", job, name, st.Size(), is, manifest)
+		}
+	}
+	return true, nil
 }
 
 func (p *place) write(m memo) error {
@@ -137,7 +151,7 @@ func (a *app) nameOlder(job *proto.Job) {
 		}
 	}
 	if older != "" {
-		fmt.Fprintf(a.std.err, "note: %s has changed since job %s; this is a new job\n", filepath.Base(job.Input), older)
+		fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", older, filepath.Base(job.Input))
 	}
 }
 

@@ -149,7 +149,7 @@ func (a *app) create(ctx context.Context, conn *broker.Conn, ds *producer.Datase
 		return job, err
 	}
 	if old != nil {
-		fmt.Fprintf(a.std.err, "note: %s has changed since job %s; this is a new job\n", filepath.Base(job.Input), old.ID)
+		fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", old.ID, filepath.Base(job.Input))
 	}
 	return job, nil
 }
