@@ -113,6 +113,7 @@ type Feed struct {
 	BasisFailed int64
 	BasisEnded  int64
 	Since       int64 // when its first owner began, Unix ns on the broker's clock; 0: not known
+	After       int64 // of the job it speaks of
 }
 
 // States of a feed.
@@ -136,6 +137,7 @@ func (f *Feed) visit(c *codec) {
 	c.int(&f.BasisFailed)
 	c.int(&f.BasisEnded)
 	c.int(&f.Since)
+	c.int(&f.After)
 }
 
 // Progress is how far the aggregator has folded a job. Key: agg.<id>.
