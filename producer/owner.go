@@ -55,7 +55,7 @@ var (
 type HeldError struct{ Holder proto.Owner }
 
 func (e *HeldError) Error() string {
-	return fmt.Sprintf("the job is fed by process %d on %s", e.Holder.PID, e.Holder.Host)
+	return fmt.Sprintf("the job is fed by process %d on %s", e.Holder.PID, e.Holder.Machine())
 }
 
 func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }

@@ -140,6 +140,12 @@ func (f *Feed) visit(c *codec) {
 	c.int(&f.After)
 }
 
+// Machine is the part of Host that people know the machine by.
+func (o *Owner) Machine() string {
+	name, _, _ := strings.Cut(o.Host, "/")
+	return name
+}
+
 // Progress is how far the aggregator has folded a job. Key: agg.<id>.
 type Progress struct {
 	State      string // one of the Fold constants

@@ -173,7 +173,7 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 		seen <- err
 	}()
 	o.Held = func(by *producer.HeldError) {
-		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it\n", o.Job.ID, by)
+		fmt.Fprintf(a.std.err, "job %s is already being fed by process %d on %s; watching it\n", o.Job.ID, by.Holder.PID, by.Holder.Machine())
 	}
 	err := o.Run(ctx)
 	if !ended(err) {
