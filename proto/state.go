@@ -158,7 +158,7 @@ type Progress struct {
 	Usage      Usage // of the results that count
 	Wasted     Usage // of those that were dropped
 	Models     []ModelProgress
-	Errors     []ErrorCount // most frequent first, at most 10
+	Errors     []ErrorCount // most frequent first: ten, and CodeCancelled and CodeExpired whatever their rank
 	Stream     int64        // creation time of RES in Unix ns: which stream Seq belongs to
 	Seq        int64        // last sequence of RES that is folded and on disk
 	Host       string       // machine of the files
