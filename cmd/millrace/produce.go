@@ -165,13 +165,15 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 	defer cancel()
 	var v broker.JobView
 	seen := make(chan error, 1)
+	t := a.newTalk(o.Job)
+	t.self = o.Self.ID
 	go func() {
 		var err error // an interrupted watch has seen what it has seen
-		v, err = a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+		v, err = t.watch(wctx, conn, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
 		seen <- err
 	}()
 	o.Held = func(by *producer.HeldError) {
-		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it\n", o.Job.ID, by)
+		fmt.Fprintf(a.std.err, "job %s is already being fed by process %d on %s; watching it\n", o.Job.ID, by.Holder.PID, by.Holder.Machine())
 	}
 	err := o.Run(ctx)
 	if !ended(err) {
