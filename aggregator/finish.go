@@ -36,18 +36,23 @@ type finisher struct {
 
 // run works until ctx ends, or a spool turns out to be damaged (errReload).
 func (f *finisher) run(ctx context.Context) error {
+	failed := map[*job]time.Time{} // when: what is told of a failure wakes us, too
 	for {
-		again := false
+		var later <-chan time.Time
 		for _, j := range f.s.finishable() {
+			if at, ok := failed[j]; ok && time.Since(at) < f.retry {
+				later = time.After(f.retry - time.Since(at))
+				continue
+			}
 			err := f.one(ctx, j)
 			if errors.Is(err, errReload) {
 				return err
 			}
-			again = again || err != nil
-		}
-		var later <-chan time.Time
-		if again {
-			later = time.After(f.retry)
+			delete(failed, j)
+			if err != nil {
+				failed[j] = time.Now()
+				later = time.After(f.retry)
+			}
 		}
 		select {
 		case <-ctx.Done():

@@ -267,8 +267,8 @@ func (s *state) conclude(j *job, was *proto.Progress) error {
 	if !folding {
 		return nil
 	}
-	if err := j.saveDone(was); err != nil {
-		return err
+	if err := j.saveDone(was); err != nil { // until then nothing may be told of it
+		return fmt.Errorf("%w: %w", errReload, err)
 	}
 	s.mu.Lock()
 	if j.state != proto.FoldFolding { // its last result came meanwhile: the files are written here too
@@ -280,7 +280,8 @@ func (s *state) conclude(j *job, was *proto.Progress) error {
 	j.release()
 	s.mu.Unlock()
 	s.log.Info("job was finished before", "job", j.spec.ID, "host", was.Host, "output", was.Output)
-	return remove(j.spool.path)
+	s.unlink(j)
+	return nil
 }
 
 // over closes a job in memory.

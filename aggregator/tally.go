@@ -29,6 +29,12 @@ const (
 	otherKind = "other"
 )
 
+// topKinds is how many kinds of errors are told, beside those that say how a job ended.
+const topKinds = 10
+
+// final says whether errors of that code say how the job ended, which whoever only looks at its progress must see.
+func final(code string) bool { return code == proto.CodeCancelled || code == proto.CodeExpired }
+
 // add takes r in with sign 1 and takes it back with sign -1.
 func (t *tally) add(r *proto.Result, sign int64) {
 	m := t.model(r.Model)
@@ -63,7 +69,7 @@ func (t *tally) model(name string) *proto.ModelProgress {
 func (t *tally) fail(r *proto.Result, sign int64) {
 	kind := errorKind{r.Code, r.Status}
 	e := t.errors[kind]
-	if e == nil && len(t.errors) >= maxKinds {
+	if e == nil && len(t.errors) >= maxKinds && !final(r.Code) {
 		kind = errorKind{code: otherKind}
 		e = t.errors[kind]
 	}
@@ -92,7 +98,11 @@ func (t *tally) fill(p *proto.Progress) {
 	slices.SortFunc(p.Errors, func(a, b proto.ErrorCount) int {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Code, b.Code), cmp.Compare(a.Status, b.Status))
 	})
-	p.Errors = p.Errors[:min(len(p.Errors), 10)]
+	rank := 0
+	p.Errors = slices.DeleteFunc(p.Errors, func(e proto.ErrorCount) bool {
+		rank++
+		return rank > topKinds && !final(e.Code)
+	})
 }
 
 // attempts counts the charged tries of a line that ended with r: those in its history, and its last one where an

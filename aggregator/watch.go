@@ -54,7 +54,7 @@ func (t *tenure) watchJobs(ctx context.Context, cancel context.CancelCauseFunc, 
 			return
 		}
 		err := t.created(ctx, id, e)
-		if errors.Is(err, errLookup) {
+		if errors.Is(err, errLookup) || errors.Is(err, errReload) {
 			cancel(err)
 		} else if err != nil {
 			t.log.Error("a job cannot be taken in", "job", id, "error", err)

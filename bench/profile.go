@@ -14,7 +14,7 @@ import (
 // profileAfter is how long after the start of a process its profile begins: from the middle of a job.
 const profileAfter = 2 * time.Second
 
-var metricsSaid = regexp.MustCompile(`url=(http://\S+)/metrics`)
+var metricsSaid = regexp.MustCompile(`metrics at (http://\S+)/metrics`)
 
 // role starts the program. Where profiles are wanted, one is taken of it while it runs.
 func (c *config) role(ctx context.Context, measurement, name string, args ...string) (*process, error) {

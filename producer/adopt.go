@@ -273,7 +273,7 @@ func (a *Adopter) judge(ctx context.Context, kv jetstream.KeyValue, id string) (
 		return job, adoptNot, err
 	}
 	left, err := revision(ctx, kv, proto.FeedKey(id), f.Decode)
-	halted := f.State == proto.FeedHalted && said < left // it goes on when somebody says so afterwards
+	halted := f.State == proto.FeedHalted && f.After == job.After && said < left // it goes on when somebody says so afterwards
 	switch {
 	case err != nil:
 		return job, adoptNot, err

@@ -271,7 +271,8 @@ func TestRemoved(t *testing.T) {
 	if err := w.run(o).end(); !errors.Is(err, ErrRemoved) {
 		t.Errorf("an owner of a removed job: %v", err)
 	}
-	if _, _, err := Create(t.Context(), w.conn, o.Job, false); err != nil {
+	var err error
+	if o.Job, _, err = Create(t.Context(), w.conn, o.Job, false); err != nil {
 		t.Fatal(err)
 	}
 	w.run(o)

@@ -2,7 +2,6 @@ package producer
 
 import (
 	"errors"
-	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -17,14 +16,14 @@ func TestLease(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
 	in := Input{Path: file(t, linesOf(10, "m"))}
 	o := w.owner(scanned(t, in))
-	o.Self = proto.Owner{ID: "first", Host: "elsewhere", PID: 7}
+	o.Self = proto.Owner{ID: "first", Host: "elsewhere/boot/pid:[1]", PID: 7}
 	a := w.aggregate(o.Job)
 	first := w.run(o)
 	until(t, "the first owns it", func() bool { return w.feed(o.Job.ID).Owner.ID == "first" })
 	o2 := w.owner(scanned(t, in))
 	err := w.run(o2).end()
 	var held *HeldError
-	if !errors.Is(err, broker.ErrLeaseHeld) || !errors.As(err, &held) || held.Holder.PID != 7 || !strings.Contains(err.Error(), "process 7 on elsewhere") {
+	if !errors.Is(err, broker.ErrLeaseHeld) || !errors.As(err, &held) || held.Holder.PID != 7 || err.Error() != "the job is fed by process 7 on elsewhere" {
 		t.Fatalf("error %v", err)
 	}
 	o.Conn.NC.Close() // it cannot renew any more

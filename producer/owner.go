@@ -55,7 +55,7 @@ var (
 type HeldError struct{ Holder proto.Owner }
 
 func (e *HeldError) Error() string {
-	return fmt.Sprintf("the job is fed by process %d on %s", e.Holder.PID, e.Holder.Host)
+	return fmt.Sprintf("the job is fed by process %d on %s", e.Holder.PID, e.Holder.Machine())
 }
 
 func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }
@@ -151,7 +151,15 @@ func (r *run) base(ctx context.Context) error {
 		}
 		r.kv, r.lease.KV = kv, kv
 	}
-	return putJob(ctx, r.kv, r.job)
+	return r.put(ctx)
+}
+
+// put is putJob, and ErrRemoved too where a later job goes by the same id.
+func (r *run) put(ctx context.Context) error {
+	if err := putJob(ctx, r.kv, r.job); err != nil {
+		return err
+	}
+	return r.uphold(ctx)
 }
 
 // putJob puts the job where its key never was. A key that was removed left a marker, and is not put again (Create does
@@ -175,7 +183,8 @@ func putJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) error {
 	return nil
 }
 
-// recall reads how far the last owner came, so that the first thing this one writes does not forget it.
+// recall reads how far the last owner came, so that the first thing this one writes does not forget it. What the owner of
+// a job that was removed left behind does not count.
 func (r *run) recall(ctx context.Context) (last proto.Feed, err error) {
 	now, err := broker.Now(ctx, r.o.Conn.JS)
 	if err != nil {
@@ -183,6 +192,9 @@ func (r *run) recall(ctx context.Context) (last proto.Feed, err error) {
 	}
 	if err := r.get(ctx, proto.FeedKey(r.job.ID), last.Decode); err != nil {
 		return last, err
+	}
+	if last.After != r.job.After {
+		last = proto.Feed{After: r.job.After}
 	}
 	f := last
 	f.Owner, f.Note = proto.Owner{}, ""

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -209,6 +210,35 @@ func TestStuck(t *testing.T) {
 	}
 	if look(); look().depth != 0 || !q.stuck.IsZero() {
 		t.Errorf("stuck since %v", q.stuck)
+	}
+}
+
+// TestAckWaitChanges: an AckWait that somebody changes while a job runs counts from the next look at a queue that stands.
+func TestAckWaitChanges(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	q := newQueue(w.conn, w.declarer(), nil, &proto.Job{ID: "j"}, "m")
+	if err := q.open(t.Context()); err != nil || q.ackWait != testAckWait {
+		t.Fatalf("ack wait %v, %v", q.ackWait, err)
+	}
+	for _, lane := range []proto.Lane{proto.LaneNormal, proto.LaneHigh} {
+		if _, err := w.conn.JS.Publish(t.Context(), proto.RequestSubject("m", lane, "j"), []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, wait := range []time.Duration{time.Hour, time.Minute} {
+		for _, lane := range proto.Lanes() {
+			if _, err := q.stream.UpdateConsumer(t.Context(), proto.ConsumerConfig("m", lane, wait)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 { // it stands at the second
+			if _, err := q.look(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if q.ackWait != wait {
+			t.Errorf("ack wait %v, want %v", q.ackWait, wait)
+		}
 	}
 }
 

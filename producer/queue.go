@@ -27,7 +27,7 @@ type queue struct {
 	filter  string // what finds them, in all lanes
 
 	stream  jetstream.Stream // nil until it is declared
-	ackWait time.Duration    // of the consumers
+	ackWait time.Duration    // of the consumers, the longest; anyone may change it meanwhile
 	pub     publisher
 	depth   int64     // requests there, when last looked
 	stuck   time.Time // since when the stream holds requests that its consumer will never hand out; zero: it does not
@@ -110,6 +110,7 @@ func (q *queue) judge(ctx context.Context, l level) error {
 		q.stuck = time.Time{}
 		return nil
 	}
+	var wait time.Duration
 	for _, lane := range l.lanes {
 		c, err := q.stream.Consumer(ctx, lane)
 		if errors.Is(err, jetstream.ErrConsumerNotFound) {
@@ -119,6 +120,8 @@ func (q *queue) judge(ctx context.Context, l level) error {
 		if err != nil {
 			return fmt.Errorf("look at consumer %s of %s: %w", lane, q.model, err)
 		}
+		wait = max(wait, c.CachedInfo().Config.AckWait)
+		q.ackWait = wait
 		behind, err := q.behind(ctx, c.CachedInfo(), lane, l.first)
 		if err != nil {
 			return err

@@ -170,11 +170,15 @@ func (r *run) watch(ctx context.Context) error {
 	return nil
 }
 
-// uphold looks whether the job's key is there.
+// uphold looks whether the job's key is there. Its error is ErrRemoved where a later job goes by the same id, which the
+// later one's After tells. A spec without says nothing: another process may have put it where the broker lost its disk.
 func (r *run) uphold(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	_, err := r.kv.Get(ctx, proto.JobKey(r.job.ID))
+	now, _, err := getJob(ctx, r.kv, r.job.ID)
+	if err == nil && now.After != 0 && now.After != r.job.After {
+		return ErrRemoved
+	}
 	return err
 }
 

@@ -244,6 +244,10 @@ func (r *run) leave(err error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout) // ours may be over
 	defer cancel()
 	r.unnote()
+	if errors.Is(err, ErrRemoved) || errors.Is(r.put(ctx), ErrRemoved) {
+		r.vanish(ctx)
+		return r.left(ctx, err)
+	}
 	switch {
 	case err == nil, errors.Is(err, ErrCancelled), errors.Is(err, ErrExpired):
 		r.purge(ctx) // duplicates of lines that have ended
@@ -256,24 +260,29 @@ func (r *run) leave(err error) error {
 		r.note(noteEnd, err.Error())
 		r.state(proto.FeedHalted)
 	}
-	if errors.Is(err, ErrRemoved) {
-		r.purge(ctx)
-		r.vanish(ctx)
-	} else if rerr := r.lease.Release(ctx); rerr != nil {
+	if rerr := r.lease.Release(ctx); rerr != nil {
 		r.log.Warn("lease not released, the next owner waits for it to run out", "error", rerr)
 	}
+	return r.left(ctx, err)
+}
+
+func (r *run) left(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
 	return fmt.Errorf("feed job %s: %w", r.job.ID, err)
 }
 
-// vanish removes the record of a job that was removed, where a renewal of the lease put it again.
+// vanish removes the requests and the record of a job that was removed, where sending and a renewal of the lease put them
+// again. Requests stay where a later job goes by the same id: they may be its own, and else they are the same lines.
 func (r *run) vanish(ctx context.Context) {
+	if _, err := r.kv.Get(ctx, proto.JobKey(r.job.ID)); errors.Is(err, jetstream.ErrKeyNotFound) {
+		r.purge(ctx)
+	}
 	e, err := r.kv.Get(ctx, r.lease.Key)
 	if err == nil {
 		var f proto.Feed
-		if err = f.Decode(e.Value()); err == nil && f.Owner.ID != r.lease.Self.ID {
+		if err = f.Decode(e.Value()); err == nil && (f.Owner.ID != r.lease.Self.ID || f.After != r.job.After) {
 			return // of one that was created anew
 		}
 		err = r.kv.Purge(ctx, r.lease.Key, jetstream.LastRevision(e.Revision()))

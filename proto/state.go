@@ -113,6 +113,7 @@ type Feed struct {
 	BasisFailed int64
 	BasisEnded  int64
 	Since       int64 // when its first owner began, Unix ns on the broker's clock; 0: not known
+	After       int64 // of the job it speaks of
 }
 
 // States of a feed.
@@ -136,6 +137,13 @@ func (f *Feed) visit(c *codec) {
 	c.int(&f.BasisFailed)
 	c.int(&f.BasisEnded)
 	c.int(&f.Since)
+	c.int(&f.After)
+}
+
+// Machine is the part of Host that people know the machine by.
+func (o *Owner) Machine() string {
+	name, _, _ := strings.Cut(o.Host, "/")
+	return name
 }
 
 // Progress is how far the aggregator has folded a job. Key: agg.<id>.
@@ -150,7 +158,7 @@ type Progress struct {
 	Usage      Usage // of the results that count
 	Wasted     Usage // of those that were dropped
 	Models     []ModelProgress
-	Errors     []ErrorCount // most frequent first, at most 10
+	Errors     []ErrorCount // most frequent first: ten, and CodeCancelled and CodeExpired whatever their rank
 	Stream     int64        // creation time of RES in Unix ns: which stream Seq belongs to
 	Seq        int64        // last sequence of RES that is folded and on disk
 	Host       string       // machine of the files

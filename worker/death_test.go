@@ -58,6 +58,13 @@ func (m *mortal) die() {
 	m.mu.Unlock()
 }
 
+// toHold is how many lines are to be held that have not come yet.
+func (m *mortal) toHold() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.held
+}
+
 // seenDead is how many deaths a probe has seen.
 func (m *mortal) seenDead() int {
 	m.f.mu.Lock()
@@ -80,8 +87,7 @@ func TestEngineDies(t *testing.T) {
 	m.held = 8
 	r.send(requests(8)...)
 	r.start(m.f.engine(), func(w *Worker) { w.Concurrency = 8 })
-	m.f.enter(8)
-	r.until("the engine has them in work", func() bool { m.mu.Lock(); defer m.mu.Unlock(); return m.held == 0 })
+	r.until("8 lines are held", func() bool { return m.toHold() == 0 })
 	m.die()
 	r.state(proto.EngineWaiting)
 	r.until("lines are back", func() bool {

@@ -23,7 +23,9 @@ type parcel struct {
 	// instead publishes something shorter when the broker does not take the parcel at its size; nil: nothing is
 	// shorter.
 	instead func()
-	tries   int
+
+	tries int  // guarded by outbox.mu, as waits
+	waits bool // until it is tried again
 }
 
 // outbox publishes parcels and acknowledges their lines once they are stored: first the result, then the ack.
@@ -84,7 +86,14 @@ func (o *outbox) send(p *parcel) {
 }
 
 func (o *outbox) publish(p *parcel) {
+	o.mu.Lock()
+	ours := o.out[p.msg] == p
 	p.tries++
+	p.waits = false
+	o.mu.Unlock()
+	if !ours {
+		return // it was stored after all
+	}
 	if _, err := o.js.PublishMsgAsync(p.msg); err != nil {
 		o.failed(p.msg, err)
 	}
@@ -113,11 +122,11 @@ func (o *outbox) stored(m *nats.Msg) {
 	if p == nil {
 		return
 	}
+	o.mu.Lock()
 	if p.tries > 1 {
-		o.mu.Lock()
 		o.quiet = false
-		o.mu.Unlock()
 	}
+	o.mu.Unlock()
 	p.sent()
 	o.held.say(p.line, verbAck)
 	broker.CrashPoint("worker.after-ack")
@@ -150,9 +159,10 @@ func (o *outbox) tryLater(m *nats.Msg, code jetstream.ErrorCode, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	p := o.out[m]
-	if p == nil {
+	if p == nil || p.waits { // a publish that fails at once may be told of again when the connection is back
 		return
 	}
+	p.waits = true
 	if !o.quiet {
 		o.quiet = true
 		o.log.Warn("a result could not be stored, trying on", "subject", m.Subject, "error", err)
@@ -167,7 +177,7 @@ func (o *outbox) tryLater(m *nats.Msg, code jetstream.ErrorCode, err error) {
 		}()
 		return
 	}
-	go o.again(p)
+	go o.again(p, backoff(p.tries))
 }
 
 func apiCode(err error) jetstream.ErrorCode {
@@ -183,9 +193,9 @@ func apiCode(err error) jetstream.ErrorCode {
 }
 
 // again publishes a parcel after a while, unless the worker is stopped.
-func (o *outbox) again(p *parcel) {
+func (o *outbox) again(p *parcel, after time.Duration) {
 	defer o.waiting.Done()
-	wait := time.NewTimer(backoff(p.tries))
+	wait := time.NewTimer(after)
 	defer wait.Stop()
 	select {
 	case <-o.stop.Done():

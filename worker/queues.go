@@ -241,11 +241,12 @@ func (q *queues) lookBack(ctx context.Context, model string) {
 // lanes looks up the consumers of a model.
 func (q *queues) lanes(ctx context.Context, model string) ([]*queue, error) {
 	name := proto.RequestStream(model)
+	held := q.heldBefore(model) // first: what comes while the stream is looked at is newer than that look
 	stream, err := q.js.Stream(ctx, name)
 	if err != nil {
 		return nil, fmt.Errorf("look up stream %s: %w", name, err)
 	}
-	if err := q.compare(ctx, stream, model); err != nil {
+	if err := q.compare(ctx, stream, held); err != nil {
 		return nil, err
 	}
 	born := stream.CachedInfo().Created
@@ -266,24 +267,35 @@ type mark struct {
 	stored time.Time // by the broker
 }
 
-// compare makes the queues of a model void if its stream, which is looked at for the first time since the connection
-// was made anew, is an older copy: it was made at the same time, and gives the numbers of what we hold to others.
-func (q *queues) compare(ctx context.Context, stream jetstream.Stream, model string) error {
-	var of []*queue
-	var held []mark
+// heldBefore is what is held of the queues of a model that were not looked at since the connection was made anew.
+func (q *queues) heldBefore(model string) map[*queue][]mark {
+	held := map[*queue][]mark{}
 	for _, k := range q.known {
-		if k.model == model && k.born.Equal(stream.CachedInfo().Created) && k.looked.Load() != q.epoch() {
-			of = append(of, k)
-			held = append(held, q.marks(k)...)
+		if k.model == model && k.looked.Load() != q.epoch() {
+			held[k] = q.marks(k)
 		}
 	}
-	is, err := older(ctx, stream, held)
+	return held
+}
+
+// compare makes queues void if their stream, which is looked at for the first time since the connection was made anew,
+// is an older copy: it was made at the same time, and gives the numbers of what we hold to others.
+func (q *queues) compare(ctx context.Context, stream jetstream.Stream, held map[*queue][]mark) error {
+	var all []mark
+	for k, marks := range held {
+		if k.born.Equal(stream.CachedInfo().Created) {
+			all = append(all, marks...)
+		}
+	}
+	is, err := older(ctx, stream, all)
 	if err != nil || !is {
 		return err
 	}
-	q.log.Warn("broker came back with an older disk, what was held of it counts no more", "model", model, "requests", len(held))
-	for _, k := range of {
-		k.void.Store(true)
+	q.log.Warn("broker came back with an older disk, what was held of it counts no more", "stream", stream.CachedInfo().Config.Name, "requests", len(all))
+	for k := range held {
+		if k.born.Equal(stream.CachedInfo().Created) {
+			k.void.Store(true)
+		}
 	}
 	return nil
 }

@@ -9,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"millrace/proto"
 )
 
@@ -124,22 +122,11 @@ func TestAckWaitChanges(t *testing.T) {
 	r.send(requests(2)...)
 	r.start(f.engine())
 	f.enter(2)
-	signs := make(chan struct{}, 1<<10)
-	sub, err := r.conn.NC.Subscribe("$JS.ACK.>", func(m *nats.Msg) {
-		if string(m.Data) == string(verbProgress) {
-			signs <- struct{}{}
-		}
-	})
-	must(t, err)
-	r.declare(400 * time.Millisecond)
-	for range 20 { // in the old time they would come every 20 s
-		select {
-		case <-signs:
-		case <-time.After(patient):
-			t.Fatal("no signs of life")
-		}
+	signs := r.signs()
+	r.declare(2 * time.Second)
+	for range 8 { // in the old time they would come every 20 s
+		signs()
 	}
-	must(t, sub.Unsubscribe())
 	close(release)
 	exactly(t, r.wait(2), 2)
 	r.settled(0)

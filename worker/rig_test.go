@@ -357,3 +357,26 @@ func exactly(tb testing.TB, got []*proto.Result, n int) map[int64]*proto.Result 
 	}
 	return by
 }
+
+// signs returns a function that waits for the next sign of life of any line.
+func (r *rig) signs() func() {
+	r.tb.Helper()
+	came := make(chan struct{}, 1<<10)
+	_, err := r.conn.NC.Subscribe("$JS.ACK.>", func(m *nats.Msg) {
+		if string(m.Data) == string(verbProgress) {
+			select {
+			case came <- struct{}{}:
+			default: // enough have come
+			}
+		}
+	})
+	must(r.tb, err)
+	return func() {
+		r.tb.Helper()
+		select {
+		case <-came:
+		case <-time.After(patient):
+			r.tb.Fatal("no sign of life")
+		}
+	}
+}

@@ -126,9 +126,8 @@ func all(*line) bool { return true }
 
 // workerID is the name of this worker: readable, and drawn anew for each session.
 func workerID(self proto.Owner) string {
-	host, _, _ := strings.Cut(self.Host, "/")
 	id := nuid.Next()
-	return proto.Slug(host, 32) + "-" + id[len(id)-8:]
+	return proto.Slug(self.Machine(), 32) + "-" + id[len(id)-8:]
 }
 
 // work runs the session to its end.
@@ -392,12 +391,11 @@ func (s *session) others(model string, then func(bool)) {
 // record is what the others see of this worker.
 func (s *session) record() *proto.Worker {
 	state, reason, st, loaded := s.gate.view()
-	host, _, _ := strings.Cut(s.Self.Host, "/")
 	if reason == "" {
 		reason = s.queues.trouble()
 	}
 	return &proto.Worker{
-		ID: s.id, Host: host, PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
+		ID: s.id, Host: s.Self.Machine(), PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
 		KVTokens: st.Gauges.KVTokens, MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,

@@ -43,7 +43,7 @@ func (a *app) aggregateCommand() *cobra.Command {
 				return err
 			}
 			defer runtime.KeepAlive(spareHeap())
-			take, _, done := a.phases(cmd.Context(), "")
+			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			reg, stopMetrics, err := a.serveMetrics()
 			if err != nil {
@@ -73,7 +73,7 @@ func (a *app) serveCommand() *cobra.Command {
 		Short: "Broker and aggregator in one process",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			take, _, done := a.phases(cmd.Context(), "")
+			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			return a.holdBroker(take, &b, func(ctx context.Context, srv *broker.Server, reg *prometheus.Registry) error {
 				conn, err := srv.Connect(ctx, "aggregator")

@@ -48,7 +48,7 @@ func (a *app) brokerCommand() *cobra.Command {
 		Short: "Hold the queues: NATS with JetStream, streams declared",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			take, _, done := a.phases(cmd.Context(), "")
+			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			return a.holdBroker(take, &b, func(ctx context.Context, _ *broker.Server, _ *prometheus.Registry) error {
 				ready()

@@ -116,6 +116,9 @@ func (a *app) remove(ctx context.Context, job string, force bool) error {
 		return err
 	}
 	defer conn.Close()
+	if v.State() == broker.StateCancelled && !force {
+		return coded{fmt.Errorf("job %s is cancelled, and its last lines are being ended; wait for that, or say --force", v.Job.ID), exitUsage}
+	}
 	if v.State() != broker.StateFinished && !force {
 		return coded{fmt.Errorf("job %s is %s; cancel it first, or say --force", v.Job.ID, v.State()), exitUsage}
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/google/renameio/v2"
@@ -67,10 +69,14 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		if exists(filepath.Join(next, memoFile)) { // the newest run is the one that counts
 			continue
 		}
-		if filesStand(m.Manifest) {
+		switch stand, err := filesStand(m.Manifest, job.ID); {
+		case err != nil:
+			return nil, err
+		case stand:
 			p.finished = m.Manifest
 			return p, nil
 		}
+		fmt.Fprintf(a.std.err, "note: job %s is finished, but its files are gone from %s; it is run again\n", job.ID, filepath.Dir(m.Manifest))
 		if err := os.RemoveAll(p.dir); err != nil {
 			return nil, fmt.Errorf("clear the job's folder: %w", err)
 		}
@@ -78,14 +84,24 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 	}
 }
 
-// filesStand says whether the manifest of a finished run and the files that it names are where they were written.
-func filesStand(manifest string) bool {
+// filesStand says whether the manifest of a finished run and the files that it names are where they were written. The
+// error says that they are, but are not what was written; it does not look into them, as verify does.
+func filesStand(manifest, job string) (bool, error) {
 	m, err := aggregator.ReadManifest(manifest)
-	if err != nil {
-		return false
+	if err != nil || m.Job.ID != job {
+		return false, nil
 	}
 	files := m.Paths(manifest)
-	return exists(files.Output) && exists(files.Errors)
+	for name, is := range map[string]int64{files.Output: m.Files.Output.Bytes, files.Errors: m.Files.Errors.Bytes} {
+		st, err := os.Stat(name)
+		if err != nil {
+			return false, nil
+		}
+		if st.Size() != is {
+			return false, fmt.Errorf("job %s is finished, but %s has %d bytes and not %d as when it was written; `millrace verify %s` tells more, --again runs the job anew", job, name, st.Size(), is, manifest)
+		}
+	}
+	return true, nil
 }
 
 func (p *place) write(m memo) error {
@@ -103,14 +119,14 @@ func (p *place) remember(job *proto.Job, files aggregator.Files) error {
 	return p.write(memo{Job: job.ID, Input: job.Input, SHA256: job.SHA256, Manifest: files.Manifest})
 }
 
-// finish marks the job as finished and drops its queues and spools.
-func (p *place) finish(a *app, files aggregator.Files) {
+// finish marks the job as finished, with the manifest that was written, and drops its queues and spools.
+func (p *place) finish(a *app, manifest string) {
 	m, err := readMemo(p.dir)
 	if err == nil {
-		m.Finished, m.Manifest = true, files.Manifest
+		m.Finished, m.Manifest = true, manifest
 		err = p.write(m)
 	}
-	for _, sub := range []string{"broker", "aggregate", "worker", "endpoint.json"} {
+	for _, sub := range []string{"broker", "aggregate", "endpoint.json"} {
 		if err == nil {
 			err = os.RemoveAll(filepath.Join(p.dir, sub))
 		}
@@ -120,54 +136,90 @@ func (p *place) finish(a *app, files aggregator.Files) {
 	}
 }
 
-// nameOlder tells of an unfinished job of the same file whose content was another.
+// nameOlder tells of the newest job of the same file whose content was another.
 func (a *app) nameOlder(job *proto.Job) {
 	dirs, _ := filepath.Glob(filepath.Join(a.data, "run", "*")) // the pattern is well formed
+	var newest time.Time
+	older := ""
 	for _, d := range dirs {
-		if m, err := readMemo(d); err == nil && m.Input == job.Input && m.SHA256 != job.SHA256 && job.Input != "-" {
-			fmt.Fprintf(a.std.err, "note: %s has changed since job %s; this is a new job\n", filepath.Base(job.Input), m.Job)
+		m, err := readMemo(d)
+		if err != nil || m.Input != job.Input || m.SHA256 == job.SHA256 || job.Input == "-" {
+			continue
+		}
+		if st, err := os.Stat(filepath.Join(d, memoFile)); err == nil && st.ModTime().After(newest) {
+			newest, older = st.ModTime(), m.Job
+		}
+	}
+	if older != "" {
+		fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", older, filepath.Base(job.Input))
+	}
+}
+
+// watchRun follows a job that another process of this machine runs, to its end or to that of the process.
+func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFlags) error {
+	said := 0
+	for {
+		if e, err := readEndpoint(dir); err == nil { // else the process is starting, or about to end
+			if said != e.PID {
+				said = e.PID
+				fmt.Fprintf(a.std.err, "job %s is run by process %d; watching it\n", job.ID, e.PID)
+			}
+			v, err := a.watchAt(ctx, e, job)
+			switch {
+			case ctx.Err() != nil:
+				return context.Cause(ctx)
+			case err != nil:
+				return err
+			case v.State() == broker.StateFinished:
+				return a.finish(ctx, nil, &v, j)
+			}
+		}
+		// Its broker ends before the process has written down how the job ended: that is known when the process is gone.
+		lock, err := broker.LockDir(dir)
+		if err == nil {
+			lock.Unlock()
+			if m, err := readMemo(dir); err == nil && m.Finished {
+				return a.showFinished(job, m.Manifest, j)
+			}
+			return fmt.Errorf("the process that ran job %s is gone; the same command continues", job.ID)
+		}
+		if !errors.Is(err, broker.ErrInUse) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(100 * time.Millisecond):
 		}
 	}
 }
 
-// watchRun follows a job that another process of this machine runs.
-func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFlags) error {
-	e, err := readEndpoint(dir)
+// watchAt shows a job until it is finished, or its broker is gone or cannot be reached.
+func (a *app) watchAt(ctx context.Context, e endpoint, job *proto.Job) (broker.JobView, error) {
+	conn, err := a.connectTo(ctx, broker.Access{URL: e.URL, Token: e.Token}, "control", time.Second)
 	if err != nil {
-		return fmt.Errorf("job %s is being started by another process; try again", job.ID)
-	}
-	conn, err := a.connectTo(ctx, broker.Access{URL: e.URL, Token: e.Token}, "control", controlWait)
-	if err != nil {
-		return err
+		return broker.JobView{}, nil
 	}
 	defer conn.Close()
-	fmt.Fprintf(a.std.err, "job %s is run by process %d; watching it\n", job.ID, e.PID)
-	wctx, gone := context.WithCancel(ctx) // with the process goes its broker
+	wctx, gone := context.WithCancel(ctx)
+	var looking sync.WaitGroup
+	defer looking.Wait()
 	defer gone()
 	lost := conn.NC.StatusChanged(nats.RECONNECTING, nats.CLOSED)
 	defer conn.NC.RemoveStatusListener(lost)
 	if !conn.NC.IsConnected() { // before it could be told
 		gone()
 	}
-	go func() {
+	looking.Go(func() {
 		select {
 		case <-lost:
 			gone()
 		case <-wctx.Done():
 		}
-	}()
+	})
 	v, err := a.watch(wctx, conn, *job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
+	if wctx.Err() != nil {
+		err = nil
 	}
-	if err != nil && wctx.Err() == nil {
-		return err
-	}
-	if v.State() != broker.StateFinished {
-		if m, err := readMemo(dir); err == nil && m.Finished {
-			return a.showFinished(job, m.Manifest, j)
-		}
-		return fmt.Errorf("the process that ran job %s is gone; the same command continues", job.ID)
-	}
-	return a.finish(ctx, conn, &v, j)
+	return v, err
 }

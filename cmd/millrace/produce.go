@@ -24,7 +24,7 @@ func (a *app) validateCommand() *cobra.Command {
 		Short: "Check every line of an input file, enqueue nothing",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			take, _, done := a.phases(cmd.Context(), "")
+			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			if err := j.check(); err != nil {
 				return err
@@ -80,7 +80,7 @@ input is copied to the broker and the fleet's aggregator stays with the job inst
 				return err
 			}
 			defer runtime.KeepAlive(spareHeap())
-			take, _, done := a.phases(cmd.Context(), "the same command continues")
+			take, done := a.untilSignal(cmd.Context(), "the same command continues")
 			defer done()
 			return a.produce(take, &j, args[0], detach)
 		},
@@ -149,7 +149,7 @@ func (a *app) create(ctx context.Context, conn *broker.Conn, ds *producer.Datase
 		return job, err
 	}
 	if old != nil {
-		fmt.Fprintf(a.std.err, "note: %s has changed since job %s; this is a new job\n", filepath.Base(job.Input), old.ID)
+		fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", old.ID, filepath.Base(job.Input))
 	}
 	return job, nil
 }
@@ -165,13 +165,15 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 	defer cancel()
 	var v broker.JobView
 	seen := make(chan error, 1)
+	t := a.newTalk(o.Job)
+	t.self = o.Self.ID
 	go func() {
 		var err error // an interrupted watch has seen what it has seen
-		v, err = a.watch(wctx, conn, o.Job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+		v, err = t.watch(wctx, conn, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
 		seen <- err
 	}()
 	o.Held = func(by *producer.HeldError) {
-		fmt.Fprintf(a.std.err, "job %s is already being fed (%v); watching it\n", o.Job.ID, by)
+		fmt.Fprintf(a.std.err, "job %s is already being fed by process %d on %s; watching it\n", o.Job.ID, by.Holder.PID, by.Holder.Machine())
 	}
 	err := o.Run(ctx)
 	if !ended(err) {

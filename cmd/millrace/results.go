@@ -28,13 +28,6 @@ both times.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			take, _, done := a.phases(cmd.Context(), "")
-			defer done()
-			conn, v, err := a.find(take, args[0])
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
 			which := proto.WhichOK
 			switch {
 			case failed && all, failed && manifest, all && manifest, follow && manifest:
@@ -46,9 +39,16 @@ both times.`,
 			case manifest:
 				which = proto.WhichManifest
 			}
+			take, done := a.untilSignal(cmd.Context(), "")
+			defer done()
+			conn, v, err := a.find(take, args[0])
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
 			take, stop := conn.While(take)
 			defer stop()
-			return copyResults(take, conn, v.Job.ID, which, follow, a.std.out)
+			return a.copyResults(take, conn, v.Job.ID, which, follow, a.std.out)
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the job is finished")
@@ -60,8 +60,9 @@ both times.`,
 }
 
 // copyResults writes to w what the aggregator gives of a job, and with follow what comes until the job is finished.
-func copyResults(ctx context.Context, conn *broker.Conn, id, which string, follow bool, w io.Writer) error {
+func (a *app) copyResults(ctx context.Context, conn *broker.Conn, id, which string, follow bool, w io.Writer) error {
 	q := proto.ResultsQuestion{Job: id, MaxBytes: 1 << 20, Which: which}
+	said := false
 	for {
 		var ans proto.ResultsAnswer
 		err := ask(ctx, conn, proto.SubjectResults, &q, &ans)
@@ -70,11 +71,15 @@ func copyResults(ctx context.Context, conn *broker.Conn, id, which string, follo
 			return stopped(ctx)
 		case err != nil && !follow:
 			return err
+		case err != nil && !said:
+			said = true
+			a.log.Warn("waiting for results", "error", err)
 		case err == nil && ans.Error != "":
 			return errors.New(ans.Error)
 		case err == nil && !ans.Known:
 			return fmt.Errorf("the aggregator does not know job %s", id)
 		case err == nil:
+			said = false
 			if _, err := w.Write(ans.Data); err != nil {
 				return fmt.Errorf("write results: %w", err)
 			}

@@ -54,7 +54,7 @@ aggregator and producer in this one process. The same command again continues wh
 			if err := r.engineFlags.check("sim"); err != nil {
 				return err
 			}
-			take, stop, done := a.phases(cmd.Context(), "the same command continues")
+			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight, the same command continues")
 			defer done()
 			return a.runFile(take, stop, &r, args[0])
 		},
@@ -88,6 +88,42 @@ func (r *runFlags) files(input string) (aggregator.Files, error) {
 	return aggregator.Files{Output: out, Errors: base + ".errors.jsonl", Manifest: base + ".manifest.json"}, nil
 }
 
+// usable says why the files of a run cannot be written where they should.
+func usable(f *aggregator.Files, input string) error {
+	in, inErr := os.Stat(input)
+	for _, name := range []string{f.Output, f.Errors, f.Manifest} {
+		st, err := os.Stat(name)
+		switch {
+		case err != nil:
+		case st.IsDir():
+			return usagef("%s is a folder; give a file, such as -o %s", name, filepath.Join(name, "results.jsonl"))
+		case inErr == nil && os.SameFile(st, in):
+			return usagef("%s is the input; give another -o", name)
+		}
+	}
+	return nil
+}
+
+// besideOthers are the files of a run whose user named none: the results of another job are not written over.
+func (a *app) besideOthers(f aggregator.Files, job *proto.Job) aggregator.Files {
+	m, err := aggregator.ReadManifest(f.Manifest)
+	if err != nil || family(m.Job.ID, m.Job.Again) == family(job.ID, job.Again) {
+		return f
+	}
+	base := filepath.Join(filepath.Dir(f.Output), job.ID)
+	next := aggregator.Files{Output: base + ".results.jsonl", Errors: base + ".results.errors.jsonl", Manifest: base + ".results.manifest.json"}
+	fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; those of this one go to %s\n", f.Output, m.Job.ID, next.Output)
+	return next
+}
+
+// family is the id of a job's first run.
+func family(id string, again int64) string {
+	if again > 0 {
+		return strings.TrimSuffix(id, fmt.Sprintf("-r%d", again+1))
+	}
+	return id
+}
+
 func trimKnown(name string) string {
 	for _, ext := range []string{".gz", ".zst", ".jsonl", ".json"} {
 		name = strings.TrimSuffix(name, ext)
@@ -98,6 +134,9 @@ func trimKnown(name string) string {
 func (a *app) runFile(take, stop context.Context, r *runFlags, file string) error {
 	files, err := r.files(file)
 	if err != nil {
+		return err
+	}
+	if err := usable(&files, file); err != nil {
 		return err
 	}
 	if err := writable(filepath.Dir(files.Output)); err != nil {
@@ -114,9 +153,15 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return err
 	}
 	if p.finished != "" {
+		if r.output != "" && files.Manifest != p.finished {
+			return usagef("job %s is finished, and its manifest is %s; copy its files from there, or say --again to run it anew", job.ID, p.finished)
+		}
 		return a.showFinished(&job, p.finished, &r.jobFlags)
 	}
 	a.nameOlder(&job)
+	if r.output == "" {
+		files = a.besideOthers(files, &job)
+	}
 	lock, err := broker.LockDir(p.dir)
 	if errors.Is(err, broker.ErrInUse) {
 		return a.watchRun(take, &job, p.dir, &r.jobFlags)
@@ -135,7 +180,7 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 	if !ended(err) {
 		return err
 	}
-	p.finish(a, files)
+	p.finish(a, v.Progress.Manifest)
 	if ferr := a.finish(take, nil, &v, &r.jobFlags); err == nil {
 		return ferr
 	}

@@ -8,40 +8,53 @@ import (
 	"syscall"
 )
 
+// untilSignal gives a command its context, which ends with the first signal. The second ends the process, as if
+// nobody had listened. hint, where not empty, is printed at the first. The caller must call done.
+func (a *app) untilSignal(ctx context.Context, hint string) (live context.Context, done func()) {
+	live, end := context.WithCancelCause(ctx)
+	return live, a.onSignals(func(s os.Signal) { a.stopping("once more to kill it", hint); end(signalled{s}) }, func() { end(nil) })
+}
+
 // phases gives a command its two contexts: take ends with the first signal (take no more, finish what is in
-// flight), stop with the second (abort). hint, where not empty, is printed at the first. The caller must call done.
+// flight), stop with the second (abort). The third ends the process. hint, where not empty, is printed at the first.
+// The caller must call done.
 func (a *app) phases(ctx context.Context, hint string) (take, stop context.Context, done func()) {
 	stop, abort := context.WithCancelCause(ctx)
 	take, drain := context.WithCancelCause(stop)
+	return take, stop, a.onSignals(
+		func(s os.Signal) { a.stopping("once more to abort", hint); drain(signalled{s}) },
+		func() { drain(nil); abort(nil) },
+		func(s os.Signal) { abort(signalled{s}) })
+}
+
+func (a *app) stopping(more, hint string) {
+	if hint != "" {
+		more += "; " + hint
+	}
+	fmt.Fprintln(a.std.err, "millrace: stopping,", more)
+}
+
+// onSignals calls first, and then the others, one for each signal to stop, until the function that it returns is
+// called, which calls over. After the last of them signals do what they do by default.
+func (a *app) onSignals(first func(os.Signal), over func(), others ...func(os.Signal)) (done func()) {
 	sigs := make(chan os.Signal, 2)
 	signal.Notify(sigs, os.Interrupt, syscall.SIGTERM)
-	over := make(chan struct{})
-	quit := make(chan struct{})
+	ended, quit := make(chan struct{}), make(chan struct{})
 	go func() {
-		defer close(over)
-		for n := 0; ; n++ {
+		defer close(ended)
+		defer signal.Stop(sigs)
+		for _, do := range append([]func(os.Signal){first}, others...) {
 			select {
 			case <-quit:
 				return
 			case s := <-sigs:
-				if n == 0 {
-					say := "millrace: stopping, once more to abort"
-					if hint != "" {
-						say += "; " + hint
-					}
-					fmt.Fprintln(a.std.err, say)
-					drain(signalled{s})
-					continue
-				}
-				abort(signalled{s})
+				do(s)
 			}
 		}
 	}()
-	return take, stop, func() {
-		signal.Stop(sigs)
+	return func() {
 		close(quit)
-		<-over
-		drain(nil)
-		abort(nil)
+		<-ended
+		over()
 	}
 }

@@ -29,7 +29,7 @@ the start (--faults) and changed while it runs (POST /sim/faults).`,
 					return usagef("--faults: %w", err)
 				}
 			}
-			take, _, done := a.phases(cmd.Context(), "")
+			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			return a.simServe(take, c, addr)
 		},

@@ -47,7 +47,7 @@ func (a *app) manifest(ctx context.Context, conn *broker.Conn, v *broker.JobView
 		return aggregator.ReadManifest(v.Progress.Manifest)
 	}
 	var b bytes.Buffer
-	if err := copyResults(ctx, conn, v.Job.ID, proto.WhichManifest, false, &b); err != nil {
+	if err := a.copyResults(ctx, conn, v.Job.ID, proto.WhichManifest, false, &b); err != nil {
 		return nil, err
 	}
 	return aggregator.ParseManifest(b.Bytes())

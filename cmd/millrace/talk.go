@@ -17,6 +17,7 @@ import (
 type talk struct {
 	a     *app
 	job   proto.Job
+	self  string // id of the job's owner in this process; empty: it only watches
 	bars  *mpb.Progress
 	bar   *mpb.Bar
 	view  broker.JobView
@@ -47,7 +48,7 @@ func (t *talk) see(v broker.JobView) {
 	if !t.seen {
 		t.seen, t.from = true, v.Ended()
 	}
-	if n, begun := v.Note(), t.justBegun(&v); n != t.note && !begun {
+	if n, unsure := v.Note(), t.unsure(&v); n != t.note && !unsure {
 		t.note = n
 		if n != "" {
 			t.line(n)
@@ -63,10 +64,14 @@ func (t *talk) see(v broker.JobView) {
 	}
 }
 
-// justBegun says whether nobody feeds the job because its owner, this process most often, is about to.
-func (t *talk) justBegun(v *broker.JobView) bool {
+// unsure says whether nobody seems to feed the job because its owner, this process most often, is about to; or because the
+// owner in this process, where the broker was away, is about to renew its lease.
+func (t *talk) unsure(v *broker.JobView) bool {
 	orphaned := v.State() == broker.StateOrphaned
 	t.fed = t.fed || !orphaned
+	if orphaned && t.self != "" && v.Feed.Owner.ID == t.self {
+		return true
+	}
 	return orphaned && !t.fed && time.Since(t.start) < broker.DefaultLeaseTTL
 }
 
@@ -102,9 +107,12 @@ func (t *talk) close() {
 
 // watch shows the job until until says so, or ctx ends.
 func (a *app) watch(ctx context.Context, conn *broker.Conn, job proto.Job, until func(*broker.JobView) bool) (broker.JobView, error) {
-	t := a.newTalk(job)
+	return a.newTalk(job).watch(ctx, conn, until)
+}
+
+func (t *talk) watch(ctx context.Context, conn *broker.Conn, until func(*broker.JobView) bool) (broker.JobView, error) {
 	defer t.close()
-	err := broker.Follow(ctx, conn.JS, job.ID, 250*time.Millisecond, func(v broker.JobView) bool {
+	err := broker.Follow(ctx, conn.JS, t.job.ID, 250*time.Millisecond, func(v broker.JobView) bool {
 		t.see(v)
 		return !until(&v)
 	})

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"strings"
 	"testing"
+	"time"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -21,5 +22,24 @@ func TestTalkOfOwner(t *testing.T) {
 	}
 	if talk.see(none); !strings.Contains(said.String(), "j: nobody feeds it") {
 		t.Errorf("says %q when the owner has gone", said.String())
+	}
+}
+
+// TestTalkOfItself: an owner that could not renew its lease while the broker was away does not say that nobody feeds its
+// job; whoever else looks does, and the owner does of another one.
+func TestTalkOfItself(t *testing.T) {
+	for _, c := range []struct {
+		self, holder string
+		says         bool
+	}{{"o", "o", false}, {"", "o", true}, {"o", "other", true}, {"", "", true}, {"o", "", true}} {
+		var said bytes.Buffer
+		talk := (&app{std: stdio{err: &said}}).newTalk(proto.Job{ID: "j", Lines: 1})
+		talk.self = c.self
+		v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}}}
+		talk.see(v)
+		v.Feed.Owner.ID, v.Silent = c.holder, time.Minute
+		if talk.see(v); strings.Contains(said.String(), "nobody feeds it") != c.says {
+			t.Errorf("%+v: says %q", c, said.String())
+		}
 	}
 }
