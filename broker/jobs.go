@@ -266,17 +266,18 @@ func Purge(ctx context.Context, js jetstream.JetStream, stream, subject string) 
 	return nil
 }
 
-// Workers lists the workers whose heartbeat counts, by id.
-func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
-	ids, err := keys(ctx, js, proto.WorkersBucket, ">")
-	if err != nil || len(ids) == 0 {
-		return nil, err
-	}
+// Heartbeats reads the records of all workers, encoded as they are. Where their bucket is not declared the error is
+// jetstream.ErrBucketNotFound.
+func Heartbeats(ctx context.Context, js jetstream.JetStream) ([]jetstream.KeyValueEntry, error) {
 	kv, err := js.KeyValue(ctx, proto.WorkersBucket)
 	if err != nil {
 		return nil, explain("open bucket "+proto.WorkersBucket, err)
 	}
-	var out []proto.Worker
+	ids, err := keys(ctx, js, proto.WorkersBucket, ">")
+	if err != nil {
+		return nil, err
+	}
+	var out []jetstream.KeyValueEntry
 	for _, id := range ids {
 		e, err := kv.Get(ctx, id)
 		if errors.Is(err, jetstream.ErrKeyNotFound) { // it left meanwhile
@@ -285,9 +286,25 @@ func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error
 		if err != nil {
 			return nil, explain("read worker "+id, err)
 		}
+		out = append(out, e)
+	}
+	return out, nil
+}
+
+// Workers lists the workers whose heartbeat counts, by id.
+func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
+	beats, err := Heartbeats(ctx, js)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var out []proto.Worker
+	for _, e := range beats {
 		var w proto.Worker
 		if err := w.Decode(e.Value()); err != nil {
-			return nil, fmt.Errorf("read worker %s: %w", id, err)
+			return nil, fmt.Errorf("read worker %s: %w", e.Key(), err)
 		}
 		out = append(out, w)
 	}

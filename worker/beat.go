@@ -2,15 +2,14 @@ package worker
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -92,39 +91,12 @@ func (b *beat) remove() {
 }
 
 // others says whether another worker that is ready serves a model, or may do so: where nobody can tell, somebody does.
-// Each key is read by itself, because a listing passes over a key that is being written at that moment.
 func (b *beat) others(ctx context.Context, model string) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	kv, err := b.js.KeyValue(ctx, proto.WorkersBucket)
-	if err != nil {
-		return true
-	}
-	stream, err := b.js.Stream(ctx, "KV_"+proto.WorkersBucket)
-	if err != nil {
-		return true
-	}
-	prefix := "$KV." + proto.WorkersBucket + "."
-	info, err := stream.Info(ctx, jetstream.WithSubjectFilter(prefix+">"))
-	if err != nil {
-		return true
-	}
-	for subject := range info.State.Subjects {
-		key := strings.TrimPrefix(subject, prefix)
-		if key == b.id {
-			continue
-		}
-		e, err := kv.Get(ctx, key)
-		if errors.Is(err, jetstream.ErrKeyNotFound) {
-			continue // it has left
-		}
-		if err != nil {
-			return true
-		}
+	beats, err := broker.Heartbeats(ctx, b.js)
+	return err != nil || slices.ContainsFunc(beats, func(e jetstream.KeyValueEntry) bool {
 		var w proto.Worker
-		if w.Decode(e.Value()) == nil && w.State == proto.EngineReady && slices.Contains(w.Models, model) {
-			return true
-		}
-	}
-	return false
+		return e.Key() != b.id && w.Decode(e.Value()) == nil && w.State == proto.EngineReady && slices.Contains(w.Models, model)
+	})
 }

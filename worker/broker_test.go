@@ -2,7 +2,6 @@ package worker
 
 import (
 	"context"
-	"net/http"
 	"os"
 	"testing"
 	"time"
@@ -49,12 +48,7 @@ func (r *rig) restart(dir string) {
 func TestBrokerRestart(t *testing.T) {
 	r, f := newRigTCP(t), newFake(t)
 	release := make(chan struct{})
-	f.set(func() {
-		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
-			<-release
-			say(w, 200, okBody)
-		}
-	})
+	f.set(func() { f.work = after(release) })
 	r.send(requests(20)...)
 	r.start(f.engine(), func(w *Worker) { w.Concurrency = 8 })
 	f.enter(8)
@@ -72,12 +66,7 @@ func TestBrokerRestart(t *testing.T) {
 func TestBrokerEmptyDisk(t *testing.T) {
 	r, f := newRigTCP(t), newFake(t)
 	release := make(chan struct{})
-	f.set(func() {
-		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
-			<-release
-			say(w, 200, okBody)
-		}
-	})
+	f.set(func() { f.work = after(release) })
 	r.send(requests(4)...)
 	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4 })
 	f.enter(4)

