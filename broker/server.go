@@ -79,8 +79,8 @@ func (s *Server) start(ctx context.Context, opts *server.Options) error {
 		ns.Start()
 	}()
 	if err := s.settle(ctx, ns, started, log.fatal); err != nil {
+		<-started // nats-server cannot be shut down while it starts: the two race in it
 		ns.Shutdown()
-		<-started
 		ns.WaitForShutdown()
 		return err
 	}
