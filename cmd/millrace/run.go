@@ -54,7 +54,7 @@ aggregator and producer in this one process. The same command again continues wh
 			if err := r.engineFlags.check("sim"); err != nil {
 				return err
 			}
-			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight, the same command continues")
+			take, stop, done := a.phases(cmd.Context(), r.drainTimeout, "the same command continues")
 			defer done()
 			return a.runFile(take, stop, &r, args[0])
 		},
@@ -216,6 +216,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	if err := (endpoint{URL: srv.URL(), Token: srv.Token, PID: os.Getpid()}).write(p.dir); err != nil {
 		return v, err
 	}
+	defer os.Remove(endpointFile(p.dir)) // one that stays leads nowhere
 	conn, err := srv.Connect(take, "run")
 	if err != nil {
 		return v, err
@@ -242,7 +243,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	if err != nil {
 		return v, err
 	}
-	c := startCrew(take, stop, ws)
+	c := startCrew(take, stop, ws, a.drain(&r.engineFlags, reg))
 	defer func() { err = errors.Join(err, c.stop()) }()
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
 	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 )
 
 // untilSignal gives a command its context, which ends with the first signal. The second ends the process, as if
@@ -16,13 +17,14 @@ func (a *app) untilSignal(ctx context.Context, hint string) (live context.Contex
 }
 
 // phases gives a command its two contexts: take ends with the first signal (take no more, finish what is in
-// flight), stop with the second (abort). The third ends the process. hint, where not empty, is printed at the first.
-// The caller must call done.
-func (a *app) phases(ctx context.Context, hint string) (take, stop context.Context, done func()) {
+// flight), stop with the second (abort). The third ends the process. limit, which is for others to keep, and hint, where
+// not empty, are printed at the first. The caller must call done.
+func (a *app) phases(ctx context.Context, limit time.Duration, hint string) (take, stop context.Context, done func()) {
+	more := "once more to give back what is in flight; it may go on for " + span(limit) + " (--drain-timeout)"
 	stop, abort := context.WithCancelCause(ctx)
 	take, drain := context.WithCancelCause(stop)
 	return take, stop, a.onSignals(
-		func(s os.Signal) { a.stopping("once more to abort", hint); drain(signalled{s}) },
+		func(s os.Signal) { a.stopping(more, hint); drain(signalled{s}) },
 		func() { drain(nil); abort(nil) },
 		func(s os.Signal) { abort(signalled{s}) })
 }

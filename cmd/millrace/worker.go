@@ -28,6 +28,7 @@ type engineFlags struct {
 	requestTimeout time.Duration
 	maxAttempts    int64
 	stallTimeout   time.Duration
+	drainTimeout   time.Duration
 }
 
 func (e *engineFlags) bind(cmd *cobra.Command) {
@@ -37,6 +38,7 @@ func (e *engineFlags) bind(cmd *cobra.Command) {
 	f.StringVar(&e.keyFile, "engine-api-key-file", "", "file with that key")
 	f.DurationVar(&e.stallTimeout, "stall-timeout", 2*time.Minute, "how long an engine with requests may make no token until it is thought hung")
 	f.StringVar(&e.concurrency, "concurrency", "auto", "requests in flight at an engine: a number, or auto")
+	f.DurationVar(&e.drainTimeout, "drain-timeout", 10*time.Minute, "when it is asked to stop: how long lines in flight may go on until they are given back")
 }
 
 // apiKey is the key for the engines; empty: none.
@@ -66,6 +68,9 @@ func (e *engineFlags) inFlight() (int, error) {
 func (e *engineFlags) check(known ...string) error {
 	if _, err := e.inFlight(); err != nil {
 		return err
+	}
+	if e.drainTimeout < 0 {
+		return usagef("--drain-timeout is %s, must not be negative", e.drainTimeout)
 	}
 	key, err := e.apiKey()
 	if err != nil {
@@ -135,17 +140,37 @@ func hostPortOf(engine string) string {
 	return engine
 }
 
-// startCrew runs the workers. They end when take ends (in order) or stop ends (at once), or all together when one
-// of them fails.
-func startCrew(take, stop context.Context, ws []*worker.Worker) *crew {
+// startCrew runs the workers. They end when take ends (in order, for as long as d lets them) or stop ends (at once), or
+// all together when one of them fails.
+func startCrew(take, stop context.Context, ws []*worker.Worker, d *drain) *crew {
 	c := &crew{over: make(chan error, 1)}
 	take, c.drain = context.WithCancelCause(take)
 	stop, c.abort = context.WithCancelCause(stop)
 	var parts []func(context.Context) error
 	for _, w := range ws {
-		parts = append(parts, func(take context.Context) error { return w.Run(take, stop) })
+		parts = append(parts, func(take context.Context) error {
+			err := w.Run(take, stop)
+			if err != nil { // the others stop in order, too
+				c.drain(err)
+			}
+			return err
+		})
 	}
-	go func() { c.over <- together(take, parts...) }()
+	over, watched := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-take.Done():
+			d.watch(over, stop, func() { c.abort(nil) })
+		case <-over:
+		}
+	}()
+	go func() {
+		err := together(take, parts...)
+		close(over)
+		<-watched
+		c.over <- err
+	}()
 	return c
 }
 
@@ -179,7 +204,7 @@ func (a *app) workerCommand() *cobra.Command {
 				return err
 			}
 			defer runtime.KeepAlive(spareHeap())
-			take, stop, done := a.phases(cmd.Context(), "finishing what is in flight")
+			take, stop, done := a.phases(cmd.Context(), e.drainTimeout, "")
 			defer done()
 			return a.work(take, stop, &e, ackWait)
 		},
@@ -210,7 +235,7 @@ func (a *app) work(take, stop context.Context, e *engineFlags, ackWait time.Dura
 		return err
 	}
 	ready()
-	c := startCrew(take, stop, ws)
+	c := startCrew(take, stop, ws, a.drain(e, reg))
 	err = c.wait()
 	if stop.Err() != nil {
 		return context.Cause(stop)

@@ -1,0 +1,63 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"strings"
+	"time"
+
+	"millrace/proto"
+)
+
+// count says how many of a thing there are: 1 line, 20 lines.
+func count[N int | int64](n N, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
+}
+
+// span prints a duration without its zeros: 10m and not 10m0s.
+func span(d time.Duration) string {
+	s := d.Round(time.Second).String()
+	if t, ok := strings.CutSuffix(s, "m0s"); ok {
+		s = t + "m"
+	}
+	if t, ok := strings.CutSuffix(s, "h0m"); ok {
+		s = t + "h"
+	}
+	return s
+}
+
+// modelName is how a table names a model: lines that are invalid may name none.
+func modelName(m string) string { return cmp.Or(m, "(none)") }
+
+// failure describes a kind of failure by one line that failed so. Lines that no engine answered have no status.
+func failure(n int64, code string, status int64, customID, message string) string {
+	s := fmt.Sprintf("%d × %s", n, code)
+	if status != 0 {
+		s += fmt.Sprintf(" (HTTP %d)", status)
+	}
+	if customID != "" {
+		s += ", e.g. " + customID
+	}
+	if message != "" {
+		s += ": " + proto.Truncate(message, 200)
+	}
+	return s
+}
+
+// asked says who paused or cancelled a job, and why; empty: nobody did.
+func asked(c *proto.Control) string {
+	did := map[string]string{proto.WantPause: "paused", proto.WantCancel: "cancelled"}[c.Want]
+	if did == "" {
+		return ""
+	}
+	if c.By != "" {
+		did += " by " + c.By
+	}
+	if c.Reason != "" {
+		did += ": " + c.Reason
+	}
+	return did
+}
