@@ -185,6 +185,11 @@ func Find(ctx context.Context, js jetstream.JetStream, what string) (JobView, er
 	if err != nil {
 		return JobView{}, err
 	}
+	return Choose(all, what)
+}
+
+// Choose is Find among jobs that were read.
+func Choose(all []JobView, what string) (JobView, error) {
 	var begin []JobView
 	var ids []string
 	for _, v := range all {

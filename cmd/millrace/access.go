@@ -4,11 +4,9 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
-	"github.com/go-json-experiment/json"
 	"github.com/spf13/cobra"
 
 	"millrace/broker"
@@ -76,71 +74,3 @@ const foreverWait = 100 * 365 * 24 * time.Hour
 
 // controlWait is how long a command that a person waits for tries.
 const controlWait = 5 * time.Second
-
-// endpoint is how other commands of the same user find the broker inside a `millrace run`.
-type endpoint struct {
-	URL   string `json:"url"`
-	Token string `json:"token"`
-	PID   int    `json:"pid"`
-}
-
-func endpointFile(dir string) string { return filepath.Join(dir, "endpoint.json") }
-
-func (e endpoint) write(dir string) error {
-	b, err := json.Marshal(e)
-	if err != nil {
-		return fmt.Errorf("write endpoint: %w", err)
-	}
-	if err := os.WriteFile(endpointFile(dir), b, 0o600); err != nil {
-		return fmt.Errorf("write endpoint: %w", err)
-	}
-	return nil
-}
-
-func readEndpoint(dir string) (endpoint, error) {
-	var e endpoint
-	b, err := os.ReadFile(endpointFile(dir))
-	if err != nil {
-		return e, err
-	}
-	return e, json.Unmarshal(b, &e)
-}
-
-// control connects a command that asks or tells. Where no broker was named it looks for a `millrace run` of this
-// user: the one of the job, or the only one there is.
-func (a *app) control(ctx context.Context, job string) (*broker.Conn, error) {
-	acc, given, err := a.nats.access()
-	if err != nil {
-		return nil, err
-	}
-	if !given {
-		if e, ok := a.localRun(job); ok {
-			acc = broker.Access{URL: e.URL, Token: e.Token}
-		}
-	}
-	return a.connectTo(ctx, acc, "control", controlWait)
-}
-
-// localRun finds the endpoint of a running `millrace run`.
-func (a *app) localRun(job string) (endpoint, bool) {
-	pattern := "*"
-	if job != "" {
-		pattern = job
-	}
-	dirs, _ := filepath.Glob(filepath.Join(a.data, "run", pattern)) // the pattern is well formed
-	var found []endpoint
-	for _, d := range dirs {
-		l, err := broker.LockDir(d)
-		if err == nil { // nobody runs it
-			l.Unlock()
-			continue
-		}
-		if e, err := readEndpoint(d); err == nil {
-			found = append(found, e)
-		}
-	}
-	if len(found) != 1 {
-		return endpoint{}, false
-	}
-	return found[0], true
-}

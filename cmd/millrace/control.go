@@ -66,19 +66,6 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 	return cmd
 }
 
-func (a *app) find(ctx context.Context, job string) (*broker.Conn, broker.JobView, error) {
-	conn, err := a.control(ctx, job)
-	if err != nil {
-		return nil, broker.JobView{}, err
-	}
-	v, err := broker.Find(ctx, conn.JS, job)
-	if err != nil {
-		conn.Close()
-		return nil, v, err
-	}
-	return conn, v, nil
-}
-
 // me is who is asking, for people.
 func me() string {
 	host, _ := os.Hostname()
@@ -151,13 +138,22 @@ func (a *app) doctorCommand() *cobra.Command {
 
 func (a *app) examine(ctx context.Context) ([]broker.Finding, error) {
 	findings := diskFindings(a.data)
-	conn, err := a.control(ctx, "")
+	b, err := a.control(ctx)
 	if err != nil {
 		return append(findings, broker.Finding{Check: "connection", Level: broker.LevelBad, Found: err.Error(),
 			Mend: "start `millrace broker` (or nats-server -js), or name the right one with --nats, and its token with --token-file"}), nil
 	}
-	defer conn.Close()
-	return append(findings, broker.Doctor(ctx, conn)...), nil
+	defer b.close()
+	for _, c := range b.conns {
+		fs := broker.Doctor(ctx, c)
+		for i := range fs {
+			if len(b.conns) > 1 { // several runs
+				fs[i].Check = c.NC.ConnectedAddr() + ": " + fs[i].Check
+			}
+		}
+		findings = append(findings, fs...)
+	}
+	return findings, nil
 }
 
 // diskFindings looks at the disk of --data here.

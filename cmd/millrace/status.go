@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -107,24 +108,11 @@ func (a *app) statusCommand() *cobra.Command {
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			job := strings.Join(args, "")
-			conn, err := a.control(take, job)
-			if err != nil {
+			if !watch {
+				_, err := a.status(take, job, false)
 				return err
 			}
-			defer conn.Close()
-			for {
-				if err := a.status(take, conn, job, watch); err != nil {
-					return err
-				}
-				if !watch {
-					return nil
-				}
-				select {
-				case <-take.Done():
-					return stopped(take)
-				case <-time.After(2 * time.Second):
-				}
-			}
+			return a.watchStatus(take, job)
 		},
 	}
 	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show it again every 2 s")
@@ -133,46 +121,90 @@ func (a *app) statusCommand() *cobra.Command {
 	return cmd
 }
 
-func (a *app) status(ctx context.Context, conn *broker.Conn, job string, clear bool) error {
+// watchStatus shows it again and again. It looks for runs each time, since some may end and others begin.
+func (a *app) watchStatus(ctx context.Context, job string) error {
+	for runs := false; ; {
+		ended := runs && len(a.endpoints(ctx)) == 0
+		if !ended {
+			now, err := a.status(ctx, job, true)
+			ended = runs && (errors.Is(err, broker.ErrUnreachable) || errors.Is(err, broker.ErrNoJob))
+			if err != nil && !ended {
+				return orStopped(ctx, err)
+			}
+			runs = now
+		}
+		if ended {
+			fmt.Fprintln(a.std.err, "what ran on this machine has ended")
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return stopped(ctx)
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// status shows a job, or all, and says whether they are runs on this machine.
+func (a *app) status(ctx context.Context, job string, clear bool) (runs bool, err error) {
 	cctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	o, err := look(cctx, conn, job)
+	b, jobs, err := a.list(cctx, job)
 	if err != nil {
-		return err
+		return false, err
+	}
+	defer b.close()
+	o, err := look(cctx, b, jobs)
+	if err != nil {
+		return b.runs, err
 	}
 	if a.json {
-		return a.printJSON(o)
+		return b.runs, a.printJSON(o)
 	}
 	if clear && terminal(a.std.out) {
 		fmt.Fprint(a.std.out, "\x1b[H\x1b[2J")
 	}
-	return o.print(a.std.out, job != "")
+	return b.runs, o.print(a.std.out, job != "")
 }
 
-func look(ctx context.Context, conn *broker.Conn, job string) (*overview, error) {
+// list reads one job, or all where it is empty, the newest first.
+func (a *app) list(ctx context.Context, job string) (*brokers, []broker.JobView, error) {
+	if job != "" {
+		b, v, err := a.lookup(ctx, job)
+		return b, []broker.JobView{v}, err
+	}
+	b, err := a.control(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	jobs, _, err := b.jobs(ctx)
+	if err != nil {
+		b.close()
+	}
+	return b, jobs, err
+}
+
+// look makes the overview of jobs that were read.
+func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, error) {
 	o := &overview{Jobs: []jobRow{}, Workers: []workerRow{}, Queues: []queueRow{}}
-	jobs, err := broker.Jobs(ctx, conn.JS)
-	if err == nil && job != "" {
-		var v broker.JobView
-		v, err = broker.Find(ctx, conn.JS, job)
-		jobs = []broker.JobView{v}
-	}
-	if err != nil {
-		return nil, err
-	}
-	ws, err := broker.Workers(ctx, conn.JS)
-	if err != nil {
-		return nil, err
-	}
-	qs, err := broker.Queues(ctx, conn.JS)
+	var ws []proto.Worker
+	err := b.each(func(c *broker.Conn) error {
+		some, err := broker.Workers(ctx, c.JS)
+		if err != nil {
+			return err
+		}
+		ws = append(ws, some...)
+		qs, err := broker.Queues(ctx, c.JS)
+		for _, q := range qs {
+			o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
+		}
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
 	for _, w := range ws {
 		o.Workers = append(o.Workers, workerRow{w.ID, w.Host, w.Engine, w.Version, w.Models, w.State, w.Reason, w.Limit, w.InFlight, w.Held, w.OK, w.Failed})
-	}
-	for _, q := range qs {
-		o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
 	}
 	for i := range jobs {
 		r := rowOfJob(&jobs[i])
@@ -249,15 +281,11 @@ func (a *app) jobsCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
 			defer cancel()
-			conn, err := a.control(ctx, "")
+			b, jobs, err := a.list(ctx, "")
 			if err != nil {
 				return err
 			}
-			defer conn.Close()
-			jobs, err := broker.Jobs(ctx, conn.JS)
-			if err != nil {
-				return err
-			}
+			defer b.close()
 			rows := []jobRow{}
 			for i := range jobs {
 				rows = append(rows, rowOfJob(&jobs[i]))
@@ -285,15 +313,11 @@ func (a *app) completeJobs(cmd *cobra.Command, args []string, _ string) ([]strin
 	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
 	defer cancel()
-	conn, err := a.control(ctx, "")
+	b, jobs, err := a.list(ctx, "")
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	defer conn.Close()
-	jobs, err := broker.Jobs(ctx, conn.JS)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
+	defer b.close()
 	var ids []string
 	for i := range jobs {
 		ids = append(ids, fmt.Sprintf("%s\t%s, %d of %d lines", jobs[i].Job.ID, jobs[i].State(), jobs[i].Ended(), jobs[i].Job.Lines))

@@ -1,0 +1,191 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"millrace/broker"
+)
+
+// endpoint is how other commands of the same user find the broker inside a `millrace run`.
+type endpoint struct {
+	URL   string `json:"url"`
+	Token string `json:"token"`
+	PID   int    `json:"pid"`
+}
+
+func endpointFile(dir string) string { return filepath.Join(dir, "endpoint.json") }
+
+func (e endpoint) write(dir string) error {
+	b, err := json.Marshal(e)
+	if err != nil {
+		return fmt.Errorf("write endpoint: %w", err)
+	}
+	if err := os.WriteFile(endpointFile(dir), b, 0o600); err != nil {
+		return fmt.Errorf("write endpoint: %w", err)
+	}
+	return nil
+}
+
+func readEndpoint(dir string) (endpoint, error) {
+	var e endpoint
+	b, err := os.ReadFile(endpointFile(dir))
+	if err != nil {
+		return e, err
+	}
+	return e, json.Unmarshal(b, &e)
+}
+
+// brokers are what a command that asks or tells is connected to: one that was named, or each `millrace run` of this user
+// on this machine, or the one at the usual place.
+type brokers struct {
+	conns []*broker.Conn
+	runs  bool // they are runs, which end
+}
+
+func (b *brokers) close() {
+	for _, c := range b.conns {
+		c.Close()
+	}
+}
+
+// control connects a command that asks or tells.
+func (a *app) control(ctx context.Context) (*brokers, error) {
+	acc, named, err := a.nats.access()
+	if err != nil {
+		return nil, err
+	}
+	if !named {
+		if b := a.runs(ctx); len(b.conns) > 0 {
+			return b, nil
+		}
+	}
+	conn, err := a.connectTo(ctx, acc, "control", controlWait)
+	if err != nil {
+		return nil, err
+	}
+	return &brokers{conns: []*broker.Conn{conn}}, nil
+}
+
+// runs connects to all runs. A run is known by its endpoint: nobody else listens there with its token. The locks of
+// the folders are left alone, a run that starts would find its own taken.
+func (a *app) runs(ctx context.Context) *brokers {
+	es := a.endpoints(ctx)
+	conns := make([]*broker.Conn, len(es))
+	var wg sync.WaitGroup
+	for i, e := range es {
+		wg.Go(func() {
+			if c, err := a.connectTo(ctx, broker.Access{URL: e.URL, Token: e.Token}, "control", time.Second); err == nil {
+				conns[i] = c
+			}
+		})
+	}
+	wg.Wait()
+	return &brokers{conns: slices.DeleteFunc(conns, func(c *broker.Conn) bool { return c == nil }), runs: true}
+}
+
+// endpoints are those where somebody listens.
+func (a *app) endpoints(ctx context.Context) (es []endpoint) {
+	dirs, _ := filepath.Glob(a.runDir("*")) // the pattern is well formed
+	for _, dir := range dirs {
+		if e, err := readEndpoint(dir); err == nil && listens(ctx, e.URL) {
+			es = append(es, e)
+		}
+	}
+	return es
+}
+
+// listens says whether anybody does.
+func listens(ctx context.Context, addr string) bool {
+	u, err := url.Parse(addr)
+	if err != nil {
+		return false
+	}
+	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", u.Host)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
+// each calls do for each broker. Runs that end meanwhile are passed over.
+func (b *brokers) each(do func(*broker.Conn) error) error {
+	for _, c := range b.conns {
+		if err := do(c); err != nil && (!b.runs || c.NC.IsConnected()) {
+			return err
+		}
+	}
+	return nil
+}
+
+// jobs lists the jobs of all brokers, the newest first, and who has each.
+func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, at map[string]*broker.Conn, err error) {
+	at = map[string]*broker.Conn{}
+	err = b.each(func(c *broker.Conn) error {
+		js, err := broker.Jobs(ctx, c.JS)
+		for _, v := range js {
+			at[v.Job.ID] = c
+		}
+		all = append(all, js...)
+		return err
+	})
+	slices.SortStableFunc(all, func(x, y broker.JobView) int { return cmp.Compare(y.Job.CreatedMS, x.Job.CreatedMS) })
+	return all, at, err
+}
+
+// lookup finds the job whose id or name is what, or the only one whose id begins so, and the broker that has it. Where
+// no run has it, the broker at the usual place may.
+func (a *app) lookup(ctx context.Context, what string) (*brokers, broker.JobView, error) {
+	b, err := a.control(ctx)
+	if err != nil {
+		return nil, broker.JobView{}, err
+	}
+	v, err := b.choose(ctx, what)
+	if errors.Is(err, broker.ErrNoJob) && b.runs && listens(ctx, defaultNATS) {
+		usual, _, _ := a.nats.access() // it was resolved before
+		if c, cerr := a.connectTo(ctx, usual, "control", controlWait); cerr == nil {
+			b = &brokers{conns: []*broker.Conn{c}}
+			if v, cerr = b.choose(ctx, what); cerr == nil {
+				err = nil
+			}
+		}
+	}
+	return b, v, err
+}
+
+// find is lookup for whom the broker's connection is enough.
+func (a *app) find(ctx context.Context, what string) (*broker.Conn, broker.JobView, error) {
+	b, v, err := a.lookup(ctx, what)
+	if err != nil {
+		return nil, v, err
+	}
+	return b.conns[0], v, nil
+}
+
+// choose finds a job and closes the connections to others than its broker.
+func (b *brokers) choose(ctx context.Context, what string) (v broker.JobView, err error) {
+	all, at, err := b.jobs(ctx)
+	if err == nil {
+		v, err = broker.Choose(all, what)
+	}
+	b.conns = slices.DeleteFunc(b.conns, func(c *broker.Conn) bool {
+		other := err != nil || c != at[v.Job.ID]
+		if other {
+			c.Close()
+		}
+		return other
+	})
+	return v, err
+}

@@ -1,0 +1,50 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+	"testing"
+
+	"millrace/broker"
+)
+
+// TestRunsTakeNoLock: whoever looks for runs leaves their locks alone, also where one was killed and another one starts.
+func TestRunsTakeNoLock(t *testing.T) {
+	a := &app{data: t.TempDir(), log: slog.New(slog.DiscardHandler)}
+	dir := a.runDir("gone-0")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := (endpoint{URL: "nats://" + freePort(t)}).write(dir); err != nil {
+		t.Fatal(err)
+	}
+	if b := a.runs(t.Context()); len(b.conns) != 0 {
+		t.Errorf("%d runs", len(b.conns))
+	}
+	if exists(dir + "/lock") {
+		t.Error("the folder was locked")
+	}
+}
+
+// TestRunsOfAnotherToken: a port that is another broker's by now is not a run.
+func TestRunsOfAnotherToken(t *testing.T) {
+	a := &app{data: t.TempDir(), log: slog.New(slog.DiscardHandler)}
+	srv := &broker.Server{Dir: t.TempDir(), Addr: "127.0.0.1:0", Token: newToken(), Log: a.log}
+	if err := srv.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Stop()
+	for name, token := range map[string]string{"gone-0": newToken(), "here-0": srv.Token} {
+		if err := os.MkdirAll(a.runDir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := (endpoint{URL: srv.URL(), Token: token}).write(a.runDir(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := a.runs(t.Context())
+	defer b.close()
+	if len(b.conns) != 1 {
+		t.Errorf("%d runs", len(b.conns))
+	}
+}
