@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/vbauerster/mpb/v8"
@@ -24,20 +25,21 @@ type talk struct {
 	note  string
 	said  time.Time
 	start time.Time
-	from  int64 // lines that had ended when we began to look
-	seen  bool
 	fed   bool // it had an owner while we looked
+	pace  pace
+	speed atomic.Value // string, what the pace says; the bar reads it by itself
 }
 
 const sayEvery = 10 * time.Second
 
 func (a *app) newTalk(job proto.Job) *talk {
 	t := &talk{a: a, job: job, start: time.Now(), said: time.Now()}
+	t.speed.Store("")
 	if terminal(a.std.err) {
 		t.bars = mpb.New(mpb.WithOutput(a.std.err), mpb.WithWidth(40), mpb.WithAutoRefresh())
 		t.bar = t.bars.AddBar(job.Lines,
 			mpb.PrependDecorators(decor.Name(job.ID+" ")),
-			mpb.AppendDecorators(decor.CountersNoUnit("%d/%d "), decor.Percentage(), decor.Any(func(decor.Statistics) string { return t.rate() })))
+			mpb.AppendDecorators(decor.CountersNoUnit("%d/%d "), decor.Percentage(), decor.Any(func(decor.Statistics) string { return t.speed.Load().(string) })))
 	}
 	return t
 }
@@ -45,9 +47,10 @@ func (a *app) newTalk(job proto.Job) *talk {
 // see takes the newest view of the job.
 func (t *talk) see(v broker.JobView) {
 	t.view = v
-	if !t.seen {
-		t.seen, t.from = true, v.Ended()
-	}
+	now, ended, tokens := time.Now(), v.Ended(), v.Progress.Usage.Completion
+	t.pace.add(now, ended, tokens)
+	speed := t.pace.say(now, ended, tokens, t.job.Lines-ended)
+	t.speed.Store(speed)
 	if n, unsure := v.Note(), t.unsure(&v); n != t.note && !unsure {
 		t.note = n
 		if n != "" {
@@ -58,9 +61,9 @@ func (t *talk) see(v broker.JobView) {
 		t.bar.SetCurrent(min(v.Ended(), t.job.Lines))
 		return
 	}
-	if time.Since(t.said) >= sayEvery {
-		t.said = time.Now()
-		fmt.Fprintf(t.a.std.err, "%s: %d of %d lines, %d failed%s\n", t.job.ID, v.Ended(), t.job.Lines, v.Progress.Failed, t.rate())
+	if now.Sub(t.said) >= sayEvery {
+		t.said = now
+		fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s\n", t.job.ID, ended, count(t.job.Lines, "line"), v.Progress.Failed, speed)
 	}
 }
 
@@ -81,18 +84,6 @@ func (t *talk) line(s string) {
 		return
 	}
 	fmt.Fprintf(t.a.std.err, "%s: %s\n", t.job.ID, s)
-}
-
-// rate is the mean rate since we began to look, and the time to the end at that rate.
-func (t *talk) rate() string {
-	done := t.view.Ended() - t.from
-	secs := time.Since(t.start).Seconds()
-	if done <= 0 || secs < 1 {
-		return ""
-	}
-	per := float64(done) / secs
-	left := time.Duration(float64(t.job.Lines-t.view.Ended()) / per * float64(time.Second))
-	return fmt.Sprintf(", %.1f lines/s, %.0f output tok/s, %s left", per, t.view.Progress.RateTokens, left.Round(time.Second))
 }
 
 func (t *talk) close() {
