@@ -30,6 +30,7 @@ func (p *LineProblem) Error() string { return fmt.Sprintf("line %d: %s", p.Line,
 type InvalidInput struct {
 	Errors []LineProblem // by line, at most 1,000
 	Total  int64
+	Lines  int64 // of the input, the invalid ones included
 }
 
 // Error shows the first few problems; callers that have room show Errors.

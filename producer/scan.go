@@ -106,7 +106,7 @@ func (s *scan) run(ctx context.Context) error {
 	}
 	s.problems.cut()
 	if s.problems.total > 0 && !s.d.in.SkipInvalid {
-		return &InvalidInput{Errors: s.problems.list, Total: s.problems.total}
+		return &InvalidInput{Errors: s.problems.list, Total: s.problems.total, Lines: s.d.Lines}
 	}
 	if err := s.sort(); err != nil {
 		return err

@@ -49,19 +49,19 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 			case v.State() == broker.StateFinished:
 				return coded{fmt.Errorf("job %s is finished; there is nothing to %s", v.Job.ID, verb), exitUsage}
 			case v.Control.Want == proto.WantCancel && want != proto.WantCancel:
-				return coded{fmt.Errorf("job %s was cancelled; run its command with --again for a fresh one", v.Job.ID), exitUsage}
+				return coded{fmt.Errorf("job %s was %s; run its command with --again for a fresh one", v.Job.ID, asked(&v.Control)), exitUsage}
 			}
 			if err := broker.Want(ctx, conn.JS, v.Job.ID, proto.Control{Want: want, Reason: reason, By: me()}); err != nil {
 				return err
 			}
-			fmt.Fprintf(a.std.err, "%s: told job %s (%d of %d lines have ended)\n", verb, v.Job.ID, v.Ended(), v.Job.Lines)
+			fmt.Fprintf(a.std.err, "%s: told job %s (%d of %s ended)\n", verb, v.Job.ID, v.Ended(), count(v.Job.Lines, "line"))
 			if v.State() == broker.StateOrphaned {
 				fmt.Fprintln(a.std.err, "nobody feeds this job at the moment; it takes effect when its command is run again")
 			}
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&reason, "reason", "", "kept with the job, for people")
+	cmd.Flags().StringVar(&reason, "reason", "", "for people: shown by status, by jobs, and by the command that runs the job")
 	a.natsFlags(cmd)
 	return cmd
 }

@@ -158,7 +158,7 @@ func (a *app) scanProgress() func(bytes, lines int64) {
 	return func(bytes, lines int64) {
 		if time.Since(last) > 5*time.Second {
 			last = time.Now()
-			fmt.Fprintf(a.std.err, "reading the input: %d lines, %d MB\n", lines, bytes>>20)
+			fmt.Fprintf(a.std.err, "reading the input: %s, %d MB\n", count(lines, "line"), bytes>>20)
 		}
 	}
 }

@@ -38,9 +38,9 @@ func (a *app) validateCommand() *cobra.Command {
 			if a.json {
 				return a.printJSON(map[string]any{"job": job.ID, "lines": job.Lines, "invalid": job.Invalid, "bytes": job.Bytes, "sha256": job.SHA256, "models": rowOfJob(&broker.JobView{Job: job}).Models})
 			}
-			fmt.Fprintf(a.std.out, "%d lines are valid, %d are not; job %s, sha256 %s\n", job.Lines-job.Invalid, job.Invalid, job.ID, job.SHA256)
+			fmt.Fprintf(a.std.out, "%s valid, %d invalid; job %s, sha256 %s\n", count(job.Lines-job.Invalid, "line"), job.Invalid, job.ID, job.SHA256)
 			for _, m := range job.Models {
-				fmt.Fprintf(a.std.out, "  %s: %d lines\n", m.Model, m.Lines)
+				fmt.Fprintf(a.std.out, "  %s: %s\n", modelName(m.Model), count(m.Lines, "line"))
 			}
 			return nil
 		},
@@ -50,10 +50,20 @@ func (a *app) validateCommand() *cobra.Command {
 	return cmd
 }
 
-// invalid prints what is wrong with the lines of an input, one per line of the error stream, and returns the sum of it.
+// invalid prints what is wrong with the lines of an input and returns the sum of it: one per line of the error stream, or
+// with --json as one document.
 func (a *app) invalid(err error) error {
 	var bad *producer.InvalidInput
-	if !errors.As(err, &bad) {
+	if !errors.As(err, &bad) && !errors.Is(err, producer.ErrEmpty) {
+		return err
+	}
+	if bad != nil {
+		err = coded{fmt.Errorf("lines that are invalid: %d; nothing was enqueued. Mend them, or let them end as error lines (--skip-invalid)", bad.Total), exitInvalid}
+	}
+	if a.json {
+		return cmp.Or(a.printJSON(refusalOf(bad, err)), err)
+	}
+	if bad == nil {
 		return err
 	}
 	for _, e := range bad.Errors {
@@ -62,7 +72,34 @@ func (a *app) invalid(err error) error {
 	if n := bad.Total - int64(len(bad.Errors)); n > 0 {
 		fmt.Fprintf(a.std.err, "… and %d more\n", n)
 	}
-	return coded{fmt.Errorf("lines that are invalid: %d; nothing was enqueued. Mend them, or let them end as error lines (--skip-invalid)", bad.Total), exitInvalid}
+	return err
+}
+
+// refusal is what --json prints of an input that is refused.
+type refusal struct {
+	Error   string      `json:"error"`
+	Lines   int64       `json:"lines"`
+	Invalid int64       `json:"invalid"`
+	Errors  []lineError `json:"errors"` // of Invalid the first 1,000, by line
+}
+
+type lineError struct {
+	Line     int64  `json:"line"`
+	CustomID string `json:"custom_id,omitempty"`
+	Code     string `json:"code"` // as the line would end with --skip-invalid
+	Message  string `json:"message"`
+}
+
+func refusalOf(bad *producer.InvalidInput, err error) refusal {
+	r := refusal{Error: err.Error(), Errors: []lineError{}}
+	if bad == nil {
+		return r
+	}
+	r.Lines, r.Invalid = bad.Lines, bad.Total
+	for _, e := range bad.Errors {
+		r.Errors = append(r.Errors, lineError{e.Line, e.CustomID, proto.CodeInvalidRequest, e.Message})
+	}
+	return r
 }
 
 func (a *app) produceCommand() *cobra.Command {
@@ -118,6 +155,9 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 		return err
 	}
 	if v, err := broker.Get(ctx, conn.JS, job.ID); err == nil && v.State() == broker.StateFinished {
+		if s := note(&v); s != "" {
+			fmt.Fprintf(a.std.err, "job %s: %s\n", job.ID, s)
+		}
 		fmt.Fprintf(a.std.err, "job %s is finished; --again makes a fresh run\n", job.ID)
 		return a.finish(ctx, conn, &v, j)
 	}
@@ -125,11 +165,11 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 		if err := producer.Detach(ctx, conn, ds, job); err != nil {
 			return err
 		}
-		fmt.Fprintf(a.std.err, "job %s (%d lines) lies with the broker; follow it with: millrace status %s --watch\n", job.ID, job.Lines, job.ID)
+		fmt.Fprintf(a.std.err, "job %s (%s) lies with the broker; follow it with: millrace status %s --watch\n", job.ID, count(job.Lines, "line"), job.ID)
 		fmt.Fprintln(a.std.out, job.ID)
 		return nil
 	}
-	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
+	fmt.Fprintf(a.std.err, "job %s: %s\n", job.ID, count(job.Lines, "line"))
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg,
 		Window: j.window, AckWait: j.ackWait}
 	v, err := a.own(ctx, conn, o)
@@ -206,7 +246,7 @@ func verdict(v *broker.JobView, j *jobFlags) error {
 			is = 100 * float64(p.OK) / float64(max(v.Job.Lines, 1))
 		}
 		if is < n {
-			return coded{fmt.Errorf("%d of %d lines are ok, less than --fail-under %s", p.OK, v.Job.Lines, j.failUnder), exitThreshold}
+			return coded{fmt.Errorf("%d of %s ok, less than --fail-under %s", p.OK, count(v.Job.Lines, "line"), j.failUnder), exitThreshold}
 		}
 	}
 	for _, e := range p.Errors { // also for those who only watch, or come later

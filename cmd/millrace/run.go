@@ -246,7 +246,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	c := startCrew(take, stop, ws, a.drain(&r.engineFlags, reg))
 	defer func() { err = errors.Join(err, c.stop()) }()
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
-	fmt.Fprintf(a.std.err, "job %s: %d lines\n", job.ID, job.Lines)
+	fmt.Fprintf(a.std.err, "job %s: %s\n", job.ID, count(job.Lines, "line"))
 	v, err = a.own(take, conn, o)
 	if ended(err) { // every line has: nobody waits for what an engine still does
 		c.abort(nil)

@@ -27,6 +27,9 @@ type jobRow struct {
 	Name       string           `json:"name,omitempty"`
 	State      string           `json:"state"`
 	Note       string           `json:"note,omitempty"`
+	Want       string           `json:"want,omitempty"` // what a user last asked of it: run, pause or cancel
+	Reason     string           `json:"reason,omitempty"`
+	By         string           `json:"by,omitempty"`
 	Lines      int64            `json:"lines"`
 	OK         int64            `json:"ok"`
 	Failed     int64            `json:"failed"`
@@ -82,11 +85,11 @@ type queueRow struct {
 func rowOfJob(v *broker.JobView) jobRow {
 	p := &v.Progress
 	r := jobRow{
-		ID: v.Job.ID, Name: v.Job.Name, State: v.State(), Note: v.Note(), Lines: v.Job.Lines, OK: p.OK, Failed: p.Failed,
+		ID: v.Job.ID, Name: v.Job.Name, State: v.State(), Note: note(v), Lines: v.Job.Lines, OK: p.OK, Failed: p.Failed,
 		Enqueued: v.Feed.Enqueued, Resent: v.Feed.Resent, Duplicates: p.Duplicates, Prompt: p.Usage.Prompt,
 		Completion: p.Usage.Completion, RateLines: p.RateLines, RateTokens: p.RateTokens, Input: v.Job.Input,
 		SHA256: v.Job.SHA256, Models: map[string]int64{}, Host: p.Host, Output: p.Output, Errors: p.ErrorFile,
-		Manifest: p.Manifest, Verdict: p.Verdict,
+		Manifest: p.Manifest, Verdict: p.Verdict, Want: v.Control.Want, Reason: v.Control.Reason, By: v.Control.By,
 	}
 	for _, m := range v.Job.Models {
 		r.Models[m.Model] = m.Lines
@@ -256,10 +259,10 @@ func (j *jobRow) detail(w io.Writer) {
 	fmt.Fprintf(w, "\ninput\t%s\nsha256\t%s\nenqueued\t%d\nsent again\t%d\ndropped duplicates\t%d\ntokens\t%d prompt, %d completion\n",
 		j.Input, j.SHA256, j.Enqueued, j.Resent, j.Duplicates, j.Prompt, j.Completion)
 	for m, n := range j.Models {
-		fmt.Fprintf(w, "model\t%s: %d lines\n", m, n)
+		fmt.Fprintf(w, "model\t%s: %s\n", modelName(m), count(n, "line"))
 	}
 	for _, e := range j.TopErrors {
-		fmt.Fprintf(w, "error\t%d × %s %d, e.g. %s: %s\n", e.Count, e.Code, e.Status, e.CustomID, e.Message)
+		fmt.Fprintln(w, "error\t"+failure(e.Count, e.Code, e.Status, e.CustomID, e.Message))
 	}
 	if j.Manifest != "" {
 		fmt.Fprintf(w, "verdict\t%s\nfiles on\t%s\noutput\t%s\nerrors\t%s\nmanifest\t%s\n", j.Verdict, j.Host, j.Output, j.Errors, j.Manifest)
@@ -294,9 +297,9 @@ func (a *app) jobsCommand() *cobra.Command {
 				return a.printJSON(rows)
 			}
 			tw := tabwriter.NewWriter(a.std.out, 0, 4, 2, ' ', 0)
-			fmt.Fprintln(tw, "JOB\tNAME\tSTATE\tDONE\tFAILED\tINPUT\tOUTPUT")
+			fmt.Fprintln(tw, "JOB\tNAME\tSTATE\tDONE\tFAILED\tINPUT\tOUTPUT\tNOTE")
 			for _, j := range rows {
-				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", j.ID, j.Name, j.State, part(j.OK+j.Failed, j.Lines), j.Failed, j.Input, j.Output)
+				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", j.ID, j.Name, j.State, part(j.OK+j.Failed, j.Lines), j.Failed, j.Input, j.Output, j.Note)
 			}
 			return tw.Flush()
 		},
@@ -320,7 +323,7 @@ func (a *app) completeJobs(cmd *cobra.Command, args []string, _ string) ([]strin
 	defer b.close()
 	var ids []string
 	for i := range jobs {
-		ids = append(ids, fmt.Sprintf("%s\t%s, %d of %d lines", jobs[i].Job.ID, jobs[i].State(), jobs[i].Ended(), jobs[i].Job.Lines))
+		ids = append(ids, fmt.Sprintf("%s\t%s, %d of %s", jobs[i].Job.ID, jobs[i].State(), jobs[i].Ended(), count(jobs[i].Job.Lines, "line")))
 	}
 	return ids, cobra.ShellCompDirectiveNoFileComp
 }

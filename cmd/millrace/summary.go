@@ -18,8 +18,8 @@ func (a *app) summary(ctx context.Context, conn *broker.Conn, v *broker.JobView)
 	p := &v.Progress
 	m, err := a.manifest(ctx, conn, v)
 	if err != nil { // the job is finished all the same
-		fmt.Fprintf(a.std.err, "%s  job %s: %d lines, %d ok, %d failed; its manifest is not to be had: %v\n",
-			p.Verdict, v.Job.ID, v.Job.Lines, p.OK, p.Failed, err)
+		fmt.Fprintf(a.std.err, "%s  job %s: %s, %d ok, %d failed; its manifest is not to be had: %v\n",
+			p.Verdict, v.Job.ID, count(v.Job.Lines, "line"), p.OK, p.Failed, err)
 		if a.json {
 			return a.printJSON(rowOfJob(v))
 		}
@@ -79,7 +79,7 @@ func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
 
 func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 	w := a.std.out
-	fmt.Fprintf(w, "\n%s  job %s: %d lines, %d ok, %d failed, %.1f s\n", m.Verdict, m.Job.ID, m.Input.Lines, m.Counts.OK, m.Counts.Failed, m.Statistics.Duration)
+	fmt.Fprintf(w, "\n%s  job %s: %s, %d ok, %d failed, %.1f s\n", m.Verdict, m.Job.ID, count(m.Input.Lines, "line"), m.Counts.OK, m.Counts.Failed, m.Statistics.Duration)
 	for _, r := range m.Reasons {
 		fmt.Fprintln(w, "  ", r)
 	}
@@ -90,14 +90,14 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 	fmt.Fprintln(tw, "\nmodel\tok\tfailed\tattempts\tprompt tok\toutput tok\tout tok/s\ttotal tok/s\tsteady out tok/s\tsteady total tok/s\tp50 s\tp95 s\t")
 	for i := range m.Statistics.ByModel {
 		s := &m.Statistics.ByModel[i]
-		printFigures(tw, s.Model, &s.Figures)
+		printFigures(tw, modelName(s.Model), &s.Figures)
 	}
 	if len(m.Statistics.ByModel) > 1 {
 		printFigures(tw, "all", &m.Statistics.Figures)
 	}
 	_ = tw.Flush() // the same writer as below; what fails there fails here
 	for _, f := range m.Statistics.Failures {
-		fmt.Fprintf(w, "\n%d × %s %d, e.g. %s: %s", f.Count, f.Code, f.Status, f.CustomID, proto.Truncate(f.Message, 200))
+		fmt.Fprint(w, "\n"+failure(f.Count, f.Code, f.Status, f.CustomID, f.Message))
 	}
 	fmt.Fprintf(w, "\n\noutput    %s\nerrors    %s\nmanifest  %s\n", files.Output, files.Errors, files.Manifest)
 }

@@ -51,7 +51,7 @@ func (t *talk) see(v broker.JobView) {
 	t.pace.add(now, ended, tokens)
 	speed := t.pace.say(now, ended, tokens, t.job.Lines-ended)
 	t.speed.Store(speed)
-	if n, unsure := v.Note(), t.unsure(&v); n != t.note && !unsure {
+	if n, unsure := note(&v), t.unsure(&v); n != t.note && !unsure {
 		t.note = n
 		if n != "" {
 			t.line(n)

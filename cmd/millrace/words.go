@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -60,4 +61,16 @@ func asked(c *proto.Control) string {
 		did += ": " + c.Reason
 	}
 	return did
+}
+
+// note is why nothing moves, and who wanted that; empty: it moves.
+func note(v *broker.JobView) string {
+	who, why := asked(&v.Control), v.Note()
+	if v.State() == broker.StateFinished && v.Control.Want == proto.WantPause { // what ran then was all there was
+		who = ""
+	}
+	if who == "" || why == "" {
+		return who + why
+	}
+	return who + "; " + why
 }
