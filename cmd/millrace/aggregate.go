@@ -29,7 +29,7 @@ type aggregateFlags struct {
 func (g *aggregateFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVarP(&g.output, "output", "o", "results", "folder for results: DIR/<job>/output.jsonl, errors.jsonl, manifest.json")
-	f.DurationVar(&g.keepFor, "keep-for", 0, "forget finished jobs after this long (default: keep until `millrace rm`); files stay")
+	f.DurationVar(&g.keepFor, "keep-for", 0, "forget finished jobs after this long (default: keep until millrace rm); files stay")
 }
 
 func (a *app) aggregateCommand() *cobra.Command {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -84,6 +85,9 @@ func TestEveryFlagHasAVariable(t *testing.T) {
 	})
 }
 
+// valueName is a type as pflag writes it, or a name of our own.
+var valueName = regexp.MustCompile(`^([a-z]*|[A-Z:]+)$`)
+
 // TestHelp: each command explains itself and each of its flags.
 func TestHelp(t *testing.T) {
 	everyCommand(t, func(t *testing.T, path []string) {
@@ -100,6 +104,9 @@ func TestHelp(t *testing.T) {
 		command(t, path).Flags().VisitAll(func(f *pflag.Flag) {
 			if !f.Hidden && (f.Usage == "" || !strings.Contains(out.String(), "--"+f.Name)) {
 				t.Errorf("nothing is said of --%s", f.Name)
+			}
+			if name, _ := pflag.UnquoteUsage(f); !valueName.MatchString(name) { // backquotes in the usage make it
+				t.Errorf("help shows --%s %s", f.Name, name)
 			}
 		})
 	})

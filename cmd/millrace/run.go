@@ -63,7 +63,7 @@ aggregator and producer in this one process. The same command again continues wh
 	r.bindJob(cmd)
 	r.bind(cmd)
 	f := cmd.Flags()
-	f.StringVarP(&r.output, "output", "o", "", "output file (default: the input's name with .results); errors and manifest beside it")
+	f.StringVarP(&r.output, "output", "o", "", "output file (default: the input's name with .results), written over if it is there; errors and manifest beside it")
 	f.StringVar(&r.sync, "sync", "1s", "when the queue's disk is flushed: 1s or always")
 	a.jsonFlag(cmd)
 	a.metricsFlag(cmd)
@@ -104,16 +104,23 @@ func usable(f *aggregator.Files, input string) error {
 	return nil
 }
 
-// besideOthers are the files of a run whose user named none: the results of another job are not written over.
-func (a *app) besideOthers(f aggregator.Files, job *proto.Job) aggregator.Files {
+// besideOthers are the files of a run. Where its user named none, the results of another job are not written over; else
+// it is said that they will be, and so are other files that lie there.
+func (a *app) besideOthers(f aggregator.Files, job *proto.Job, named bool) aggregator.Files {
 	m, err := aggregator.ReadManifest(f.Manifest)
-	if err != nil || family(m.Job.ID, m.Job.Again) == family(job.ID, job.Again) {
-		return f
+	switch {
+	case err == nil && family(m.Job.ID, m.Job.Again) == family(job.ID, job.Again):
+	case err == nil && named:
+		fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; they are written over when this job is finished\n", f.Output, m.Job.ID)
+	case err == nil:
+		base := filepath.Join(filepath.Dir(f.Output), job.ID)
+		next := aggregator.Files{Output: base + ".results.jsonl", Errors: base + ".results.errors.jsonl", Manifest: base + ".results.manifest.json"}
+		fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; those of this one go to %s\n", f.Output, m.Job.ID, next.Output)
+		return next
+	case exists(f.Output):
+		fmt.Fprintf(a.std.err, "note: %s is there; it is written over when this job is finished\n", f.Output)
 	}
-	base := filepath.Join(filepath.Dir(f.Output), job.ID)
-	next := aggregator.Files{Output: base + ".results.jsonl", Errors: base + ".results.errors.jsonl", Manifest: base + ".results.manifest.json"}
-	fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; those of this one go to %s\n", f.Output, m.Job.ID, next.Output)
-	return next
+	return f
 }
 
 // family is the id of a job's first run.
@@ -159,9 +166,6 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return a.showFinished(&job, p.finished, &r.jobFlags)
 	}
 	a.nameOlder(&job)
-	if r.output == "" {
-		files = a.besideOthers(files, &job)
-	}
 	lock, err := broker.LockDir(p.dir)
 	if errors.Is(err, broker.ErrInUse) {
 		return a.watchRun(take, &job, p.dir, &r.jobFlags)
@@ -170,6 +174,7 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return err
 	}
 	defer lock.Unlock()
+	files = a.besideOthers(files, &job, r.output != "")
 	if err := producer.Preflight(&job, map[string]string{"--data": p.dir, "--output": filepath.Dir(files.Output)}); err != nil {
 		return err
 	}

@@ -36,7 +36,7 @@ the start (--faults) and changed while it runs (POST /sim/faults).`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&addr, "addr", "127.0.0.1:8000", "HOST:PORT to listen on")
-	f.StringArrayVar(&c.Models, "model", []string{"sim"}, "served model name; repeat it for several")
+	f.StringArrayVar(&c.Models, "model", []string{"sim"}, "`NAME` of a served model; repeat it for several")
 	f.IntVar(&c.MaxModelLen, "max-model-len", 4096, "context in tokens")
 	f.IntVar(&c.KVTokens, "kv-tokens", 131072, "capacity of the KV cache in tokens")
 	f.IntVar(&c.MaxNumSeqs, "max-num-seqs", 256, "sequences that run at once, at most")

@@ -33,7 +33,7 @@ type engineFlags struct {
 
 func (e *engineFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringArrayVar(&e.urls, "engine", nil, "URL of an engine (any OpenAI-compatible server); repeat it for several")
+	f.StringArrayVar(&e.urls, "engine", nil, "`URL` of an engine (any OpenAI-compatible server); repeat it for several, in MILLRACE_ENGINE with commas")
 	f.StringVar(&e.key, "engine-api-key", "", "key that the engines ask for; better in MILLRACE_ENGINE_API_KEY or a file")
 	f.StringVar(&e.keyFile, "engine-api-key-file", "", "file with that key")
 	f.DurationVar(&e.stallTimeout, "stall-timeout", 2*time.Minute, "how long an engine with requests may make no token until it is thought hung")
