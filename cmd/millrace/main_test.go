@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"go.uber.org/goleak"
 )
 
 // programEnv makes the test binary the program itself, so that roles run as processes of their own, under the race
@@ -21,5 +23,19 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 	}
-	testscript.Main(m, map[string]func(){"millrace": main})
+	testscript.Main(leakTested{m}, map[string]func(){"millrace": main})
+}
+
+// leakTested does what goleak.VerifyTestMain does, inside testscript.Main, which ends the process as that does.
+type leakTested struct{ m *testing.M }
+
+func (l leakTested) Run() int {
+	code := l.m.Run()
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, "goroutines are left:", err)
+			return 1
+		}
+	}
+	return code
 }
