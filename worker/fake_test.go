@@ -3,6 +3,7 @@ package worker
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -130,13 +131,22 @@ func gauges(running, generated int) string {
 	return fmt.Sprintf("vllm:num_requests_running{engine=\"0\",model_name=\"m\"} %d.0\nvllm:generation_tokens_total{engine=\"0\"} %d.0\n", running, generated)
 }
 
-// freeAddr is an address nobody listens on.
+var ports sync.Map // that freeAddr has given
+
+// freeAddr is an address nobody listens on, nor will: below the ports that the system gives to connections.
 func freeAddr(tb testing.TB) string {
 	tb.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	must(tb, err)
-	defer ln.Close()
-	return ln.Addr().String()
+	for {
+		addr := fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000))
+		ln, err := net.Listen("tcp", addr)
+		if err != nil {
+			continue
+		}
+		ln.Close()
+		if _, taken := ports.LoadOrStore(addr, true); !taken {
+			return addr
+		}
+	}
 }
 
 // rival is the heartbeat of another worker that is ready and serves the model.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -242,14 +243,22 @@ func newFleet(t *testing.T) *fleet {
 	return &fleet{t: t, dir: t.TempDir(), addr: freePort(t)}
 }
 
+var ports sync.Map // that freePort has given
+
+// freePort is an address nobody listens on, nor will: below the ports that the system gives to connections.
 func freePort(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		addr := fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(20000))
+		ln, err := net.Listen("tcp", addr)
+		if err != nil {
+			continue
+		}
+		ln.Close()
+		if _, taken := ports.LoadOrStore(addr, true); !taken {
+			return addr
+		}
 	}
-	defer ln.Close()
-	return ln.Addr().String()
 }
 
 func (f *fleet) path(elem ...string) string {
