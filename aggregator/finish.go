@@ -459,5 +459,6 @@ func (b *batch) row(index int64, to *row, buf []byte) (int64, error) {
 	}
 	to.result, to.time = r, rec.Time
 	to.line = proto.AppendLine(to.line[:0], r)
+	r.Body = nil // it lies in buf, which is used again
 	return int64(len(rec.Data) + len(to.line)), nil
 }

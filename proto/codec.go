@@ -7,11 +7,9 @@
 package proto
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-
-	"github.com/vmihailenco/msgpack/v5"
+	"math"
 )
 
 // Version is the version that this program writes, and the newest that it reads.
@@ -24,81 +22,118 @@ var ErrNewerVersion = errors.New("record was written by a newer millrace")
 // maxList bounds the number of elements that a decoded list may announce before any of them is read.
 const maxList = 1 << 20
 
-// codec writes or reads a record field by field; each record lists its fields once, in visit, for both ways.
-// The first error sticks.
+// codec writes or reads a record field by field; each record lists its fields once, in visit, for every way.
 type codec struct {
-	enc  *msgpack.Encoder
-	dec  *msgpack.Decoder
-	left int // fields of the record being read that are not read yet
-	n    int // fields counted, when neither enc nor dec is set
-	err  error
+	way  codecWay
+	out  []byte // what is written
+	in   reader // what is read
+	left int    // fields of the record being read that are not read yet
+	n    int    // fields that were measured
+	size int    // the most bytes that they take
 }
+
+type codecWay byte
+
+const (
+	measuring codecWay = iota
+	writing
+	reading
+)
 
 type record interface{ visit(*codec) }
 
+// measure counts one field of at most size bytes.
+func (c *codec) measure(size int) {
+	c.n++
+	c.size += size
+}
+
 // next says whether the field at hand is to be read; a field that is not there any more keeps its zero value.
 func (c *codec) next() bool {
-	if c.err != nil || c.left == 0 {
+	if c.in.err != nil || c.left == 0 {
 		return false
 	}
 	c.left--
 	return true
 }
 
-// field writes or reads one plain value.
-func field[T any](c *codec, p *T, enc func(*msgpack.Encoder, T) error, dec func(*msgpack.Decoder) (T, error)) {
+func (c *codec) str(p *string) {
 	switch {
-	case c.enc != nil:
-		c.fail(enc(c.enc, *p))
-	case c.dec == nil:
-		c.n++
+	case c.way == writing:
+		c.out = appendString(c.out, *p)
+	case c.way == measuring:
+		c.measure(maxHead + len(*p))
 	case c.next():
-		*p, c.err = dec(c.dec)
+		*p = string(c.in.bytes())
 	}
 }
 
-func (c *codec) str(p *string) {
-	field(c, p, (*msgpack.Encoder).EncodeString, (*msgpack.Decoder).DecodeString)
-}
-
 func (c *codec) bytes(p *[]byte) {
-	field(c, p, (*msgpack.Encoder).EncodeBytes, (*msgpack.Decoder).DecodeBytes)
+	switch {
+	case c.way == writing:
+		c.out = appendBytes(c.out, *p)
+	case c.way == measuring:
+		c.measure(maxHead + len(*p))
+	case c.next():
+		*p = c.in.bytes()
+	}
 }
 
 func (c *codec) bool(p *bool) {
-	field(c, p, (*msgpack.Encoder).EncodeBool, (*msgpack.Decoder).DecodeBool)
+	switch {
+	case c.way == writing:
+		c.out = appendBool(c.out, *p)
+	case c.way == measuring:
+		c.measure(1)
+	case c.next():
+		*p = c.in.bool()
+	}
 }
 
 func (c *codec) int(p *int64) {
-	field(c, p, (*msgpack.Encoder).EncodeInt, (*msgpack.Decoder).DecodeInt64)
+	switch {
+	case c.way == writing:
+		c.out = appendInt(c.out, *p)
+	case c.way == measuring:
+		c.measure(maxNumber)
+	case c.next():
+		*p = c.in.int()
+	}
 }
 
 func (c *codec) float(p *float64) {
-	field(c, p, (*msgpack.Encoder).EncodeFloat64, (*msgpack.Decoder).DecodeFloat64)
-}
-
-func (c *codec) fail(err error) {
-	if c.err == nil {
-		c.err = err
+	switch {
+	case c.way == writing:
+		c.out = appendFloat(c.out, *p)
+	case c.way == measuring:
+		c.measure(maxNumber)
+	case c.next():
+		*p = c.in.float()
 	}
 }
 
 // nested writes or reads one record inside another, as an array without a version.
 func (c *codec) nested(r record) {
 	switch {
-	case c.enc != nil:
-		c.fail(c.enc.EncodeArrayLen(count(r)))
+	case c.way == writing:
+		c.out = appendArray(c.out, c.count(r))
 		r.visit(c)
-	case c.dec == nil:
-		c.n++
+	case c.way == measuring:
+		n := c.n
+		r.visit(c)
+		c.n = n
+		c.measure(maxHead)
 	case c.next():
-		n, err := c.dec.DecodeArrayLen()
-		if err != nil {
-			c.err = err
-			return
-		}
-		c.inside(r, max(n, 0))
+		c.inside(r, c.in.array())
 	}
+}
+
+// count returns how many fields r has, in the middle of writing.
+func (c *codec) count(r record) int {
+	c.way, c.n = measuring, 0
+	r.visit(c)
+	c.way = writing
+	return c.n
 }
 
 // inside reads r from the next n elements and skips those it does not know.
@@ -106,9 +141,9 @@ func (c *codec) inside(r record, n int) {
 	outer := c.left
 	c.left = n
 	r.visit(c)
-	for c.err == nil && c.left > 0 {
+	for c.in.err == nil && c.left > 0 {
 		c.left--
-		c.err = c.dec.Skip()
+		c.in.skip()
 	}
 	c.left = outer
 }
@@ -124,26 +159,27 @@ func list[T any, P interface {
 // each writes or reads a list whose elements are handled by one.
 func each[T any](c *codec, p *[]T, one func(*T)) {
 	switch {
-	case c.enc != nil:
-		c.fail(c.enc.EncodeArrayLen(len(*p)))
+	case c.way == writing:
+		c.out = appendArray(c.out, len(*p))
 		for i := range *p {
 			one(&(*p)[i])
 		}
-	case c.dec == nil:
-		c.n++
-	case c.next():
-		n, err := c.dec.DecodeArrayLen()
-		if err != nil {
-			c.err = err
-			return
+	case c.way == measuring:
+		n := c.n
+		for i := range *p {
+			one(&(*p)[i])
 		}
+		c.n = n
+		c.measure(maxHead)
+	case c.next():
+		n := c.in.array()
 		if n > maxList {
-			c.err = fmt.Errorf("list of %d elements, more than %d", n, maxList)
+			c.in.fail(fmt.Errorf("list of %d elements, more than %d", n, maxList))
 			return
 		}
 		var out []T
 		outer := c.left
-		for i := 0; i < n && c.err == nil; i++ {
+		for i := 0; i < n && c.in.err == nil; i++ {
 			var v T
 			c.left = 1
 			one(&v)
@@ -154,58 +190,44 @@ func each[T any](c *codec, p *[]T, one func(*T)) {
 	}
 }
 
-func count(r record) int {
-	var c codec
-	r.visit(&c)
-	return c.n
-}
-
 // encode renders r as one msgpack array, the version first.
 func encode(r record) ([]byte, error) {
-	var buf bytes.Buffer
-	enc := msgpack.GetEncoder()
-	defer msgpack.PutEncoder(enc)
-	enc.Reset(&buf)
-	c := codec{enc: enc}
-	c.fail(enc.EncodeArrayLen(1 + count(r)))
-	c.fail(enc.EncodeInt(Version))
+	var c codec
 	r.visit(&c)
-	if c.err != nil {
-		return nil, fmt.Errorf("encode %T: %w", r, c.err)
+	if c.size > math.MaxUint32 {
+		return nil, fmt.Errorf("encode %T: too long", r)
 	}
-	return buf.Bytes(), nil
+	c.way, c.out = writing, make([]byte, 0, maxHead+maxNumber+c.size)
+	c.out = appendArray(c.out, 1+c.n)
+	c.out = appendInt(c.out, Version)
+	r.visit(&c)
+	return c.out, nil
 }
 
-// decode reads what encode wrote.
+// decode reads what encode wrote. Fields that are bytes are parts of b.
 func decode(b []byte, r record) error {
-	rd := bytes.NewReader(b)
-	dec := msgpack.GetDecoder()
-	defer msgpack.PutDecoder(dec)
-	dec.Reset(rd)
-	n, err := dec.DecodeArrayLen()
-	if err != nil {
-		return fmt.Errorf("decode %T: %w", r, err)
-	}
-	if n < 1 {
+	c := codec{way: reading, in: reader{b: b}}
+	n := c.in.array()
+	switch {
+	case c.in.err != nil:
+		return fmt.Errorf("decode %T: %w", r, c.in.err)
+	case n < 1:
 		return fmt.Errorf("decode %T: empty record", r)
 	}
-	v, err := dec.DecodeInt64()
-	if err != nil {
-		return fmt.Errorf("decode %T: version: %w", r, err)
-	}
-	if v > Version {
+	switch v := c.in.int(); {
+	case c.in.err != nil:
+		return fmt.Errorf("decode %T: version: %w", r, c.in.err)
+	case v > Version:
 		return fmt.Errorf("decode %T: version %d: %w", r, v, ErrNewerVersion)
-	}
-	if v < 1 {
+	case v < 1:
 		return fmt.Errorf("decode %T: version %d", r, v)
 	}
-	c := codec{dec: dec}
 	c.inside(r, n-1)
-	if c.err != nil {
-		return fmt.Errorf("decode %T: %w", r, c.err)
+	if c.in.err != nil {
+		return fmt.Errorf("decode %T: %w", r, c.in.err)
 	}
-	if rd.Len() > 0 {
-		return fmt.Errorf("decode %T: %d bytes after its end", r, rd.Len())
+	if len(c.in.b) > 0 {
+		return fmt.Errorf("decode %T: %d bytes after its end", r, len(c.in.b))
 	}
 	return nil
 }

@@ -30,7 +30,7 @@ func (r *Request) visit(c *codec) {
 // Encode renders the request for the wire.
 func (r *Request) Encode() ([]byte, error) { return encode(r) }
 
-// DecodeRequest reads a request from the wire.
+// DecodeRequest reads a request from the wire. Its body is a part of b.
 func DecodeRequest(b []byte) (*Request, error) {
 	r := new(Request)
 	if err := decode(b, r); err != nil {
@@ -124,7 +124,7 @@ func (r *Result) visit(c *codec) {
 // Encode renders the result for the wire.
 func (r *Result) Encode() ([]byte, error) { return encode(r) }
 
-// DecodeResult reads a result from the wire.
+// DecodeResult reads a result from the wire. Its body is a part of b.
 func DecodeResult(b []byte) (*Result, error) {
 	r := new(Result)
 	if err := decode(b, r); err != nil {
