@@ -149,6 +149,11 @@ func (d *Dataset) line(i int64, buf []byte) (proto.Line, []byte, error) {
 	if buf, err = d.text(r, buf); err != nil {
 		return proto.Line{}, buf, err
 	}
+	if r.flags&flagInvalid == 0 {
+		if l, ok := proto.RereadLine(buf); ok {
+			return l, buf, nil
+		}
+	}
 	l, id, wrong := d.rules.parse(buf)
 	switch {
 	case r.flags&flagInvalid == 0 && wrong == "":

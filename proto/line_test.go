@@ -3,6 +3,7 @@ package proto
 import (
 	"bytes"
 	"errors"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -135,8 +136,11 @@ func FuzzParseLine(f *testing.F) {
 	f.Add([]byte(lineWith(goodBody)), "n")
 	f.Add([]byte(lineWith(`{ "a":1e400,"a":"\ud800"}`)), "")
 	f.Add([]byte(`{"custom_id":"a","custom_id":"b"`), "x")
+	f.Add([]byte(` { "x" : [ {"body":"]}\\"} , -1.5e3 ] , "body" : { "n" : null , "model" : "m" } , "url":"/v1/completions", "method" : "POST","custom_id":"é" } `), "n")
+	f.Add([]byte(`{"custom_id":"a\"b","method":"POST","url":"\/v1/completions","body":{"\u006dodel":"m\\","x":"\\\""}}`), "n")
 	f.Fuzz(func(t *testing.T, b []byte, model string) {
 		l, err := ParseLine(b)
+		quick, ok := RereadLine(b)
 		if err != nil {
 			var le *LineError
 			if !errors.As(err, &le) {
@@ -146,6 +150,10 @@ func FuzzParseLine(f *testing.F) {
 		}
 		if !bytes.Contains(b, l.Body) {
 			t.Fatal("the body is not part of the line")
+		}
+		quick.PrefixKey = l.PrefixKey
+		if ok && !reflect.DeepEqual(quick, l) || !ok && bytes.IndexByte(b, '\\') < 0 {
+			t.Fatalf("read again as %+v (%v), want %+v", quick, ok, l)
 		}
 		// A body with another model is still a valid line, with that model.
 		if model = strings.ToValidUTF8(model, "?"); model == "" {
