@@ -6,6 +6,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 const goodBody = `{"model":"m","messages":[{"role":"user","content":"hi"}]}`
@@ -179,4 +181,20 @@ func TestReadUsage(t *testing.T) {
 			t.Errorf("%s: %+v", body, got)
 		}
 	}
+}
+
+// FuzzReadUsage: the quick way finds what the thorough one does.
+func FuzzReadUsage(f *testing.F) {
+	f.Add([]byte(`{"usage":{"prompt_tokens":3,"completion_tokens":4,"prompt_tokens_details":{"cached_tokens":2}}}`))
+	f.Add([]byte(`{"id":"x\\","usage":{"prompt_tokens": 3 ,"total_tokens":7,"prompt_tokens_details":null,"x":[{}]}, "choices":[1]}`))
+	f.Add([]byte(`{"usage":{"prompt_tokens":1e3},"usage":null,"usage":{"input_tokens":3}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		quick, ok := quickUsage(b)
+		if !ok || !jsontext.Value(b).IsValid(jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) {
+			return
+		}
+		if want := readUsage(b); quick != want {
+			t.Fatalf("%s: %+v, want %+v", b, quick, want)
+		}
+	})
 }

@@ -164,3 +164,60 @@ func (s *scanner) body(l *Line) bool {
 	l.Body = s.b[from:s.at]
 	return ok
 }
+
+// number goes behind a count of tokens. It is false for what is not one, or is written in another way.
+func (s *scanner) number(n *int64) bool {
+	*n = 0
+	from := s.at
+	for s.at < len(s.b) && s.b[s.at] >= '0' && s.b[s.at] <= '9' {
+		*n = 10**n + int64(s.b[s.at]-'0')
+		s.at++
+	}
+	digits := s.at - from
+	switch s.peekHere() {
+	case '.', 'e', 'E':
+		return false
+	}
+	return digits > 0 && digits < 18
+}
+
+// quickUsage is ReadUsage for a valid body whose usage is written as engines do. It is false for any other.
+func quickUsage(body []byte) (u Usage, ok bool) {
+	s := scanner{b: body}
+	ok = s.members(func(name []byte) bool {
+		switch {
+		case string(name) != "usage":
+			return s.skip()
+		case u.Counted: // twice
+			return false
+		}
+		u.Counted = true
+		return s.members(func(name []byte) bool {
+			switch string(name) {
+			case "prompt_tokens":
+				return s.number(&u.Prompt)
+			case "completion_tokens":
+				return s.number(&u.Completion)
+			case "prompt_tokens_details":
+				return s.cached(&u.Cached)
+			case "input_tokens", "output_tokens", "input_tokens_details":
+				return false
+			}
+			return s.skip()
+		})
+	})
+	return u, ok
+}
+
+func (s *scanner) cached(n *int64) bool {
+	if s.peekHere() == 'n' {
+		*n = 0
+		return s.skip()
+	}
+	return s.members(func(name []byte) bool {
+		if string(name) == "cached_tokens" {
+			return s.number(n)
+		}
+		return s.skip()
+	})
+}
