@@ -25,6 +25,7 @@ type feeder struct {
 	open    func() bool
 	crowded func() bool // so much is on its way that no more should come
 	receive func(*nats.Msg, *queue)
+	rest    func() // all that came was received
 
 	wake chan struct{}
 	turn int // rotates the models
@@ -179,7 +180,7 @@ func (f *feeder) openTaps(want []*queue) []*queue {
 	var out []*queue
 	for _, q := range want {
 		ask := f.prefix + "CONSUMER.MSG.NEXT." + proto.RequestStream(q.model) + "." + string(q.lane)
-		t, err := openTap(f.nc, ask, func(m *nats.Msg) { f.receive(m, q) }, f.nudge)
+		t, err := openTap(f.nc, ask, func(m *nats.Msg) { f.receive(m, q) }, f.rest, f.nudge)
 		if err != nil {
 			closeTaps(out)
 			return nil // the connection is closed

@@ -19,8 +19,8 @@ import (
 
 // journal notes where the acknowledgements of held requests go, so that a worker that was killed and is started
 // again gives back at once what its dead process held, instead of leaving it for AckWait. What is received is written
-// before it runs, the rest behind by up to journalLag (giving back what was acknowledged does nothing); nothing is
-// synced: what the system has outlives a kill -9, and after a power cut AckWait serves. A nil journal does nothing.
+// when nothing more comes, and before it runs, the rest behind by up to journalLag (giving back what was acknowledged
+// does nothing); nothing is synced: what the system has outlives a kill -9, and after a power cut AckWait serves. A nil journal does nothing.
 //
 // One record a line: "+n reply" was received from the stream that was made at n, "-reply" is done with, "~n m" signs
 // of life were sent at m, with an AckWait of n. Times are Unix nanoseconds of this machine, AckWait is in nanoseconds.
@@ -34,6 +34,7 @@ type journal struct {
 	f    *os.File
 	w    *bufio.Writer
 	size int64  // bytes in the file
+	late bool   // what was received is not written yet
 	bad  bool   // writing failed; the journal is given up
 	held heldBy // by this process
 	dead heldBy // by the last one, and not given back yet
@@ -169,7 +170,17 @@ func (j *journal) received(reply string, born time.Time) {
 	j.do(func() {
 		j.held.open[reply] = born.UnixNano()
 		j.note(receipt(reply, born.UnixNano()))
-		_ = j.w.Flush() // an error sticks and is seen by flush
+		j.late = true
+	})
+}
+
+// write hands what was received to the system. A message that came alone costs a call of it, many together one.
+func (j *journal) write() {
+	j.do(func() {
+		if j.late {
+			j.late = false
+			_ = j.w.Flush() // an error sticks and is seen by flush
+		}
 	})
 }
 
@@ -215,6 +226,7 @@ func (j *journal) note(record string) {
 func (j *journal) flush() {
 	j.do(func() {
 		err := j.w.Flush()
+		j.late = false
 		if err == nil && j.size > journalLarge && j.size > int64(len(j.held.open)+len(j.dead.open))*400 {
 			err = j.rewrite()
 		}

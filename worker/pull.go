@@ -20,6 +20,7 @@ type tap struct {
 	nc      *nats.Conn
 	ask     string // subject of pull requests
 	receive func(*nats.Msg)
+	rest    func() // nothing more lies here for the moment
 	ended   func() // a pull has ended; may be called from any goroutine
 
 	sub   *nats.Subscription
@@ -49,8 +50,8 @@ const pullHold = time.Second
 // pullGrace is added to what a pull may take before it is thought lost.
 const pullGrace = 2 * time.Second
 
-func openTap(nc *nats.Conn, ask string, receive func(*nats.Msg), ended func()) (*tap, error) {
-	t := &tap{nc: nc, ask: ask, receive: receive, ended: ended, inbox: nc.NewInbox(),
+func openTap(nc *nats.Conn, ask string, receive func(*nats.Msg), rest, ended func()) (*tap, error) {
+	t := &tap{nc: nc, ask: ask, receive: receive, rest: rest, ended: ended, inbox: nc.NewInbox(),
 		gone: make(chan struct{}), ends: make(chan struct{}, 1), epoch: nc.Stats().Reconnects}
 	sub, err := nc.Subscribe(t.inbox+".*", t.handle)
 	if err != nil {
@@ -111,6 +112,9 @@ func (t *tap) handle(m *nats.Msg) {
 	}
 	if status == "" {
 		t.receive(m)
+		if n, _, err := m.Sub.Pending(); n <= 1 || err != nil { // this one counts
+			t.rest()
+		}
 		t.got()
 		return
 	}

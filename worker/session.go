@@ -116,7 +116,7 @@ func (s *session) openWatchers() {
 		found: s.found, opened: s.adjust, busy: s.slots.inFlight, others: s.others,
 		abort: func(cause error) { s.slots.abort(cause, all) }}
 	f := s.feeder
-	f.nc, f.queues, f.receive, f.room = s.nc, s.queues, s.receive, s.slots.room
+	f.nc, f.queues, f.receive, f.rest, f.room = s.nc, s.queues, s.receive, s.received, s.slots.room
 	f.prefix = apiPrefix(s.Conn.JS.Options())
 	f.crowded = func() bool { return s.outbox.crowded() || s.held.full() }
 	f.open = func() bool { return s.gate.quota() != 0 }
@@ -269,7 +269,6 @@ func (s *session) receive(m *nats.Msg, q *queue) {
 		s.queues.check() // we have it already: our signs of life are late, perhaps by a new AckWait
 		return
 	}
-	broker.CrashPoint("worker.after-fetch")
 	switch {
 	case errors.Is(err, proto.ErrNewerVersion):
 		s.newer.Do(func() {
@@ -283,6 +282,12 @@ func (s *session) receive(m *nats.Msg, q *queue) {
 	default:
 		s.accept(l)
 	}
+}
+
+// received is called when all messages that came are taken in.
+func (s *session) received() {
+	s.journal.write()
+	broker.CrashPoint("worker.after-fetch")
 }
 
 // accept puts a line into the slots, unless its job is not to run.

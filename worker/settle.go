@@ -27,6 +27,7 @@ func (s *session) attempt(l *line) {
 	if s.unwanted(l) {
 		return
 	}
+	s.journal.write()
 	timeout := s.timeout(l)
 	l.started = time.Now()
 	l.until.Store(l.started.Add(timeout + overdue).UnixNano())
