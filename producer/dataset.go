@@ -113,60 +113,64 @@ func (d *Dataset) id() string {
 	return proto.Slug(d.src.base, 40) + "-" + hex.EncodeToString(h.Sum(nil))[:10]
 }
 
-// text reads the text of a line into buf, growing it where need be, and checks that it is still the same.
-func (d *Dataset) text(r record, buf []byte) ([]byte, error) {
+// scratch is the memory of one reader of lines; its zero value is ready.
+type scratch struct {
+	text []byte
+	rows rows
+}
+
+// text reads the text of a line and checks that it is still the same.
+func (d *Dataset) text(r record, w *scratch) ([]byte, error) {
 	n := int(r.length)
-	if cap(buf) < n {
-		buf = make([]byte, n, n+n/4)
+	if cap(w.text) < n {
+		w.text = make([]byte, n, n+n/4)
 	}
-	buf = buf[:n]
-	_, err := d.src.file.ReadAt(buf, r.offset)
+	text := w.text[:n]
+	_, err := d.src.file.ReadAt(text, r.offset)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return buf, fmt.Errorf("read %s: %w", d.src.name, err)
+		return nil, fmt.Errorf("read %s: %w", d.src.name, err)
 	}
-	if err != nil || xxhash.Sum64(buf) != r.hash {
-		return buf, fmt.Errorf("%s, line %d: %w", d.src.name, r.line, ErrChanged)
+	if err != nil || xxhash.Sum64(text) != r.hash {
+		return nil, fmt.Errorf("%s, line %d: %w", d.src.name, r.line, ErrChanged)
 	}
-	return buf, nil
+	return text, nil
 }
 
 // Line reads line i again, counted from 0 over the lines that count. Its error is a LineProblem for a line that is
 // not valid, and ErrChanged where the file was edited.
-func (d *Dataset) Line(i int64) (proto.Line, error) {
-	l, _, err := d.line(i, nil)
-	return l, err
-}
+func (d *Dataset) Line(i int64) (proto.Line, error) { return d.line(i, new(scratch)) }
 
-// line is Line with a buffer that the text is read into, and that the returned line points into.
-func (d *Dataset) line(i int64, buf []byte) (proto.Line, []byte, error) {
-	r, err := d.table.get(i)
+// line is Line in memory that the returned line points into.
+func (d *Dataset) line(i int64, w *scratch) (proto.Line, error) {
+	r, err := d.table.near(i, &w.rows)
 	if err != nil {
-		return proto.Line{}, buf, err
+		return proto.Line{}, err
 	}
 	if r.flags&flagLong != 0 {
-		return proto.Line{}, buf, &LineProblem{Line: r.line, Message: d.rules.tooLong(int64(r.length) + d.rules.reserve)}
+		return proto.Line{}, &LineProblem{Line: r.line, Message: d.rules.tooLong(int64(r.length) + d.rules.reserve)}
 	}
-	if buf, err = d.text(r, buf); err != nil {
-		return proto.Line{}, buf, err
+	text, err := d.text(r, w)
+	if err != nil {
+		return proto.Line{}, err
 	}
 	if r.flags&flagInvalid == 0 {
-		if l, ok := proto.RereadLine(buf); ok {
-			return l, buf, nil
+		if l, ok := proto.RereadLine(text); ok {
+			return l, nil
 		}
 	}
-	l, id, wrong := d.rules.parse(buf)
+	l, id, wrong := d.rules.parse(text)
 	switch {
 	case r.flags&flagInvalid == 0 && wrong == "":
-		return l, buf, nil
+		return l, nil
 	case r.flags&flagDuplicate != 0:
 		id, wrong, err = d.twice(r, id, wrong)
 	case wrong == "":
 		wrong = fmt.Sprintf("names one more model than the %s that a job may have", commas(maxModels))
 	}
 	if err != nil {
-		return l, buf, err
+		return l, err
 	}
-	return l, buf, &LineProblem{Line: r.line, CustomID: id, Message: wrong}
+	return l, &LineProblem{Line: r.line, CustomID: id, Message: wrong}
 }
 
 // twice says what is wrong with a duplicate, which has no custom_id that can be used.
@@ -179,38 +183,36 @@ func (d *Dataset) twice(r record, id, wrong string) (string, string, error) {
 }
 
 // request renders the request for a line.
-func (d *Dataset) request(job *proto.Job, i int64, buf []byte) (msg, _ []byte, err error) {
-	l, buf, err := d.line(i, buf)
+func (d *Dataset) request(job *proto.Job, i int64, w *scratch) ([]byte, error) {
+	l, err := d.line(i, w)
 	if err != nil {
-		return nil, buf, err
+		return nil, err
 	}
 	q := proto.Request{Job: job.ID, Index: i, CustomID: l.CustomID, URL: l.URL, Model: d.rules.model(&l),
 		Body: l.BodyFor(d.rules.override), MaxAttempts: job.MaxAttempts, TimeoutMS: job.TimeoutMS}
-	msg, err = q.Encode()
-	return msg, buf, err
+	return q.Encode()
 }
 
 // ending renders the result of a line that will not run. A line that cannot be read any more, and all lines where the
 // dataset is out of reach (nil), end without their custom_id rather than not at all.
-func ending(d *Dataset, job *proto.Job, i int64, code, message string, buf []byte) (msg, _ []byte, err error) {
+func ending(d *Dataset, job *proto.Job, i int64, code, message string, w *scratch) ([]byte, error) {
 	res := proto.Result{Job: job.ID, Index: i, Code: code, Message: message}
 	if d != nil {
-		if buf, err = d.name(&res, buf); err != nil {
-			return nil, buf, err
+		if err := d.name(&res, w); err != nil {
+			return nil, err
 		}
 	}
-	msg, err = res.Encode()
-	return msg, buf, err
+	return res.Encode()
 }
 
 // name fills in what is known of the line. An invalid one ends as such, whatever else is the matter.
-func (d *Dataset) name(res *proto.Result, buf []byte) ([]byte, error) {
-	r, err := d.table.get(res.Index)
+func (d *Dataset) name(res *proto.Result, w *scratch) error {
+	r, err := d.table.near(res.Index, &w.rows)
 	if err != nil {
-		return buf, err
+		return err
 	}
 	res.Line = r.line
-	l, buf, err := d.line(res.Index, buf)
+	l, err := d.line(res.Index, w)
 	var p *LineProblem
 	switch {
 	case errors.As(err, &p):
@@ -218,5 +220,5 @@ func (d *Dataset) name(res *proto.Result, buf []byte) ([]byte, error) {
 	case err == nil:
 		res.CustomID, res.URL, res.Model = l.CustomID, l.URL, d.rules.model(&l)
 	}
-	return buf, nil
+	return nil
 }

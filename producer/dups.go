@@ -30,13 +30,14 @@ func (s *scan) compare(lines []uint32) error {
 		return nil
 	}
 	first := map[string]uint32{} // one entry, but for two ids with one hash
-	var text []byte
+	var w scratch
 	for _, i := range lines {
 		r, err := s.d.table.get(int64(i))
 		if err != nil {
 			return err
 		}
-		if text, err = s.d.text(r, text); err != nil {
+		text, err := s.d.text(r, &w)
+		if err != nil {
 			return err
 		}
 		_, id, _ := s.d.rules.parse(text)

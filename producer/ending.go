@@ -130,15 +130,15 @@ type ender struct {
 	code, message string
 	msgs          [][]byte
 	bytes         int
-	buf           []byte
+	w             scratch
 }
 
 func (e *ender) add(ctx context.Context, i int64) error {
-	msg, buf, err := ending(e.r.d, &e.r.job, i, e.code, e.message, e.buf)
+	msg, err := ending(e.r.d, &e.r.job, i, e.code, e.message, &e.w)
 	if err != nil {
 		return err
 	}
-	e.buf, e.msgs, e.bytes = buf, append(e.msgs, msg), e.bytes+len(msg)
+	e.msgs, e.bytes = append(e.msgs, msg), e.bytes+len(msg)
 	if len(e.msgs) < batchLines && e.bytes < batchBytes {
 		return nil
 	}

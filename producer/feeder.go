@@ -249,7 +249,7 @@ func (f *feeder) fill(ctx context.Context, lines, bytes int64) error {
 
 // prepare reads lines and renders their requests, from where the feeder is.
 func (f *feeder) prepare(ctx context.Context, lines, bytes int64, to chan<- chunk) error {
-	var buf []byte
+	var w scratch
 	into := make([]uint32, orderRead)
 	c := chunk{to: f.pos}
 	give := func() error {
@@ -271,8 +271,8 @@ func (f *feeder) prepare(ctx context.Context, lines, bytes int64, to chan<- chun
 				break
 			}
 			if f.todo == nil || f.todo.has(int64(i)) {
-				var msg []byte
-				if msg, buf, err = f.r.d.request(&f.r.job, int64(i), buf); err != nil {
+				msg, err := f.r.d.request(&f.r.job, int64(i), &w)
+				if err != nil {
 					return err
 				}
 				c.msgs, c.at, c.bytes = append(c.msgs, msg), append(c.at, c.to), c.bytes+int64(len(msg))

@@ -57,7 +57,7 @@ func everyLine(t *testing.T, d *Dataset) (bad int64) {
 			id := ""
 			if g.model == "" {
 				bad++
-				msg, _, err := ending(d, &job, int64(i), "", "", nil)
+				msg, err := ending(d, &job, int64(i), "", "", new(scratch))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -67,7 +67,7 @@ func everyLine(t *testing.T, d *Dataset) (bad int64) {
 				}
 				id = res.CustomID
 			} else {
-				msg, _, err := d.request(&job, int64(i), nil)
+				msg, err := d.request(&job, int64(i), new(scratch))
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -209,7 +209,7 @@ func TestOverride(t *testing.T) {
 	}
 	job := d.Job()
 	for i, want := range []string{`{"model":"other","messages":[{"role":"user","content":""}]}`, `{"model":"other","messages":[{"role":"user","content":""}]}`} {
-		msg, _, err := d.request(&job, int64(i), nil)
+		msg, err := d.request(&job, int64(i), new(scratch))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -226,7 +226,7 @@ func TestBytesExact(t *testing.T) {
 	text := `{"custom_id":"\u00e9","method":"POST","url":"/v1/chat/completions","body":` + body + `}`
 	d := scanned(t, Input{Path: file(t, text)})
 	job := d.Job()
-	msg, _, err := d.request(&job, 0, nil)
+	msg, err := d.request(&job, 0, new(scratch))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -264,7 +264,7 @@ func TestSkipInvalid(t *testing.T) {
 	for i, want := range map[int64]struct{ id, message string }{
 		3: {"", "malformed"}, 4: {"", `custom_id "id-1" is on line 2 already`}, 5: {"wrong", "method is"}, 6: {"", "the broker takes 32,768"},
 	} {
-		msg, _, err := ending(d, &job, i, "", "", nil)
+		msg, err := ending(d, &job, i, "", "", new(scratch))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -428,7 +428,7 @@ func TestEdited(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	job := d.Job()
-	msg, _, err := ending(d, &job, 1, proto.CodeCancelled, "cancelled", nil)
+	msg, err := ending(d, &job, 1, proto.CodeCancelled, "cancelled", new(scratch))
 	if err != nil {
 		t.Fatal(err)
 	}

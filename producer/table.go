@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"slices"
 )
 
 // record is what the line table keeps of a line that counts. Offset and length are of its text without its end.
@@ -81,6 +82,28 @@ func (t *table) get(i int64) (record, error) {
 		return record{}, fmt.Errorf("read line table at %d: %w", i, err)
 	}
 	return readRecord(b[:]), nil
+}
+
+// rows are a part of the table in memory, for whoever reads records that mostly lie side by side.
+type rows struct {
+	from int64 // index of the first
+	b    []byte
+}
+
+const rowsAtOnce = 128
+
+// near is get for a reader that has rows.
+func (t *table) near(i int64, w *rows) (record, error) {
+	if at := i - w.from; at < 0 || at >= int64(len(w.b)/recordBytes) {
+		from := i - i%rowsAtOnce
+		b := slices.Grow(w.b[:0], rowsAtOnce*recordBytes)[:rowsAtOnce*recordBytes]
+		n, err := t.f.ReadAt(b, from*recordBytes)
+		w.from, w.b = from, b[:n]
+		if int64(n/recordBytes) <= i-from {
+			return record{}, fmt.Errorf("read line table at %d: %w", i, err)
+		}
+	}
+	return readRecord(w.b[(i-w.from)*recordBytes:]), nil
 }
 
 // set writes a record again, after flush.
