@@ -147,6 +147,7 @@ func (s *session) work(take context.Context) error {
 	for _, run := range []func(context.Context){s.gate.run, s.queues.run, s.control.run, s.beat.run, s.held.keep, s.writeJournal, s.watchBroker} {
 		parts.Go(func() { run(life) })
 	}
+	s.outbox.waiting.Go(s.outbox.run)
 	s.feeder.run(s.taking)
 	s.finish()
 	end()
