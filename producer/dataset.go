@@ -153,11 +153,6 @@ func (d *Dataset) line(i int64, w *scratch) (proto.Line, error) {
 	if err != nil {
 		return proto.Line{}, err
 	}
-	if r.flags&flagInvalid == 0 {
-		if l, ok := proto.RereadLine(text); ok {
-			return l, nil
-		}
-	}
 	l, id, wrong := d.rules.parse(text)
 	switch {
 	case r.flags&flagInvalid == 0 && wrong == "":

@@ -58,23 +58,3 @@ func BenchmarkDecode(b *testing.B) {
 		}
 	})
 }
-
-func BenchmarkReadLine(b *testing.B) {
-	text := []byte(lineWith(string(benchRequest().Body)))
-	b.Run("first", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			if _, err := ParseLine(text); err != nil {
-				b.Fatal(err)
-			}
-		}
-	})
-	b.Run("again", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			if _, ok := RereadLine(text); !ok {
-				b.Fatal("not read")
-			}
-		}
-	})
-}

@@ -10,6 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
+
+	"github.com/tinylib/msgp/msgp"
 )
 
 // Version is the version that this program writes, and the newest that it reads.
@@ -22,14 +25,16 @@ var ErrNewerVersion = errors.New("record was written by a newer millrace")
 // maxList bounds the number of elements that a decoded list may announce before any of them is read.
 const maxList = 1 << 20
 
-// codec writes or reads a record field by field; each record lists its fields once, in visit, for every way.
+// codec writes or reads a record field by field; each record lists its fields once, in visit, for every way. The
+// first error of reading sticks.
 type codec struct {
 	way  codecWay
 	out  []byte // what is written
-	in   reader // what is read
-	left int    // fields of the record being read that are not read yet
-	n    int    // fields that were measured
-	size int    // the most bytes that they take
+	in   []byte // what is left to read
+	err  error
+	left int // fields of the record being read that are not read yet
+	n    int // fields that were measured
+	size int // the most bytes that they take
 }
 
 type codecWay byte
@@ -40,100 +45,106 @@ const (
 	reading
 )
 
-type record interface{ visit(*codec) }
+// maxHead is the most bytes that stand before a text or a list, and maxNumber those of a number.
+const (
+	maxHead   = msgp.ArrayHeaderSize
+	maxNumber = msgp.Int64Size
+)
 
-// measure counts one field of at most size bytes.
-func (c *codec) measure(size int) {
-	c.n++
-	c.size += size
-}
+type record interface{ visit(*codec) }
 
 // next says whether the field at hand is to be read; a field that is not there any more keeps its zero value.
 func (c *codec) next() bool {
-	if c.in.err != nil || c.left == 0 {
+	if c.err != nil || c.left == 0 {
 		return false
 	}
 	c.left--
 	return true
 }
 
+// field writes or reads one value that takes at most size bytes.
+func field[T any](c *codec, p *T, size int, write func([]byte, T) []byte, read func([]byte) (T, []byte, error)) {
+	switch {
+	case c.way == writing:
+		c.out = write(c.out, *p)
+	case c.way == measuring:
+		c.n++
+		c.size += size
+	case c.next():
+		*p = take(c, read)
+	}
+}
+
+// take reads a value. Nil is the zero value.
+func take[T any](c *codec, read func([]byte) (T, []byte, error)) (v T) {
+	if msgp.IsNil(c.in) {
+		c.in = c.in[1:]
+		return v
+	}
+	v, rest, err := read(c.in)
+	if err != nil {
+		c.err = err
+		return v
+	}
+	c.in = rest
+	return v
+}
+
 func (c *codec) str(p *string) {
-	switch {
-	case c.way == writing:
-		c.out = appendString(c.out, *p)
-	case c.way == measuring:
-		c.measure(maxHead + len(*p))
-	case c.next():
-		*p = string(c.in.bytes())
-	}
+	field(c, p, maxHead+len(*p), msgp.AppendString, msgp.ReadStringBytes)
 }
 
+// bytes reads into a part of the message, which is not copied.
 func (c *codec) bytes(p *[]byte) {
-	switch {
-	case c.way == writing:
-		c.out = appendBytes(c.out, *p)
-	case c.way == measuring:
-		c.measure(maxHead + len(*p))
-	case c.next():
-		*p = c.in.bytes()
-	}
+	field(c, p, maxHead+len(*p), appendBytes, msgp.ReadBytesZC)
+	*p = slices.Clip(*p)
 }
 
-func (c *codec) bool(p *bool) {
-	switch {
-	case c.way == writing:
-		c.out = appendBool(c.out, *p)
-	case c.way == measuring:
-		c.measure(1)
-	case c.next():
-		*p = c.in.bool()
-	}
-}
+func (c *codec) bool(p *bool) { field(c, p, msgp.BoolSize, msgp.AppendBool, msgp.ReadBoolBytes) }
 
-func (c *codec) int(p *int64) {
-	switch {
-	case c.way == writing:
-		c.out = appendInt(c.out, *p)
-	case c.way == measuring:
-		c.measure(maxNumber)
-	case c.next():
-		*p = c.in.int()
-	}
-}
+func (c *codec) int(p *int64) { field(c, p, maxNumber, appendInt, msgp.ReadInt64Bytes) }
 
 func (c *codec) float(p *float64) {
-	switch {
-	case c.way == writing:
-		c.out = appendFloat(c.out, *p)
-	case c.way == measuring:
-		c.measure(maxNumber)
-	case c.next():
-		*p = c.in.float()
+	field(c, p, maxNumber, msgp.AppendFloat64, msgp.ReadFloat64Bytes)
+}
+
+func appendBytes(b, v []byte) []byte {
+	if v == nil {
+		return msgp.AppendNil(b)
 	}
+	return msgp.AppendBytes(b, v)
+}
+
+// appendInt writes the shortest form, as msgp does not for positive numbers, and Python does.
+func appendInt(b []byte, n int64) []byte {
+	if n >= 0 {
+		return msgp.AppendUint64(b, uint64(n))
+	}
+	return msgp.AppendInt64(b, n)
 }
 
 // nested writes or reads one record inside another, as an array without a version.
 func (c *codec) nested(r record) {
 	switch {
 	case c.way == writing:
-		c.out = appendArray(c.out, c.count(r))
+		c.out = msgp.AppendArrayHeader(c.out, c.count(r))
 		r.visit(c)
 	case c.way == measuring:
 		n := c.n
 		r.visit(c)
-		c.n = n
-		c.measure(maxHead)
+		c.n = n + 1
+		c.size += maxHead
 	case c.next():
-		c.inside(r, c.in.array())
+		c.inside(r, int(take(c, msgp.ReadArrayHeaderBytes)))
 	}
 }
 
 // count returns how many fields r has, in the middle of writing.
-func (c *codec) count(r record) int {
+func (c *codec) count(r record) uint32 {
 	c.way, c.n = measuring, 0
 	r.visit(c)
 	c.way = writing
-	return c.n
+	return uint32(c.n)
 }
 
 // inside reads r from the next n elements and skips those it does not know.
@@ -141,9 +152,9 @@ func (c *codec) inside(r record, n int) {
 	outer := c.left
 	c.left = n
 	r.visit(c)
-	for c.in.err == nil && c.left > 0 {
+	for c.err == nil && c.left > 0 {
 		c.left--
-		c.in.skip()
+		c.in, c.err = msgp.Skip(c.in)
 	}
 	c.left = outer
 }
@@ -160,7 +171,7 @@ func list[T any, P interface {
 func each[T any](c *codec, p *[]T, one func(*T)) {
 	switch {
 	case c.way == writing:
-		c.out = appendArray(c.out, len(*p))
+		c.out = msgp.AppendArrayHeader(c.out, uint32(len(*p)))
 		for i := range *p {
 			one(&(*p)[i])
 		}
@@ -169,17 +180,17 @@ func each[T any](c *codec, p *[]T, one func(*T)) {
 		for i := range *p {
 			one(&(*p)[i])
 		}
-		c.n = n
-		c.measure(maxHead)
+		c.n = n + 1
+		c.size += maxHead
 	case c.next():
-		n := c.in.array()
+		n := take(c, msgp.ReadArrayHeaderBytes)
 		if n > maxList {
-			c.in.fail(fmt.Errorf("list of %d elements, more than %d", n, maxList))
+			c.err = fmt.Errorf("list of %d elements, more than %d", n, maxList)
 			return
 		}
 		var out []T
 		outer := c.left
-		for i := 0; i < n && c.in.err == nil; i++ {
+		for i := uint32(0); i < n && c.err == nil; i++ {
 			var v T
 			c.left = 1
 			one(&v)
@@ -198,7 +209,7 @@ func encode(r record) ([]byte, error) {
 		return nil, fmt.Errorf("encode %T: too long", r)
 	}
 	c.way, c.out = writing, make([]byte, 0, maxHead+maxNumber+c.size)
-	c.out = appendArray(c.out, 1+c.n)
+	c.out = msgp.AppendArrayHeader(c.out, uint32(1+c.n))
 	c.out = appendInt(c.out, Version)
 	r.visit(&c)
 	return c.out, nil
@@ -206,28 +217,29 @@ func encode(r record) ([]byte, error) {
 
 // decode reads what encode wrote. Fields that are bytes are parts of b.
 func decode(b []byte, r record) error {
-	c := codec{way: reading, in: reader{b: b}}
-	n := c.in.array()
-	switch {
-	case c.in.err != nil:
-		return fmt.Errorf("decode %T: %w", r, c.in.err)
-	case n < 1:
+	n, b, err := msgp.ReadArrayHeaderBytes(b)
+	if err != nil {
+		return fmt.Errorf("decode %T: %w", r, err)
+	}
+	if n < 1 {
 		return fmt.Errorf("decode %T: empty record", r)
 	}
-	switch v := c.in.int(); {
-	case c.in.err != nil:
-		return fmt.Errorf("decode %T: version: %w", r, c.in.err)
+	v, b, err := msgp.ReadInt64Bytes(b)
+	switch {
+	case err != nil:
+		return fmt.Errorf("decode %T: version: %w", r, err)
 	case v > Version:
 		return fmt.Errorf("decode %T: version %d: %w", r, v, ErrNewerVersion)
 	case v < 1:
 		return fmt.Errorf("decode %T: version %d", r, v)
 	}
-	c.inside(r, n-1)
-	if c.in.err != nil {
-		return fmt.Errorf("decode %T: %w", r, c.in.err)
+	c := codec{way: reading, in: b}
+	c.inside(r, int(n-1))
+	if c.err != nil {
+		return fmt.Errorf("decode %T: %w", r, c.err)
 	}
-	if len(c.in.b) > 0 {
-		return fmt.Errorf("decode %T: %d bytes after its end", r, len(c.in.b))
+	if len(c.in) > 0 {
+		return fmt.Errorf("decode %T: %d bytes after its end", r, len(c.in))
 	}
 	return nil
 }

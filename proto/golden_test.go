@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/vmihailenco/msgpack/v5"
+	"github.com/tinylib/msgp/msgp"
 )
 
 var update = flag.Bool("update", false, "write the files under testdata anew")
@@ -48,8 +48,8 @@ func goldenRecords() map[string]record {
 // plain shows a record as a generic msgpack reader does.
 func plain(t *testing.T, b []byte) any {
 	t.Helper()
-	var v any
-	if err := msgpack.Unmarshal(b, &v); err != nil {
+	v, _, err := msgp.ReadIntfBytes(b)
+	if err != nil {
 		t.Fatal(err)
 	}
 	return jsonable(v)
@@ -129,7 +129,7 @@ func writeGolden(t *testing.T, records map[string]record) {
 // version is told apart from garbage.
 func TestVersions(t *testing.T) {
 	raw := func(v ...any) []byte {
-		b, err := msgpack.Marshal(v)
+		b, err := msgp.AppendIntf(nil, v)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -139,16 +139,8 @@ func ParseOutput(b []byte) (*OutputLine, error) {
 	return l, nil
 }
 
-// ReadUsage finds what the engine counted in an answer's body, which is valid JSON. Counted is false where it holds no
-// usage.
+// ReadUsage finds what the engine counted in an answer's body. Counted is false where it holds no usage.
 func ReadUsage(body []byte) Usage {
-	if u, ok := quickUsage(body); ok {
-		return u
-	}
-	return readUsage(body)
-}
-
-func readUsage(body []byte) Usage {
 	var v struct {
 		Usage *struct {
 			Prompt     int64  `json:"prompt_tokens"`
