@@ -280,7 +280,7 @@ func TestDamagedSpoolIsNoticedWhenFinishing(t *testing.T) {
 func TestDeletedWhileFinishing(t *testing.T) {
 	s, f, to := finished(t, 11)
 	j := s.job("j")
-	s.forget("j", 99)
+	s.discard(s.job("j"))
 	if err := f.one(context.Background(), j); err != nil {
 		t.Errorf("%v", err)
 	}

@@ -363,10 +363,13 @@ func (k *keeper) purge(ctx context.Context, before uint64, at position) {
 // expire forgets jobs that are finished for long.
 func (k *keeper) expire(ctx context.Context, old []*job) {
 	for _, j := range old {
+		if k.t.s.job(j.spec.ID) != j {
+			continue // one of the same id was created since
+		}
 		err := broker.Remove(ctx, k.t.a.Conn.JS, broker.JobView{Job: *j.spec})
 		k.said.warn(k.t.log, "a finished job cannot be forgotten; trying again", err)
 		if err == nil {
-			k.t.s.forget(j.spec.ID, j.born)
+			k.t.s.discard(j)
 		}
 	}
 }
