@@ -40,9 +40,11 @@ type job struct {
 	seal     int64       // of the spool, see newSeal; 0: made by an older program
 	engines  engines     // what the workers of its results said of themselves
 	finished *proto.Progress
-	note     string // why the files cannot be written, for people
+	note     string    // why the files cannot be written, for people
+	failed   time.Time // when that was last found; the finisher's alone
 	rate     rate
 	unsaved  bool      // differs from the last checkpoint
+	met      bool      // engines has something that is not on disk
 	unshown  bool      // differs from the last progress
 	urgent   bool      // the progress is due now, however young the last one is
 	shown    time.Time // when the progress was last put

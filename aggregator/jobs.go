@@ -79,13 +79,27 @@ func (s *state) know(spec *proto.Job, at sight, was *proto.Progress) error {
 	if err != nil {
 		return err
 	}
-	if err := j.create(); err != nil {
+	if !over {
+		was = nil
+	}
+	if err := s.admit(j, was); err != nil {
+		j.stop()
+		j.spool.close()
+		return err
+	}
+	return nil
+}
+
+// admit adds a job that is not known, with what is on disk of it, or (was) finished. The caller has s.add.
+func (s *state) admit(j *job, was *proto.Progress) error {
+	err := j.create()
+	if err != nil {
 		return err
 	}
 	s.mu.Lock()
 	mark := s.mark(j)
 	s.mu.Unlock()
-	if over {
+	if was != nil {
 		err = s.conclude(j, was)
 	} else {
 		err = j.restore(s.ctx, mark.Length)
@@ -95,7 +109,8 @@ func (s *state) know(spec *proto.Job, at sight, was *proto.Progress) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.jobs[spec.ID] = j
+	s.jobs[j.spec.ID] = j
+	delete(s.marks, j.spec.ID)
 	j.touch()
 	s.whole(j)
 	return nil

@@ -97,7 +97,9 @@ func (s *state) openJobs(ctx context.Context, lost bool) (again bool, err error)
 	if err != nil {
 		return false, fmt.Errorf("list jobs: %w", err)
 	}
+	there := map[string]bool{}
 	for _, d := range dirs {
+		there[d.Name()] = true
 		if strings.HasPrefix(d.Name(), gonePrefix) {
 			_ = os.RemoveAll(filepath.Join(s.jobsDir(), d.Name())) // costs some disk where it fails
 		}
@@ -112,6 +114,16 @@ func (s *state) openJobs(ctx context.Context, lost bool) (again bool, err error)
 		} else if err != nil {
 			return false, err
 		}
+	}
+	for id, m := range s.marks {
+		if there[id] {
+			continue
+		}
+		if m.Length > 0 {
+			s.log.Warn("results on disk are gone; what can be had is folded again, the rest will be run again", "job", id)
+			again = true
+		}
+		delete(s.marks, id)
 	}
 	return again, nil
 }
@@ -134,6 +146,7 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 	j.loadAbout()
 	s.jobs[id] = j
 	mark := s.mark(j)
+	delete(s.marks, id)
 	if j.loadDone() {
 		s.unlink(j)
 		return nil
@@ -158,7 +171,6 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 // mark hands a job what the checkpoint holds of it.
 func (s *state) mark(j *job) jobMark {
 	m := s.marks[j.spec.ID]
-	delete(s.marks, j.spec.ID)
 	j.first, j.drops = m.First, m.Drops
 	return m
 }
