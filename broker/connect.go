@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -202,6 +203,10 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 			return c, nil
 		}
 		if permanent(err) {
+			var ue *url.Error
+			if errors.As(err, &ue) { // it holds the URL as it is
+				err = ue.Err
+			}
 			return nil, fmt.Errorf("connect to the broker at %s: %w%s", redact(addr), err, remedy(err))
 		}
 		last = err
@@ -259,11 +264,23 @@ func remedy(err error) string {
 	return ""
 }
 
-// redact hides a password or token inside a URL.
+// redact hides passwords and tokens inside URLs, also where these make no sense.
 func redact(addr string) string {
-	u, err := url.Parse(addr)
-	if err != nil {
-		return addr
+	all := strings.Split(addr, ",")
+	for i, one := range all {
+		at := strings.LastIndexByte(one, '@')
+		if at < 0 {
+			continue
+		}
+		scheme := strings.Index(one, "://") + len("://")
+		if scheme < len("://") || scheme > at {
+			scheme = 0
+		}
+		user, _, named := strings.Cut(one[scheme:at], ":")
+		if !named { // a token
+			user = ""
+		}
+		all[i] = one[:scheme] + user + ":xxxxx" + one[at:]
 	}
-	return u.Redacted()
+	return strings.Join(all, ",")
 }
