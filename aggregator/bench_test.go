@@ -39,7 +39,7 @@ func BenchmarkFold(b *testing.B) {
 	for n := 0; n < b.N; {
 		b.StopTimer()
 		s := openTest(b, filepath.Join(root, fmt.Sprint(n)))
-		if err := s.know(spec("j", batch), 1, nil); err != nil {
+		if err := s.know(spec("j", batch), sight{rev: 1}, nil); err != nil {
 			b.Fatal(err)
 		}
 		s.moveTo(position{}, true)
@@ -81,7 +81,7 @@ func BenchmarkReadAndFold(b *testing.B) {
 	<-conn.JS.PublishAsyncComplete()
 	s := openTest(b, b.TempDir())
 	defer s.close()
-	if err := s.know(spec("j", int64(b.N)), 1, nil); err != nil {
+	if err := s.know(spec("j", int64(b.N)), sight{rev: 1}, nil); err != nil {
 		b.Fatal(err)
 	}
 	src, to, again, err := openSource(b.Context(), conn.JS, position{})
@@ -107,7 +107,7 @@ func BenchmarkReadAndFold(b *testing.B) {
 func BenchmarkFinish(b *testing.B) {
 	s := openTest(b, b.TempDir())
 	defer s.close()
-	if err := s.know(spec("j", int64(b.N)), 1, nil); err != nil {
+	if err := s.know(spec("j", int64(b.N)), sight{rev: 1}, nil); err != nil {
 		b.Fatal(err)
 	}
 	s.moveTo(position{}, true)

@@ -36,21 +36,20 @@ type finisher struct {
 
 // run works until ctx ends, or a spool turns out to be damaged (errReload).
 func (f *finisher) run(ctx context.Context) error {
-	failed := map[*job]time.Time{} // when: what is told of a failure wakes us, too
 	for {
 		var later <-chan time.Time
 		for _, j := range f.s.finishable() {
-			if at, ok := failed[j]; ok && time.Since(at) < f.retry {
-				later = time.After(f.retry - time.Since(at))
+			// What is told of a failure wakes us, too.
+			if left := time.Until(j.failed.Add(f.retry)); left > 0 {
+				later = time.After(left)
 				continue
 			}
 			err := f.one(ctx, j)
 			if errors.Is(err, errReload) {
 				return err
 			}
-			delete(failed, j)
 			if err != nil {
-				failed[j] = time.Now()
+				j.failed = time.Now()
 				later = time.After(f.retry)
 			}
 		}

@@ -277,10 +277,33 @@ func TestDamagedSpoolIsNoticedWhenFinishing(t *testing.T) {
 	}
 }
 
+// What a worker says of its engine, and what could not be written, is written with the next checkpoint.
+func TestEnginesAreSavedAgain(t *testing.T) {
+	s, _ := folded(t, t.TempDir(), 3, good("j", 0, 0))
+	about := filepath.Join(s.job("j").dir, fileAbout)
+	if err := errors.Join(os.Remove(about), os.MkdirAll(filepath.Join(about, "x"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	heard := func(id string) *proto.Worker { return &proto.Worker{ID: id, Version: "0.11.0"} }
+	if err := s.save(heard); err == nil {
+		t.Fatal("it was saved")
+	}
+	if err := os.RemoveAll(about); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.save(heard); err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(t, s)
+	if e := s.job("j").engines["w0"]; e == nil || e.Version != "0.11.0" {
+		t.Errorf("%+v", e)
+	}
+}
+
 func TestDeletedWhileFinishing(t *testing.T) {
 	s, f, to := finished(t, 11)
 	j := s.job("j")
-	s.forget("j", 99)
+	s.discard(s.job("j"))
 	if err := f.one(context.Background(), j); err != nil {
 		t.Errorf("%v", err)
 	}

@@ -54,7 +54,7 @@ func TestFoldIsExact(t *testing.T) {
 		s := openTest(t, dir)
 		defer func() { s.close() }()
 		// One line more than are sent, so that the job never becomes whole.
-		if err := s.know(spec("j", lines+1), 1, nil); err != nil {
+		if err := s.know(spec("j", lines+1), sight{rev: 1}, nil); err != nil {
 			rt.Fatal(err)
 		}
 		salt := int64(0)
@@ -129,7 +129,7 @@ func folded(t *testing.T, dir string, n int64, rs ...*proto.Result) (*state, *st
 	t.Helper()
 	s := openTest(t, dir)
 	t.Cleanup(s.close)
-	if err := s.know(spec("j", n), 1, nil); err != nil {
+	if err := s.know(spec("j", n), sight{rev: 1}, nil); err != nil {
 		t.Fatal(err)
 	}
 	st := &stream{created: 7_000_000}

@@ -23,7 +23,6 @@ const maxLines = 1 << 28
 type job struct {
 	spec *proto.Job
 	dir  string
-	born int64 // the broker's timestamp of the spec, Unix ns; 0: not known
 	// after is that of the spec at the broker. A broker that lost its disk may have another one than our spec.
 	after int64
 
@@ -41,9 +40,11 @@ type job struct {
 	seal     int64       // of the spool, see newSeal; 0: made by an older program
 	engines  engines     // what the workers of its results said of themselves
 	finished *proto.Progress
-	note     string // why the files cannot be written, for people
+	note     string    // why the files cannot be written, for people
+	failed   time.Time // when that was last found; the finisher's alone
 	rate     rate
 	unsaved  bool      // differs from the last checkpoint
+	met      bool      // engines has something that is not on disk
 	unshown  bool      // differs from the last progress
 	urgent   bool      // the progress is due now, however young the last one is
 	shown    time.Time // when the progress was last put
@@ -68,7 +69,6 @@ const (
 
 // about is what a job's folder holds beside its spec.
 type about struct {
-	Born    int64           `json:"born"`
 	Spool   int64           `json:"spool"` // its seal
 	Engines []*proto.Worker `json:"engines,omitempty"`
 }
@@ -106,7 +106,7 @@ func (j *job) create() error {
 }
 
 // about renders what saveAbout writes.
-func (j *job) about() about { return about{Born: j.born, Spool: j.seal, Engines: j.engines.known()} }
+func (j *job) about() about { return about{Spool: j.seal, Engines: j.engines.known()} }
 
 // saveAbout needs no lock.
 func (j *job) saveAbout(v about) error {
@@ -127,7 +127,7 @@ func (j *job) loadAbout() {
 	if json.Unmarshal(b, &v) != nil {
 		return
 	}
-	j.born, j.seal = v.Born, v.Spool&(spoolSeals-1)
+	j.seal = v.Spool & (spoolSeals - 1)
 	for _, w := range v.Engines {
 		if w != nil {
 			j.engines[w.ID] = w

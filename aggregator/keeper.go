@@ -32,10 +32,10 @@ func (s *state) snapshot(workers func(id string) *proto.Worker) (*saved, error) 
 	v.position, v.High = s.pos, s.high
 	changed := s.moved
 	for _, j := range s.jobs {
-		if j.meet(workers) {
+		if j.meet(workers); j.met {
 			v.about[j] = j.about()
 		}
-		changed = changed || j.unsaved || v.about[j].Engines != nil
+		changed = changed || j.unsaved || j.met
 		if err := v.take(j); err != nil {
 			return nil, err
 		}
@@ -77,20 +77,18 @@ func (v *saved) take(j *job) error {
 	return nil
 }
 
-// meet asks what the workers of a job's results say of themselves, and returns whether something is new.
-func (j *job) meet(workers func(id string) *proto.Worker) bool {
+// meet asks what the workers of a job's results say of themselves.
+func (j *job) meet(workers func(id string) *proto.Worker) {
 	if j.finished != nil {
-		return false
+		return
 	}
-	news := false
 	for id, w := range j.engines {
 		if w == nil {
 			if w = workers(id); w != nil {
-				j.engines[id], news = w, true
+				j.engines[id], j.met = w, true
 			}
 		}
 	}
-	return news
 }
 
 // save makes a checkpoint if there is something to save. After an error that is not errReload it is to be called again.
@@ -118,6 +116,9 @@ func (s *state) stored(v *saved, began time.Time) {
 	defer s.mu.Unlock()
 	for j, n := range v.jobs {
 		j.durable = n
+	}
+	for j := range v.about {
+		j.met = false
 	}
 	if v.turns == s.turns {
 		s.kept = v.position
@@ -363,10 +364,13 @@ func (k *keeper) purge(ctx context.Context, before uint64, at position) {
 // expire forgets jobs that are finished for long.
 func (k *keeper) expire(ctx context.Context, old []*job) {
 	for _, j := range old {
+		if k.t.s.job(j.spec.ID) != j {
+			continue // one of the same id was created since
+		}
 		err := broker.Remove(ctx, k.t.a.Conn.JS, broker.JobView{Job: *j.spec})
 		k.said.warn(k.t.log, "a finished job cannot be forgotten; trying again", err)
 		if err == nil {
-			k.t.s.forget(j.spec.ID, j.born)
+			k.t.s.discard(j)
 		}
 	}
 }

@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
-
-	"millrace/proto"
 )
 
 func TestResume(t *testing.T) {
@@ -169,6 +167,24 @@ func TestRestartWithAShortOrLostSpool(t *testing.T) {
 	}
 }
 
+// The folder of a job is gone, and its mark in the checkpoint speaks of nothing any more.
+func TestRestartWithALostFolder(t *testing.T) {
+	s, st := folded(t, t.TempDir(), 5, good("j", 0, 1), good("j", 1, 2), good("j", 1, 3))
+	save(t, s)
+	if err := os.RemoveAll(s.job("j").dir); err != nil {
+		t.Fatal(err)
+	}
+	s = reopen(t, s)
+	if err := s.know(spec("j", 5), sight{rev: 1}, nil); err != nil {
+		t.Fatal(err)
+	}
+	catchUp(t, s, st)
+	wantLines(t, s, "ok req-1", "ok req-2", "")
+	if len(s.marks) > 0 {
+		t.Errorf("%+v", s.marks)
+	}
+}
+
 // What is purged and lost is missing, no more: its owner sends it again.
 func TestRestartWithALostSpoolAndAPurgedStream(t *testing.T) {
 	s, st := folded(t, t.TempDir(), 5, good("j", 0, 1), good("j", 1, 2), good("j", 2, 3))
@@ -281,7 +297,7 @@ func TestPurgeable(t *testing.T) {
 	if n := purgeable(true); n != 2 {
 		t.Errorf("shared disk: %d", n)
 	}
-	if err := s.know(spec("k", 1), 1, nil); err != nil {
+	if err := s.know(spec("k", 1), sight{rev: 1}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.fold(st.add(t, good("k", 0, 1))); err != nil {
@@ -291,7 +307,7 @@ func TestPurgeable(t *testing.T) {
 	if n := purgeable(false); n != 1 {
 		t.Errorf("other disk, j is not finished: %d", n)
 	}
-	s.forget("j", 2)
+	s.discard(s.job("j"))
 	if n := purgeable(false); n != 3 {
 		t.Errorf("other disk, k began at 3: %d", n)
 	}
@@ -358,74 +374,21 @@ func TestSpecThatCannotBeReadComesAgain(t *testing.T) {
 	}
 	s.moved = true
 	save(t, s) // the job's mark must survive
-	if err := s.know(spec("j", 5), 1, nil); err != nil {
+	spool := filepath.Join(s.jobsDir(), "j", fileSpool)
+	if err := errors.Join(os.Rename(spool, spool+".away"), os.Mkdir(spool, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.know(spec("j", 5), sight{rev: 1}, nil); err == nil || s.job("j") != nil {
+		t.Errorf("%v", err)
+	}
+	if err := errors.Join(os.Remove(spool), os.Rename(spool+".away", spool)); err != nil { // and a try that failed
+		t.Fatal(err)
+	}
+	if err := s.know(spec("j", 5), sight{rev: 1}, nil); err != nil {
 		t.Fatal(err)
 	}
 	catchUp(t, s, st)
 	wantLines(t, s, "ok req-1", "")
 	s = reopen(t, s)
 	wantLines(t, s, "ok req-1", "")
-}
-
-func TestForgetAndCreateAgain(t *testing.T) {
-	s, _ := folded(t, t.TempDir(), 5, good("j", 0, 1))
-	s.job("j").born = 50
-	if s.forget("j", 40) {
-		t.Error("a delete older than the job removed it")
-	}
-	dir := s.job("j").dir
-	if !s.forget("j", 60) || s.job("j") != nil {
-		t.Error("it is still there")
-	}
-	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("its folder: %v", err)
-	}
-	if err := s.know(spec("j", 5), 55, nil); err != nil || s.job("j") != nil {
-		t.Errorf("a spec older than the delete came back: %v", err)
-	}
-	if err := s.know(spec("j", 5), 70, nil); err != nil || s.job("j") == nil {
-		t.Errorf("a younger spec did not: %v", err)
-	}
-	wantLines(t, s, "")
-}
-
-// A broker that lost its disk does not know of removals: the job that its owner puts again is the one that is known.
-func TestSpecOfABrokerThatForgot(t *testing.T) {
-	s, _ := folded(t, t.TempDir(), 5)
-	first := spec("j", 5)
-	first.After = 40
-	if err := s.know(first, 50, nil); err != nil || s.job("j").left != 5 {
-		t.Fatal(err)
-	}
-	st := &stream{created: s.pos.Stream}
-	if err := s.fold(st.add(t, good("j", 0, 1))); err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []struct{ after, born, left, told int64 }{{40, 50, 4, 40}, {0, 90, 4, 0}, {30, 45, 4, 30}, {60, 70, 5, 60}} {
-		again := spec("j", 5)
-		again.After = c.after
-		if err := s.know(again, c.born, nil); err != nil {
-			t.Fatal(err)
-		}
-		j := s.job("j")
-		if p := j.progress(s.pos, "", ""); j.left != c.left || p.After != c.told {
-			t.Errorf("%+v: %d lines left, after %d", c, j.left, p.After)
-		}
-	}
-}
-
-func TestBadSpecs(t *testing.T) {
-	s := openTest(t, t.TempDir())
-	t.Cleanup(s.close)
-	for _, spec := range []*proto.Job{spec("../x", 1), spec("", 1), spec("a.b", 1), spec("x", -1), spec("x", maxLines+1)} {
-		if err := s.know(spec, 1, nil); !errors.Is(err, errBadJob) {
-			t.Errorf("%q with %d lines: %v", spec.ID, spec.Lines, err)
-		}
-	}
-	if err := s.know(spec("x", 2), 1, nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.know(spec("x", 3), 2, nil); !errors.Is(err, errBadJob) {
-		t.Errorf("the same id with other lines: %v", err)
-	}
 }

@@ -236,7 +236,7 @@ func TestResultsWhoseFileIsGone(t *testing.T) {
 func TestResultsOfAnotherMachine(t *testing.T) {
 	s, _ := folded(t, t.TempDir(), 1)
 	was := &proto.Progress{State: proto.FoldDone, Lines: 1, OK: 1, Host: "far", Output: "/nowhere/output.jsonl", Verdict: Valid}
-	if err := s.know(spec("j", 1), 1, was); err != nil {
+	if err := s.know(spec("j", 1), sight{rev: 1}, was); err != nil {
 		t.Fatal(err)
 	}
 	f := &follower{t: t, s: s, j: s.job("j"), which: proto.WhichOK}

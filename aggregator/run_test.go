@@ -280,6 +280,39 @@ func TestCreatedAgainWhileNobodyLooked(t *testing.T) {
 	}
 }
 
+// A job is removed and created again at a broker that took the place of another one, and gives revisions from 1 again.
+func TestRemovedAtAnotherBroker(t *testing.T) {
+	r := newNetRig(t)
+	r.start()
+	for range 50 {
+		r.job("j", 2)
+	}
+	old := r.await("j", folding(r.send(good("j", 0, 1))))
+	r.restart(t.TempDir())
+	r.job("j", 2) // by its owner
+	r.await("j", func(p *proto.Progress) bool { return p.OK == 1 && p.Stream != old.Stream })
+	v, err := broker.Get(t.Context(), r.conn.JS, "j")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := broker.Remove(t.Context(), r.conn.JS, v); err != nil {
+		t.Fatal(err)
+	}
+	r.awaitGone("j")
+	es, err := r.kv().History(t.Context(), proto.JobKey("j"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := spec("j", 2)
+	again.After = es[0].Created().UnixNano()
+	r.put(again)
+	r.send(good("j", 0, 2), good("j", 1, 2))
+	if p := r.await("j", done); p.OK != 2 || p.Duplicates != 0 || p.After != again.After {
+		t.Errorf("%+v", p)
+	}
+	r.verify("j")
+}
+
 func TestKeepFor(t *testing.T) {
 	r := newRig(t)
 	r.start(func(a *Aggregator) { a.KeepFor = time.Millisecond })

@@ -9,8 +9,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
-	"time"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -31,9 +31,10 @@ type state struct {
 	pos   position
 	high  position           // see checkpoint
 	marks map[string]jobMark // of jobs in the checkpoint that could not be opened
-	gone  map[string]int64   // when jobs were deleted, by the broker's clock, Unix ns
+	heard map[string]uint64  // the latest revision of each job's key in this session
 	kept  position           // of the checkpoint on disk; zero where the stream is folded again since
 	turns int64              // how often the fold began anew
+	visit int64              // the session: see sight
 	notes [notes]string      // why the fold does not go on, for people
 	moved bool               // pos differs from the last checkpoint
 	wake  chan<- struct{}    // tells the keeper that a job is whole
@@ -48,7 +49,7 @@ const asideMax = 64 << 20
 func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter, wake chan<- struct{}) (*state, error) {
 	s := &state{
 		dir: dir, log: log, m: m, host: host, ctx: ctx, wake: wake,
-		jobs: map[string]*job{}, marks: map[string]jobMark{}, gone: map[string]int64{},
+		jobs: map[string]*job{}, marks: map[string]jobMark{}, heard: map[string]uint64{},
 		aside: &spool{path: filepath.Join(dir, "unknown")},
 	}
 	if err := broker.MakeDir(s.jobsDir()); err != nil {
@@ -96,7 +97,12 @@ func (s *state) openJobs(ctx context.Context, lost bool) (again bool, err error)
 	if err != nil {
 		return false, fmt.Errorf("list jobs: %w", err)
 	}
+	there := map[string]bool{}
 	for _, d := range dirs {
+		there[d.Name()] = true
+		if strings.HasPrefix(d.Name(), gonePrefix) {
+			_ = os.RemoveAll(filepath.Join(s.jobsDir(), d.Name())) // costs some disk where it fails
+		}
 		if !d.IsDir() || !validID(d.Name()) {
 			continue
 		}
@@ -108,6 +114,16 @@ func (s *state) openJobs(ctx context.Context, lost bool) (again bool, err error)
 		} else if err != nil {
 			return false, err
 		}
+	}
+	for id, m := range s.marks {
+		if there[id] {
+			continue
+		}
+		if m.Length > 0 {
+			s.log.Warn("results on disk are gone; what can be had is folded again, the rest will be run again", "job", id)
+			again = true
+		}
+		delete(s.marks, id)
 	}
 	return again, nil
 }
@@ -130,6 +146,7 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 	j.loadAbout()
 	s.jobs[id] = j
 	mark := s.mark(j)
+	delete(s.marks, id)
 	if j.loadDone() {
 		s.unlink(j)
 		return nil
@@ -154,7 +171,6 @@ func (s *state) openJob(ctx context.Context, id string, lost bool) error {
 // mark hands a job what the checkpoint holds of it.
 func (s *state) mark(j *job) jobMark {
 	m := s.marks[j.spec.ID]
-	delete(s.marks, j.spec.ID)
 	j.first, j.drops = m.First, m.Drops
 	return m
 }
@@ -193,149 +209,6 @@ func (s *state) close() {
 		j.spool.close()
 	}
 	s.aside.close()
-}
-
-// know adds a job that was created at the broker's time born (Unix ns), unless it was deleted since. was is what was
-// last told of it, which may be nil: a job that another aggregator has finished, or this one with a disk that was lost,
-// is finished. What is here of a job that was removed before this one was created is forgotten.
-func (s *state) know(spec *proto.Job, born int64, was *proto.Progress) error {
-	s.add.Lock()
-	defer s.add.Unlock()
-	if s.stale(spec) {
-		s.drop(spec.ID, spec.After)
-	}
-	s.mu.Lock()
-	have, gone := s.jobs[spec.ID], s.gone[spec.ID] >= born && born > 0
-	s.mu.Unlock()
-	if gone {
-		return nil
-	}
-	over := was != nil && was.State == proto.FoldDone && was.After == spec.After
-	if have != nil {
-		err := s.same(have, spec)
-		if err == nil && over {
-			err = s.conclude(have, was)
-		}
-		return err
-	}
-	j, err := newJob(s.ctx, filepath.Join(s.jobsDir(), spec.ID), spec)
-	if err != nil {
-		return err
-	}
-	j.born = born
-	if err := j.create(); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	mark := s.mark(j)
-	s.mu.Unlock()
-	if over {
-		err = s.conclude(j, was)
-	} else {
-		err = j.restore(s.ctx, mark.Length)
-	}
-	if err != nil && !errors.Is(err, errSpoolShort) {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.jobs[spec.ID] = j
-	j.touch()
-	s.whole(j)
-	return nil
-}
-
-// settled says whether nothing that the broker holds of a job can change what is known of it here.
-func (s *state) settled(spec *proto.Job) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	j := s.jobs[spec.ID]
-	return j != nil && j.state != proto.FoldFolding && j.after == spec.After
-}
-
-// stale says whether the job that is known may be one that was removed before this one was created.
-func (s *state) stale(spec *proto.Job) bool {
-	j := s.job(spec.ID)
-	return j != nil && spec.After != 0 && j.spec.After != spec.After
-}
-
-// conclude takes an aggregator's word that the job's files are whole. The caller has s.add.
-func (s *state) conclude(j *job, was *proto.Progress) error {
-	s.mu.Lock()
-	folding := j.state == proto.FoldFolding
-	s.mu.Unlock()
-	if !folding {
-		return nil
-	}
-	if err := j.saveDone(was); err != nil { // until then nothing may be told of it
-		return fmt.Errorf("%w: %w", errReload, err)
-	}
-	s.mu.Lock()
-	if j.state != proto.FoldFolding { // its last result came meanwhile: the files are written here too
-		s.mu.Unlock()
-		return nil
-	}
-	j.drops = dropped{Late: was.Late}
-	s.over(j, was)
-	j.release()
-	s.mu.Unlock()
-	s.log.Info("job was finished before", "job", j.spec.ID, "host", was.Host, "output", was.Output)
-	s.unlink(j)
-	return nil
-}
-
-// over closes a job in memory.
-func (s *state) over(j *job, p *proto.Progress) {
-	j.finished, j.state, j.left, j.doneAt, j.note = p, proto.FoldDone, 0, time.Now(), ""
-	j.touch()
-	j.urgent = true
-	s.kick()
-}
-
-func (s *state) same(j *job, spec *proto.Job) error {
-	if j.spec.Lines != spec.Lines || j.spec.SHA256 != spec.SHA256 {
-		return fmt.Errorf("%w: %s came again with another input; that is ignored", errBadJob, spec.ID)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	j.after = spec.After
-	return nil
-}
-
-// forget drops a job that was deleted at the broker's time when (Unix ns): its state here, never its final files. It
-// returns false when there is no such job, or when it was created after that.
-func (s *state) forget(id string, when int64) bool {
-	s.add.Lock()
-	defer s.add.Unlock()
-	return s.drop(id, when)
-}
-
-// drop is forget for those who have s.add.
-func (s *state) drop(id string, when int64) bool {
-	s.mu.Lock()
-	j := s.jobs[id]
-	if j != nil && j.born > when {
-		s.mu.Unlock()
-		return false
-	}
-	if len(s.gone) >= 1<<14 {
-		clear(s.gone)
-	}
-	s.gone[id] = max(s.gone[id], when)
-	delete(s.jobs, id)
-	delete(s.marks, id)
-	if j != nil {
-		j.stop()
-		j.spool.close()
-	}
-	s.mu.Unlock()
-	if j == nil {
-		return false
-	}
-	if err := os.RemoveAll(j.dir); err != nil {
-		s.log.Warn("state of a deleted job stays on disk", "job", id, "error", err)
-	}
-	return true
 }
 
 // whole freezes a job whose lines have all ended: from here on its files are final.

@@ -45,15 +45,17 @@ func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jet
 }
 
 // watchJobs learns of jobs and of their end. That a job is not in the bucket says nothing: only the marker of a delete
-// does, and only if it is younger than the job. all is called when the jobs that are there now are known.
+// does. all is called when the jobs that are there now are known.
 func (t *tenure) watchJobs(ctx context.Context, cancel context.CancelCauseFunc, all func()) {
+	session := t.s.session()
 	err := watch(ctx, t.kv, proto.JobKey("*"), func(e jetstream.KeyValueEntry) {
 		_, id := proto.SplitKey(e.Key())
+		at := sight{session, e.Revision()}
 		if e.Operation() != jetstream.KeyValuePut {
-			t.deleted(ctx, id, e.Created().UnixNano())
+			t.deleted(ctx, id, e.Created().UnixNano(), at)
 			return
 		}
-		err := t.created(ctx, id, e)
+		err := t.created(ctx, id, e, at)
 		if errors.Is(err, errLookup) || errors.Is(err, errReload) {
 			cancel(err)
 		} else if err != nil {
@@ -69,7 +71,7 @@ func (t *tenure) watchJobs(ctx context.Context, cancel context.CancelCauseFunc, 
 	}
 }
 
-func (t *tenure) created(ctx context.Context, id string, e jetstream.KeyValueEntry) error {
+func (t *tenure) created(ctx context.Context, id string, e jetstream.KeyValueEntry, at sight) error {
 	spec := new(proto.Job)
 	if err := spec.Decode(e.Value()); err != nil {
 		return fmt.Errorf("%w: %w", errBadJob, err)
@@ -84,7 +86,7 @@ func (t *tenure) created(ctx context.Context, id string, e jetstream.KeyValueEnt
 			return err
 		}
 	}
-	return t.s.know(spec, e.Created().UnixNano(), was)
+	return t.s.know(spec, at, was)
 }
 
 // lastTold reads what was last told of a job, by us or by another aggregator; nil: nothing that can be read. Its errors are
@@ -110,8 +112,8 @@ func (t *tenure) lastTold(ctx context.Context, id string) (*proto.Progress, erro
 }
 
 // deleted forgets a job, with the progress that may have been put since its keys were removed.
-func (t *tenure) deleted(ctx context.Context, id string, when int64) {
-	if !t.s.forget(id, when) {
+func (t *tenure) deleted(ctx context.Context, id string, marker int64, at sight) {
+	if !t.s.forget(id, marker, at) {
 		return
 	}
 	t.log.Info("job is forgotten; its files stay", "job", id)
@@ -138,12 +140,20 @@ func (l lookups) miss(id string) {
 var errLookup = errors.New("the broker cannot be asked")
 
 // lookup asks the broker for a job, and says whether there is one now. Its errors are errLookup, or of the disk.
-func (t *tenure) lookup(ctx context.Context, id string) (bool, error) {
+func (t *tenure) lookup(ctx context.Context, id string) (found bool, err error) {
 	if !validID(id) {
 		return false, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, brokerTimeout)
 	defer cancel()
+	for session := int64(-1); err == nil && session != t.s.session(); { // what was heard before another began is void
+		session = t.s.session()
+		found, err = t.ask(ctx, id, session)
+	}
+	return found, err
+}
+
+func (t *tenure) ask(ctx context.Context, id string, session int64) (bool, error) {
 	e, err := t.kv.Get(ctx, proto.JobKey(id))
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
 		return false, nil
@@ -151,7 +161,7 @@ func (t *tenure) lookup(ctx context.Context, id string) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("%w: look up job %s: %w", errLookup, id, err)
 	}
-	err = t.created(ctx, id, e)
+	err = t.created(ctx, id, e, sight{session, e.Revision()})
 	if errors.Is(err, errBadJob) {
 		return false, nil
 	}

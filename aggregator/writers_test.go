@@ -139,8 +139,8 @@ func TestDeletedJobLeavesItsSuccessorAlone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.forget("j", 5)
-	if err := s.know(spec("j", 11), 9, nil); err != nil {
+	s.discard(old)
+	if err := s.know(spec("j", 11), sight{rev: 9}, nil); err != nil {
 		t.Fatal(err)
 	}
 	st := &stream{created: s.pos.Stream}
@@ -152,12 +152,13 @@ func TestDeletedJobLeavesItsSuccessorAlone(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	s.dropSpool(old)
-	if err := s.saveAbout(old, about{Born: 77}); err != nil {
+	seal := s.job("j").seal
+	if err := s.saveAbout(old, about{Spool: seal + 1}); err != nil {
 		t.Error(err)
 	}
 	s = reopen(t, s)
-	if j := s.job("j"); j.finished != nil || j.left != 10 || j.born != 9 {
-		t.Errorf("%s, %d lines left, born %d", j.state, j.left, j.born)
+	if j := s.job("j"); j.finished != nil || j.left != 10 || j.seal != seal {
+		t.Errorf("%s, %d lines left, seal %d", j.state, j.left, j.seal)
 	}
 }
 

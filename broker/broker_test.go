@@ -388,3 +388,44 @@ func TestDoctor(t *testing.T) {
 		t.Errorf("a stream that drops results: %q", got)
 	}
 }
+
+// TestDoctorOfWorkers: what keeps a worker idle is looked for where it is, at its engine or at the broker.
+func TestDoctorOfWorkers(t *testing.T) {
+	c := start(t, &broker.Server{})
+	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := c.JS.KeyValue(t.Context(), proto.WorkersBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, w := range map[string]proto.Worker{
+		"ok":     {State: proto.EngineReady},
+		"half":   {State: proto.EngineReady, Reason: "cannot use the queues: it is another's"},
+		"queue":  {State: proto.EngineNoQueue, Reason: "cannot use the queues: it is another's"},
+		"engine": {State: proto.EngineNoModel, Reason: "engine serves no model"},
+	} {
+		w.ID = id
+		b, err := w.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := kv.Put(t.Context(), id, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mend := map[string]string{"ok": "", "half": "at the broker", "queue": "at the broker", "engine": "look at its engine"}
+	for _, f := range broker.Doctor(t.Context(), c) {
+		id, is := strings.CutPrefix(f.Check, "worker ")
+		if !is {
+			continue
+		}
+		if want := mend[id]; !strings.Contains(f.Mend, want) || (want == "") != (f.Level == broker.LevelOK) {
+			t.Errorf("%+v", f)
+		}
+		delete(mend, id)
+	}
+	if len(mend) > 0 {
+		t.Errorf("nothing is said of %v", mend)
+	}
+}

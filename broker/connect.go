@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -115,8 +117,9 @@ func (a Access) check() error {
 }
 
 // Connect connects to a broker as role (shown in its connection list). It waits for the first connection until
-// ctx is done, with ErrUnreachable. After that the connection mends itself for as long as it is open; but a broker that
-// refuses it twice in a row, because it has another token now, ends it: see Closed.
+// ctx is done, with ErrUnreachable, but not for a broker that refuses us or that we do not trust. After that the
+// connection mends itself for as long as it is open; but a broker that refuses it twice in a row, because it has
+// another token now, ends it: see Closed.
 func Connect(ctx context.Context, a Access, role string, log *slog.Logger) (*Conn, error) {
 	if err := a.check(); err != nil {
 		return nil, err
@@ -137,17 +140,11 @@ func Connect(ctx context.Context, a Access, role string, log *slog.Logger) (*Con
 	return connect(ctx, a.URL, role, log, opts...)
 }
 
-// Connect connects to the server without a network.
+// Connect connects to the server without a network, and so without TLS.
 func (s *Server) Connect(ctx context.Context, role string) (*Conn, error) {
 	opts := []nats.Option{nats.InProcessServer(s.ns)}
 	if s.Token != "" {
 		opts = append(opts, nats.Token(s.Token))
-	}
-	if s.TLSCert != "" { // it is ourselves at the other end of the pipe
-		opts = append(opts, nats.Secure(&tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12}))
-		if s.TLSCA != "" {
-			opts = append(opts, nats.ClientCert(s.TLSCert, s.TLSKey))
-		}
 	}
 	c, err := connect(ctx, "nats://in-process", role, s.Log, opts...)
 	if err == nil {
@@ -206,6 +203,10 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 			return c, nil
 		}
 		if permanent(err) {
+			var ue *url.Error
+			if errors.As(err, &ue) { // it holds the URL as it is
+				err = ue.Err
+			}
 			return nil, fmt.Errorf("connect to the broker at %s: %w%s", redact(addr), err, remedy(err))
 		}
 		last = err
@@ -230,7 +231,20 @@ func refused(err error) bool {
 // permanent says whether trying again cannot help.
 func permanent(err error) bool {
 	var ue *url.Error
-	return refused(err) || errors.Is(err, nats.ErrSecureConnRequired) || errors.Is(err, nats.ErrSecureConnWanted) || errors.As(err, &ue)
+	return refused(err) || distrusted(err) || alerted(err) ||
+		errors.Is(err, nats.ErrSecureConnRequired) || errors.Is(err, nats.ErrSecureConnWanted) || errors.As(err, &ue)
+}
+
+// distrusted says whether the broker's certificate is none that we trust.
+func distrusted(err error) bool {
+	var ce *tls.CertificateVerificationError
+	return errors.As(err, &ce)
+}
+
+// alerted says whether the broker ended the TLS handshake: with TLS 1.3 that is heard at the first reading after it.
+func alerted(err error) bool {
+	var oe *net.OpError
+	return errors.As(err, &oe) && oe.Op == "remote error"
 }
 
 // remedy is what to do about such an error.
@@ -240,17 +254,33 @@ func remedy(err error) string {
 		return "; give its token with --token-file or MILLRACE_TOKEN (its `millrace broker` prints it at the start), or its --creds"
 	case errors.Is(err, nats.ErrSecureConnRequired):
 		return "; it wants TLS, name it tls://HOST:PORT, and its authority with --tls-ca"
+	case distrusted(err):
+		return "; give the certificates to trust with --tls-ca, and name the broker as its certificate does"
+	case alerted(err):
+		return "; it may want a certificate that it trusts, give one with --tls-cert and --tls-key"
 	case errors.Is(err, nats.ErrSecureConnWanted):
 		return "; it has no TLS, name it nats://HOST:PORT"
 	}
 	return ""
 }
 
-// redact hides a password or token inside a URL.
+// redact hides passwords and tokens inside URLs, also where these make no sense.
 func redact(addr string) string {
-	u, err := url.Parse(addr)
-	if err != nil {
-		return addr
+	all := strings.Split(addr, ",")
+	for i, one := range all {
+		at := strings.LastIndexByte(one, '@')
+		if at < 0 {
+			continue
+		}
+		scheme := strings.Index(one, "://") + len("://")
+		if scheme < len("://") || scheme > at {
+			scheme = 0
+		}
+		user, _, named := strings.Cut(one[scheme:at], ":")
+		if !named { // a token
+			user = ""
+		}
+		all[i] = one[:scheme] + user + ":xxxxx" + one[at:]
 	}
-	return u.Redacted()
+	return strings.Join(all, ",")
 }

@@ -45,6 +45,28 @@ func TestConnectFiles(t *testing.T) {
 	}
 }
 
+// TestConnectHidesSecrets: neither a log nor an error holds what is secret in a URL.
+func TestConnectHidesSecrets(t *testing.T) {
+	host := nobody(t)
+	for _, c := range []struct{ url, shown string }{
+		{"nats://" + host, "nats://" + host},
+		{"nats://s3cret@" + host, "nats://:xxxxx@" + host},
+		{"nats://me:s3cret@" + host, "nats://me:xxxxx@" + host},
+		{"s3cret@" + host, ":xxxxx@" + host},
+		{"nats://me:s3cret@" + host + ",tls://s3cret@" + host, "nats://me:xxxxx@" + host + ",tls://:xxxxx@" + host},
+		{"nats://me:s3cret@" + host + "x", "nats://me:xxxxx@" + host + "x"},
+		{"nats://me:s3c@ret@[" + host, "nats://me:xxxxx@[" + host},
+	} {
+		var log strings.Builder
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := broker.Connect(ctx, broker.Access{URL: c.url}, "test", slog.New(slog.NewTextHandler(&log, nil)))
+		if err == nil || !strings.Contains(err.Error(), c.shown) || strings.Contains(err.Error()+log.String(), "s3c") {
+			t.Errorf("%s: %v\n%s", c.url, err, log.String())
+		}
+	}
+}
+
 // nobody returns an address at which nobody listens.
 func nobody(t *testing.T) string {
 	t.Helper()

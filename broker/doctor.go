@@ -193,10 +193,14 @@ func (d *doctor) workers() {
 		d.note("workers", "start one beside each engine: millrace worker --engine URL", "none")
 	}
 	for _, w := range ws {
-		if w.State != proto.EngineReady {
-			d.note("worker "+w.ID, "look at its engine "+w.Engine, "%s: %s", w.State, w.Reason)
-			continue
+		check := "worker " + w.ID
+		switch {
+		case w.State == proto.EngineNoQueue, w.State == proto.EngineReady && w.Reason != "":
+			d.note(check, "mend that at the broker; its engine "+w.Engine+" is well", "%s: %s", w.State, w.Reason)
+		case w.State != proto.EngineReady:
+			d.note(check, "look at its engine "+w.Engine, "%s: %s", w.State, w.Reason)
+		default:
+			d.ok(check, "%s serves %s, %d in flight of %d", w.Engine, strings.Join(w.Models, ", "), w.InFlight, w.Limit)
 		}
-		d.ok("worker "+w.ID, "%s serves %s, %d in flight of %d", w.Engine, strings.Join(w.Models, ", "), w.InFlight, w.Limit)
 	}
 }

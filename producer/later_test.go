@@ -56,6 +56,28 @@ func TestReplaced(t *testing.T) {
 	}
 }
 
+// TestOlderThanAgain: a broker comes back with a disk on which the job that is owned was not created yet, and the one before
+// it was removed already. That is no removal of it.
+func TestOlderThanAgain(t *testing.T) {
+	w := tcpWorld(t)
+	d := scanned(t, Input{Path: file(t, linesOf(10, "m"))})
+	w.remove(w.owner(d).Job.ID)
+	w.restart(func(dir string) { copyDir(t, dir, dir+".old") })
+	until(t, "the broker is back", w.conn.NC.IsConnected)
+	o := &Owner{Conn: w.connect(), Dataset: d, Job: w.again(d), AckWait: testAckWait, LeaseTTL: time.Second, Disk: 1 << 30}
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 10 })
+	w.restart(func(dir string) { copyDir(t, dir+".old", dir) })
+	w.work("m", okay)
+	if err := s.end(); err != nil || a.folded() != 10 {
+		t.Errorf("%d folded, %v", a.folded(), err)
+	}
+	if v, err := broker.Get(t.Context(), w.conn.JS, o.Job.ID); err != nil || v.Job.After != o.Job.After {
+		t.Errorf("job %+v, %v", v.Job, err)
+	}
+}
+
 // TestLeftovers: what an owner of a removed job left of it says nothing of the job that follows: neither that its time is
 // over, nor that it is being ended, nor that its lines were sent.
 func TestLeftovers(t *testing.T) {

@@ -163,7 +163,7 @@ func (r *run) put(ctx context.Context) error {
 }
 
 // putJob puts the job where its key never was. A key that was removed left a marker, and is not put again (Create does
-// that, where a user wants it).
+// that, where a user wants it), but for what revive says.
 func putJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) error {
 	b, err := job.Encode()
 	if err != nil {
@@ -175,9 +175,25 @@ func putJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job) error {
 		_, err = kv.Get(ctx, key)
 	}
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return ErrRemoved
+		return revive(ctx, kv, job, b)
 	}
 	if err != nil {
+		return fmt.Errorf("put the job: %w", err)
+	}
+	return nil
+}
+
+// revive puts a job whose key was removed, if the marker is that of the job before it: a broker that came back with an
+// older disk lost this one's spec.
+func revive(ctx context.Context, kv jetstream.KeyValue, job proto.Job, spec []byte) error {
+	at, err := removedAt(ctx, kv, job.ID)
+	if err != nil {
+		return err
+	}
+	if at == 0 || at != job.After {
+		return ErrRemoved
+	}
+	if _, err := kv.Create(ctx, proto.JobKey(job.ID), spec); err != nil {
 		return fmt.Errorf("put the job: %w", err)
 	}
 	return nil

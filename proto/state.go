@@ -264,7 +264,8 @@ const (
 	EngineWaiting  = "waiting"  // does not answer, or is loading
 	EngineReady    = "ready"    //
 	EngineDenied   = "denied"   // wants a key, or another one
-	EngineNoModel  = "no-model" // serves no model at all
+	EngineNoModel  = "no-model" // serves no model at all, or none that its worker is for
+	EngineNoQueue  = "no-queue" // is well, but the queue of none of its models can be used
 	EngineDegraded = "degraded" // answers every line with the same permanent error
 	EngineHung     = "hung"     // takes requests and makes no progress
 	EngineDraining = "draining" // the worker is stopping

@@ -59,8 +59,11 @@ type gate struct {
 	everOK      bool      // a line has succeeded, ever
 	lastOK      time.Time // when one has succeeded
 	last        time.Time // start of the last probe that found the engine ready
-	noModel     string    // why there is no model to pull for, though the engine lists some; empty: there is
+	idle        lack      // why there is nothing to pull from, though the engine lists models; zero: there is
 }
+
+// lack is a state of a ready engine that gets no lines, and why.
+type lack struct{ state, reason string }
 
 // trip is why lines closed the gate.
 type trip struct {
@@ -321,7 +324,7 @@ func (g *gate) quota() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	switch {
-	case g.draining, g.status.State != proto.EngineReady, g.noModel != "":
+	case g.draining, g.status.State != proto.EngineReady, g.idle.state != "":
 		return 0
 	case g.trip == nil:
 		return -1
@@ -347,8 +350,8 @@ func (g *gate) stateLocked() (state, reason string) {
 		return proto.EngineWaiting, "engine was not asked yet"
 	case g.status.State != proto.EngineReady:
 		return g.status.State, g.status.Reason
-	case g.noModel != "":
-		return proto.EngineNoModel, g.noModel
+	case g.idle.state != "":
+		return g.idle.state, g.idle.reason
 	case g.trip != nil:
 		return g.trip.state, g.trip.reason
 	case g.equal.pardoned != "":
@@ -372,6 +375,8 @@ func (g *gate) show() {
 			g.log.Info("engine is ready", "engine", g.engine.String(), "models", models)
 		case proto.EngineDraining:
 			g.log.Info("worker is stopping", "engine", g.engine.String())
+		case proto.EngineNoQueue:
+			g.log.Warn("engine is ready, and no queue can be used", "engine", g.engine.String(), "reason", reason)
 		default:
 			g.log.Warn("engine cannot be used", "engine", g.engine.String(), "state", state, "reason", reason)
 		}
@@ -387,10 +392,10 @@ func (g *gate) drain() {
 	g.show()
 }
 
-// without says why there is no model to pull for; empty: there is one.
-func (g *gate) without(reason string) {
+// without says why there is nothing to pull from; zero: there is.
+func (g *gate) without(why lack) {
 	g.mu.Lock()
-	g.noModel = reason
+	g.idle = why
 	g.mu.Unlock()
 }
 

@@ -66,7 +66,7 @@ func registered[C prometheus.Collector](r prometheus.Registerer, errs *[]error, 
 // states lists all states of an engine.
 func states() []string {
 	return []string{proto.EngineWaiting, proto.EngineReady, proto.EngineDenied, proto.EngineNoModel,
-		proto.EngineDegraded, proto.EngineHung, proto.EngineDraining}
+		proto.EngineNoQueue, proto.EngineDegraded, proto.EngineHung, proto.EngineDraining}
 }
 
 // watch makes the gauges of a session visible, and returns what removes them.

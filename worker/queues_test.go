@@ -65,7 +65,7 @@ func TestAllQueuesFail(t *testing.T) {
 	f.set(func() { f.models = `"b"` })
 	r.claim("b")
 	r.start(f.engine())
-	r.says(proto.EngineNoModel, `belongs to model "another"`)
+	r.says(proto.EngineNoQueue, `belongs to model "another"`)
 	must(t, r.conn.JS.DeleteStream(t.Context(), proto.RequestStream("b")))
 	r.says(proto.EngineReady, "", "b")
 }

@@ -382,9 +382,11 @@ func (s *session) found(st Status) {
 func (s *session) equip() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	why := s.lacks
-	if why == "" && len(s.queues.all()) == 0 {
-		why = s.queues.trouble()
+	var why lack
+	if s.lacks != "" {
+		why = lack{proto.EngineNoModel, s.lacks}
+	} else if trouble := s.queues.trouble(); trouble != "" && len(s.queues.all()) == 0 {
+		why = lack{proto.EngineNoQueue, trouble}
 	}
 	s.gate.without(why)
 }
