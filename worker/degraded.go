@@ -52,7 +52,8 @@ func (g *gate) success(started time.Time) {
 	g.mu.Lock()
 	g.everOK, g.lastOK = true, time.Now()
 	g.equal = equalErrors{}
-	open := g.answeredLocked(started)
+	told := g.heard()
+	open := g.answeredLocked(started) || told
 	g.mu.Unlock()
 	if open {
 		g.show()
@@ -76,6 +77,7 @@ func (g *gate) answeredLocked(started time.Time) bool {
 // failed is called for each line that the engine answered with an error.
 func (g *gate) failed(started time.Time, same, model, message string) {
 	g.mu.Lock()
+	g.heard()
 	t := g.trip
 	alike := same == g.equal.same
 	tooMany := g.equal.add(same, model, message)

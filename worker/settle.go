@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -28,7 +29,6 @@ func (s *session) attempt(l *line) {
 		return
 	}
 	timeout := s.timeout(l)
-	l.started = time.Now()
 	l.until.Store(l.started.Add(timeout + overdue).UnixNano())
 	timer := time.AfterFunc(timeout, func() { l.cancel(context.DeadlineExceeded) }) // a context of its own costs more
 	a, err := s.Engine.Do(l.ctx, l.req)
@@ -44,6 +44,15 @@ func (s *session) attempt(l *line) {
 		s.metrics.seconds.WithLabelValues(l.queue.model).Observe(took.Seconds())
 	}
 	s.settle(&outcome{line: l, verdict: classify(l.req.URL, a, err), answer: a, took: took})
+}
+
+// said is what the engine said, in short.
+func (o *outcome) said() string {
+	status := fmt.Sprintf("HTTP %d", o.answer.Status)
+	if strings.HasPrefix(o.message, status) {
+		return o.message
+	}
+	return status + ": " + o.message
 }
 
 // timeout is the time for one attempt. A line that took too long once gets twice the time.
@@ -115,7 +124,10 @@ func (s *session) refuse(o *outcome) {
 	switch o.class {
 	case classBusy:
 		s.limit.refused(time.Now())
+		s.gate.refused(o.said())
 		s.adjust()
+	case classLost:
+		s.gate.refused(o.said())
 	case classDenied:
 		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
 	}
