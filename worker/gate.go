@@ -53,6 +53,7 @@ type gate struct {
 	ended       int       // number of the last probe that ended
 	turn        chan struct{}
 	equal       equalErrors
+	doubts      []*doubt
 	refusals    refusals
 	hang        hangWatch
 	answers     int       // answers that were no sign of trouble

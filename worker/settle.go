@@ -88,7 +88,7 @@ func (s *session) settle(o *outcome) {
 		s.done(o)
 	case classPermanent:
 		s.blame(o)
-		s.publish(o.line, s.result(o))
+		s.fail(o)
 	case classRetry:
 		s.blame(o)
 		s.retry(o)
@@ -177,7 +177,24 @@ func (s *session) blame(o *outcome) {
 		s.gate.success(o.started)
 		return
 	}
-	s.gate.failed(o.started, o.same, o.queue.model, o.message)
+	s.gate.failed(o)
+}
+
+// fail ends a line by an error, unless the error turns out to be the engine's: then others may have the line. While
+// that is open, the line takes no slot; see doubt for how many these can be.
+func (s *session) fail(o *outcome) {
+	d := s.gate.doubt(o.same)
+	if d == nil {
+		s.publish(o.line, s.result(o))
+		return
+	}
+	s.waits.Go(func() {
+		if s.gate.believe(s.taking, d, s.grace) {
+			s.publish(o.line, s.result(o))
+			return
+		}
+		s.giveBack(o.line, o.pause(s.refusal), "degraded")
+	})
 }
 
 // result makes the record of how a line ended.
@@ -255,10 +272,9 @@ func (s *session) retry(o *outcome) {
 		most = int64(s.MaxAttempts)
 	}
 	if int64(len(o.req.Attempts))+1 >= most || o.class == classTimeout && o.timeouts() > 0 {
-		s.publish(o.line, s.result(o))
+		s.fail(o)
 		return
 	}
-	s.metrics.retries.WithLabelValues(o.code).Inc()
 	next := *o.req
 	next.Attempts = append(slices.Clone(o.req.Attempts), proto.Attempt{Worker: s.id, Code: o.code,
 		Status: int64(o.answer.Status), Message: o.message, DurationUS: o.took.Microseconds()})
@@ -268,6 +284,11 @@ func (s *session) retry(o *outcome) {
 			s.drop(o.line)
 			return
 		}
+		if s.gate.condemned(o.same) {
+			s.giveBack(o.line, o.pause(s.refusal), "degraded")
+			return
+		}
+		s.metrics.retries.WithLabelValues(o.code).Inc()
 		s.resend(o.line, &next, func() { s.publish(o.line, s.result(o)) })
 	})
 }

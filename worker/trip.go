@@ -60,6 +60,12 @@ func (g *gate) pause(kind tripKind) time.Duration {
 	switch {
 	case kind == tripDenied && g.everOK && g.trip == nil:
 		return min(time.Second, g.retry) // the key was right before: it may be the line
+	case kind == tripDegraded && g.equal.route == "":
+		tries := 0
+		if g.trip != nil {
+			tries = g.trip.tries
+		}
+		return min(time.Second<<min(2*tries, 10), g.retry)
 	case kind == tripDenied, kind == tripDegraded, kind == tripHung:
 		return g.retry
 	}

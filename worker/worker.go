@@ -11,7 +11,7 @@
 //	session.settle  does what follows from it                                   settle.go
 //	outbox          publishes the result, then acknowledges the request         outbox.go
 //
-// and beside them gate (gate.go, trip.go, degraded.go, hang.go, refusing.go) says whether the engine can be used, limit how much at once,
+// and beside them gate (gate.go, trip.go, degraded.go, doubt.go, hang.go, refusing.go) says whether the engine can be used, limit how much at once,
 // queues declares streams, control knows what users want of jobs, beat tells the others that we are here.
 package worker
 
@@ -47,7 +47,7 @@ type Worker struct {
 	Registry prometheus.Registerer // nil: none
 	Program  string                // version of the program, for the heartbeat
 
-	grace   time.Duration // see brokenGrace
+	grace   time.Duration // see brokenGrace; an error is in doubt for as long
 	refusal time.Duration // for how long a line is given back at first that the engine refused; 0: 1 s
 }
 
