@@ -42,7 +42,7 @@ func TestNoRoute(t *testing.T) {
 				r.settled(n)
 				return
 			}
-			f.enter(patience) // it tries on
+			f.enter(64 + patience) // it tries on, when nothing else is in flight
 			f.set(func() { f.work = f.ok })
 			r.unblamed(n)
 		})

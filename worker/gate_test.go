@@ -116,12 +116,12 @@ func TestDegradedLate(t *testing.T) {
 	const n = 200
 	r.rival()
 	r.send(request(0))
-	r.start(f.engine(), func(w *Worker) { w.RetryEvery = 20 * time.Millisecond; w.refusal = time.Millisecond })
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.RetryEvery, w.refusal = 8, 20*time.Millisecond, time.Millisecond })
 	r.wait(1)
 	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
 	r.send(requests(n)[1:]...)
 	r.reason(proto.EngineDegraded, "alike")
-	f.enter(len(f.came) + patience)
+	f.enter(len(f.came) + 8 + patience) // it tries on, when nothing else is in flight
 	f.set(func() { f.work = f.ok })
 	failed := 0
 	for _, res := range exactly(t, r.wait(n), n) {

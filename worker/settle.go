@@ -279,7 +279,7 @@ func (s *session) retry(o *outcome) {
 	next.Attempts = append(slices.Clone(o.req.Attempts), proto.Attempt{Worker: s.id, Code: o.code,
 		Status: int64(o.answer.Status), Message: o.message, DurationUS: o.took.Microseconds()})
 	s.away(func() {
-		wait(s.taking, backoff(len(next.Attempts))) // a worker that stops does not wait
+		wait(s.taking, rest(len(next.Attempts), s.refusal)) // a worker that stops does not wait
 		if s.control.want(next.Job) == proto.WantCancel {
 			s.drop(o.line)
 			return

@@ -48,7 +48,7 @@ type Worker struct {
 	Program  string                // version of the program, for the heartbeat
 
 	grace   time.Duration // see brokenGrace; an error is in doubt for as long
-	refusal time.Duration // for how long a line is given back at first that the engine refused; 0: 1 s
+	refusal time.Duration // for how long a line is given back at first that the engine refused, see also rest; 0: 1 s
 }
 
 // Run works until take ends and what had been started is finished, or until stop ends. When take ends, no more is
