@@ -16,7 +16,7 @@ import (
 //   - While it is closed, lines that fail alike are given back uncharged, and so are those that were in doubt.
 //   - It opens again at once when the engine is proven and no other ready worker serves the model: then it is rather
 //     the lines that are wrong, and nobody else would do better.
-//   - Otherwise one line is let through after 1, 4 and 16 s, after RetryEvery at most; where there is another worker, or
+//   - Otherwise one line is let through after 1, 2 and 4 s, after RetryEvery at most; where there is another worker, or
 //     no route, every RetryEvery. A success opens the gate, and so does another error.
 //   - When patience lines in a row went alike, and after none of them another ready worker served the model, the gate
 //     opens: the lines fail, which ends them. While there is such a worker, the gate stays closed and the lines are

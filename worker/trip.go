@@ -65,7 +65,7 @@ func (g *gate) pause(kind tripKind) time.Duration {
 		if g.trip != nil {
 			tries = g.trip.tries
 		}
-		return min(time.Second<<min(2*tries, 10), g.retry)
+		return min(time.Second<<min(tries, 10), g.retry)
 	case kind == tripDenied, kind == tripDegraded, kind == tripHung:
 		return g.retry
 	}
