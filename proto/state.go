@@ -261,7 +261,7 @@ type Worker struct {
 
 // States of an engine as its worker sees it.
 const (
-	EngineWaiting  = "waiting"  // does not answer, or is loading
+	EngineWaiting  = "waiting"  // does not answer, is loading, or refuses all that it is asked
 	EngineReady    = "ready"    //
 	EngineDenied   = "denied"   // wants a key, or another one
 	EngineNoModel  = "no-model" // serves no model at all, or none that its worker is for

@@ -37,6 +37,7 @@ type verdict struct {
 	code    string // of proto; empty where the line does not end by it
 	message string
 	same    string // equal for errors that are alike but for numbers and quoted text
+	noRoute bool   // it does not look like the line's fault but as if the engine had no such route
 	finish  string
 	id      string        // the engine's id of the answer
 	delay   time.Duration // how long the engine asks to be left alone
@@ -52,7 +53,8 @@ type verdict struct {
 //	404 that names the model                   no such model here
 //	401, 403                                   the engine wants a key
 //	408, 409, 425, 429, 503, 529               back-pressure
-//	other 4xx, 501                             permanent: a 404 without a model is a route the engine does not have
+//	404, 405 that name nothing                 permanent, and likely a route that the engine does not have
+//	other 4xx, 501                             permanent
 //	500 "EngineCore encountered an issue"      the engine died
 //	500 "cannot schedule new futures …"        the engine is stopping and took nothing in
 //	502                                        a proxy found the engine dead
@@ -150,10 +152,10 @@ func classifyStatus(a Answer, status int, e errorBody) verdict {
 		v.class = classDenied
 	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests, http.StatusServiceUnavailable, 529:
 		v.class, v.delay = classBusy, retryAfter(a.Header)
-	case http.StatusNotFound:
-		v.class, v.code = classPermanent, proto.CodeInvalidRequest
-		if e.namesModel() {
-			v.class = classNoModel
+	case http.StatusNotFound, http.StatusMethodNotAllowed:
+		v.class, v.code, v.noRoute = classPermanent, proto.CodeInvalidRequest, e.param == ""
+		if status == http.StatusNotFound && e.namesModel() {
+			v.class, v.noRoute = classNoModel, false
 		}
 	case http.StatusInternalServerError:
 		v.class, v.code = classifyInternal(e.message)

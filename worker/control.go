@@ -86,15 +86,16 @@ func (c *control) watch(ctx context.Context) error {
 		case <-c.again:
 			return nil
 		case e, ok := <-w.Updates():
+			changed := false
 			switch {
 			case !ok:
 				return errors.New("watch ended")
 			case e == nil: // all that was there has come
-				whole = true
+				whole, changed = true, true
 			default:
-				c.take(&heard, e)
+				changed = c.take(&heard, e)
 			}
-			if whole {
+			if whole && changed { // every owner renews its record, and mostly nothing is new in it
 				c.follow(heard.jobs())
 			}
 		}
@@ -116,8 +117,8 @@ func (w *wishes) jobs() map[string]string {
 	return out
 }
 
-// take digests a record.
-func (c *control) take(heard *wishes, e jetstream.KeyValueEntry) {
+// take digests a record, and says whether it changes what is wanted of its job.
+func (c *control) take(heard *wishes, e jetstream.KeyValueEntry) bool {
 	kind, job := proto.SplitKey(e.Key())
 	control, feed := proto.Control{Want: proto.WantRun}, proto.Feed{}
 	var err error
@@ -129,13 +130,12 @@ func (c *control) take(heard *wishes, e jetstream.KeyValueEntry) {
 	}
 	if err != nil {
 		c.log.Warn("cannot read what is wanted of a job, passing it over", "key", e.Key(), "error", err)
-		return
+		return false
 	}
 	if kind == "ctl" {
-		set(heard.users, job, control.Want, control.Want != proto.WantRun)
-	} else {
-		set(heard.ending, job, true, feed.State == proto.FeedEnding)
+		return set(heard.users, job, control.Want, control.Want != proto.WantRun)
 	}
+	return set(heard.ending, job, true, feed.State == proto.FeedEnding)
 }
 
 // follow makes jobs what is wanted from now on.
@@ -152,11 +152,13 @@ func (c *control) follow(jobs map[string]string) {
 	}
 }
 
-// set keeps a value in a map, or removes it.
-func set[V any](m map[string]V, key string, v V, keep bool) {
+// set keeps a value in a map, or removes it, and says whether that changed the map.
+func set[V comparable](m map[string]V, key string, v V, keep bool) bool {
+	have, was := m[key]
 	if keep {
 		m[key] = v
-	} else {
-		delete(m, key)
+		return !was || have != v
 	}
+	delete(m, key)
+	return was
 }

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"millrace/broker"
 	"millrace/proto"
 )
@@ -54,5 +56,38 @@ func TestControlForgets(t *testing.T) {
 	slices.Sort(told)
 	if want := []string{"cancelled cancel", "ended cancel", "last pause", "paused cancel", "paused pause"}; !slices.Equal(told, want) {
 		t.Errorf("told %q, want %q", told, want)
+	}
+}
+
+// TestControlUnchanged: the records that owners renew all the time cost nothing while they say the same.
+func TestControlUnchanged(t *testing.T) {
+	r := newRig(t)
+	c := newControl(r.conn.JS, r.log())
+	heard := wishes{users: map[string]string{}, ending: map[string]bool{}}
+	kv, err := r.conn.JS.KeyValue(t.Context(), proto.JobsBucket)
+	must(t, err)
+	w, err := kv.WatchFiltered(t.Context(), []string{proto.ControlKey("*"), proto.FeedKey("*")}, jetstream.UpdatesOnly())
+	must(t, err)
+	defer func() { must(t, w.Stop()) }()
+	feed := func(state string) func() {
+		return func() {
+			b, err := (&proto.Feed{State: state}).Encode()
+			must(t, err)
+			r.put(proto.FeedKey("j"), b)
+		}
+	}
+	for i, step := range []struct {
+		put     func()
+		changed bool
+	}{
+		{feed(proto.FeedFeeding), false}, {feed(proto.FeedWaiting), false}, {feed(proto.FeedEnding), true}, {feed(proto.FeedEnding), false},
+		{func() { must(t, kv.Delete(t.Context(), proto.FeedKey("j"))) }, true}, {feed(proto.FeedFeeding), false},
+		{func() { r.control("j", proto.WantPause) }, true}, {func() { r.control("j", proto.WantPause) }, false},
+		{func() { r.control("j", proto.WantCancel) }, true}, {func() { r.control("j", proto.WantRun) }, true}, {func() { r.control("j", proto.WantRun) }, false},
+	} {
+		step.put()
+		if got := c.take(&heard, <-w.Updates()); got != step.changed {
+			t.Errorf("step %d: changed %v, want %v", i, got, step.changed)
+		}
 	}
 }

@@ -11,10 +11,13 @@ import (
 // every line is wrong must still end. The rule, in one place:
 //
 //   - equalLimit errors in a row that are alike (status, code, message but for numbers and quoted text), permanent or
-//     charged, without one success in between, close the gate: the engine is degraded.
-//   - It opens again at once when the engine has answered a line before and no other ready worker serves the model:
-//     then it is rather the lines that are wrong, and nobody else would do better.
-//   - Otherwise every RetryEvery one line is let through. A success opens the gate, and so does another error.
+//     charged, without one success in between, close the gate: the engine is degraded. One is enough where an engine
+//     that is not proven (doubt.go) does not have the route of a line.
+//   - While it is closed, lines that fail alike are given back uncharged, and so are those that were in doubt.
+//   - It opens again at once when the engine is proven and no other ready worker serves the model: then it is rather
+//     the lines that are wrong, and nobody else would do better.
+//   - Otherwise one line is let through after 1, 2 and 4 s, after RetryEvery at most; where there is another worker, or
+//     no route, every RetryEvery. A success opens the gate, and so does another error.
 //   - When patience lines in a row went alike, and after none of them another ready worker served the model, the gate
 //     opens: the lines fail, which ends them. While there is such a worker, the gate stays closed and the lines are
 //     that worker's. Where nobody can tell, there may be one.
@@ -27,6 +30,7 @@ type equalErrors struct {
 	same     string
 	model    string // of the last line
 	message  string // of the last line
+	route    string // of the last line, where an engine that is not proven does not have it
 	n        int
 	pardoned string
 	review   time.Time // not before this it is asked again whether the pardon stands
@@ -38,13 +42,16 @@ const (
 )
 
 // add counts an error and says whether the gate is to close.
-func (e *equalErrors) add(same, model, message string) bool {
-	if same != e.same {
-		e.same, e.n = same, 0
+func (e *equalErrors) add(o *outcome, proven bool) bool {
+	if o.same != e.same {
+		e.same, e.n = o.same, 0
 	}
-	e.model, e.message = model, message
+	e.model, e.message, e.route = o.queue.model, o.said(), ""
+	if o.noRoute && !proven {
+		e.route = o.req.URL
+	}
 	e.n++
-	return e.n >= equalLimit && same != e.pardoned
+	return (e.n >= equalLimit || e.route != "") && o.same != e.pardoned
 }
 
 // success is called for each line, started at a time, that the engine answered well.
@@ -52,7 +59,9 @@ func (g *gate) success(started time.Time) {
 	g.mu.Lock()
 	g.everOK, g.lastOK = true, time.Now()
 	g.equal = equalErrors{}
-	open := g.answeredLocked(started)
+	g.resolve(true, func(*doubt) bool { return true })
+	told := g.heard()
+	open := g.answeredLocked(started) || told
 	g.mu.Unlock()
 	if open {
 		g.show()
@@ -74,26 +83,27 @@ func (g *gate) answeredLocked(started time.Time) bool {
 }
 
 // failed is called for each line that the engine answered with an error.
-func (g *gate) failed(started time.Time, same, model, message string) {
+func (g *gate) failed(o *outcome) {
 	g.mu.Lock()
+	g.heard()
 	t := g.trip
-	alike := same == g.equal.same
-	tooMany := g.equal.add(same, model, message)
+	alike := o.same == g.equal.same
+	tooMany := g.equal.add(o, g.proven())
 	judge := false
 	switch now := time.Now(); {
 	case t == nil && tooMany:
-		judge = g.closeLocked(tripDegraded, proto.EngineDegraded, g.equal.reason())
-	case t == nil && same == g.equal.pardoned && now.After(g.equal.review):
+		judge = g.degrade()
+	case t == nil && o.same == g.equal.pardoned && now.After(g.equal.review):
 		g.equal.review = now.Add(g.retry)
 		judge = true
 	case t != nil && t.kind == tripDegraded && alike:
 		if now.After(t.until) {
 			t.tries++
-			t.until = now.Add(g.retry)
+			t.until = now.Add(g.pause(tripDegraded))
 			judge = true
 		}
 	default:
-		g.answeredLocked(started)
+		g.answeredLocked(o.started)
 	}
 	g.mu.Unlock()
 	if judge {
@@ -102,10 +112,19 @@ func (g *gate) failed(started time.Time, same, model, message string) {
 	g.show()
 }
 
+// degrade closes the gate of a degraded engine. Called with mu held.
+func (g *gate) degrade() bool {
+	g.resolve(false, func(d *doubt) bool { return d.same == g.equal.same })
+	return g.closeLocked(tripDegraded, proto.EngineDegraded, g.equal.reason())
+}
+
 // reason says what is wrong with a degraded engine.
 func (e *equalErrors) reason() string {
 	if e.pardoned != "" {
 		return "engine fails all lines alike, and nobody else serves " + e.model + ", so they are let fail: " + e.message
+	}
+	if e.route != "" {
+		return fmt.Sprintf("engine has no route %s (%s); is its address right, and does it serve such requests?", e.route, e.message)
 	}
 	return fmt.Sprintf("engine failed %d lines in a row alike: %s", equalLimit, e.message)
 }
@@ -119,13 +138,13 @@ func (g *gate) judge() {
 		g.mu.Lock()
 		switch t := g.trip; {
 		case t != nil && t.kind == tripDegraded && others:
-			t.tries = 0
-		case t != nil && t.kind == tripDegraded && (g.everOK || t.tries >= patience):
+			t.tries, t.until = 0, time.Now().Add(g.retry)
+		case t != nil && t.kind == tripDegraded && (g.proven() || t.tries >= patience):
 			g.equal.pardoned, g.equal.review = g.equal.same, time.Now().Add(g.retry)
 			g.trip = nil
 		case t == nil && others && g.equal.pardoned != "":
 			g.equal.pardoned = ""
-			g.closeLocked(tripDegraded, proto.EngineDegraded, g.equal.reason())
+			g.degrade()
 		}
 		g.mu.Unlock()
 		g.show()

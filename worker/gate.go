@@ -16,7 +16,7 @@ import (
 // gate says whether lines may be run. It watches the engine by probes, and hears from every line how it went.
 //
 // Two things must both be well: what the last probe found, and that no line has tripped the gate since. A trip
-// says why and how it clears:
+// (trip.go) says why and how it clears:
 //
 //	unreached  no connection: by a probe that succeeds
 //	dead       the engine died: by a probe that succeeds after one that failed; where none fails (it is draining,
@@ -35,6 +35,7 @@ type gate struct {
 	found   func(Status)                        // a probe succeeded
 	abort   func(error)                         // let go of what the engine has, for a cause
 	busy    func() int                          // lines in flight
+	inside  func(time.Time) bool                // whether one of them was started before
 	others  func(model string, then func(bool)) // asks whether another ready worker serves a model, and goes on with the answer
 	kick    chan struct{}
 	started time.Time // of the worker
@@ -52,6 +53,8 @@ type gate struct {
 	ended       int       // number of the last probe that ended
 	turn        chan struct{}
 	equal       equalErrors
+	doubts      []*doubt
+	refusals    refusals
 	hang        hangWatch
 	answers     int       // answers that were no sign of trouble
 	down        time.Time // the engine is not up since then, and has answered nothing
@@ -64,28 +67,6 @@ type gate struct {
 
 // lack is a state of a ready engine that gets no lines, and why.
 type lack struct{ state, reason string }
-
-// trip is why lines closed the gate.
-type trip struct {
-	kind   tripKind
-	state  string
-	reason string
-	at     time.Time
-	until  time.Time // not before this a probe or a line may clear it
-	tries  int       // lines that were let through and went alike
-	gauges Gauges    // when it hung
-	failed bool      // a probe has failed since
-}
-
-type tripKind int
-
-const (
-	tripUnreached tripKind = iota
-	tripDead
-	tripDenied
-	tripDegraded
-	tripHung
-)
 
 const (
 	probeTimeout = 5 * time.Second
@@ -224,34 +205,6 @@ func unreachable(engine string, err error) string {
 	return fmt.Sprintf("engine at %s cannot be reached: %v", engine, err)
 }
 
-// clearByProbe clears a trip that a probe may clear. Called with mu held.
-func (g *gate) clearByProbe(begun time.Time, st Status) {
-	t := g.trip
-	if t == nil {
-		return
-	}
-	if st.State != proto.EngineReady {
-		t.failed = true
-		return
-	}
-	if begun.Before(t.at) || t.kind != tripHung && begun.Before(t.until) {
-		return
-	}
-	switch t.kind {
-	case tripUnreached:
-		g.trip = nil
-	case tripDead:
-		if t.failed {
-			g.trip = nil
-		}
-	case tripHung:
-		if t.failed || g.hang.moved(t.gauges, st.Gauges) {
-			g.trip = nil
-			g.hang.reset(begun)
-		}
-	}
-}
-
 // watch says why what the engine has should be let go of, if it should, and trips the gate of a hung one. Called
 // with mu held.
 func (g *gate) watch(now time.Time, st Status, err error) error {
@@ -264,37 +217,6 @@ func (g *gate) watch(now time.Time, st Status, err error) error {
 	}
 	g.tripHung(now, g.stall, st.Gauges)
 	return errHung
-}
-
-// tripHung closes the gate of a hung engine. Called with mu held.
-func (g *gate) tripHung(now time.Time, idle time.Duration, gauges Gauges) {
-	g.hang.reset(now)
-	if g.trip == nil || g.trip.kind != tripHung {
-		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now,
-			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", idle.Round(100*time.Millisecond))}
-	}
-	g.trip.until, g.trip.gauges = now.Add(g.retry), gauges
-}
-
-// stood says whether the engine, as its metrics tell, did nothing at all since a line was started at a time, and
-// closes the gate if so: a line may have less time than the stall timeout.
-func (g *gate) stood(started time.Time) bool {
-	now := time.Now()
-	g.mu.Lock()
-	if g.trip != nil && g.trip.kind == tripHung && g.trip.at.After(started) {
-		g.mu.Unlock()
-		return true // another line has found it
-	}
-	stood := g.status.State == proto.EngineReady && g.status.Gauges.Known && g.last.After(started) &&
-		!g.hang.since.IsZero() && !g.hang.since.After(started) && g.hang.answers == g.answers
-	if stood {
-		g.tripHung(now, now.Sub(started), g.status.Gauges)
-	}
-	g.mu.Unlock()
-	if stood {
-		g.show()
-	}
-	return stood
 }
 
 // watchDown looks after requests in an engine that is not up any more. vLLM that was told to stop may close its port
@@ -354,10 +276,8 @@ func (g *gate) stateLocked() (state, reason string) {
 		return g.idle.state, g.idle.reason
 	case g.trip != nil:
 		return g.trip.state, g.trip.reason
-	case g.equal.pardoned != "":
-		return proto.EngineDegraded, g.equal.reason()
 	}
-	return proto.EngineReady, ""
+	return g.stateWell()
 }
 
 // show logs a change and passes the quota on.
@@ -399,89 +319,11 @@ func (g *gate) without(why lack) {
 	g.mu.Unlock()
 }
 
-// close trips the gate, unless a trip of this kind is in force.
-func (g *gate) close(kind tripKind, state, reason string) {
-	g.mu.Lock()
-	fresh := g.closeLocked(kind, state, reason)
-	g.mu.Unlock()
-	if fresh {
-		g.hurry()
-	}
-	g.show()
-}
-
-// closeLocked says whether the trip is a new one. Called with mu held.
-func (g *gate) closeLocked(kind tripKind, state, reason string) bool {
-	now := time.Now()
-	if t := g.trip; t != nil && (t.kind == kind || t.kind == tripHung) {
-		if kind != tripUnreached && now.After(t.until) { // the line that was let through went the same way
-			t.tries++
-			t.until = now.Add(g.pause(kind))
-			t.reason = reason
-		}
-		return false
-	}
-	g.trip = &trip{kind: kind, state: state, reason: reason, at: now, until: now.Add(g.pause(kind))}
-	return true
-}
-
-// pause is how long the gate stays closed at least. Called with mu held.
-func (g *gate) pause(kind tripKind) time.Duration {
-	switch {
-	case kind == tripDenied && g.everOK && g.trip == nil:
-		return min(time.Second, g.retry) // the key was right before: it may be the line
-	case kind == tripDenied, kind == tripDegraded, kind == tripHung:
-		return g.retry
-	}
-	g.deaths++
-	d := 250 * time.Millisecond
-	if kind == tripDead {
-		d = time.Second // /health still says 200 for up to 0.35 s after the engine's death
-	}
-	return min(d<<min(g.deaths-1, 6), 10*time.Second, g.retry)
-}
-
-// diedSince says whether the engine was found gone at any time after t.
-func (g *gate) diedSince(t time.Time) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.lastBad.After(t) || g.trip != nil && (g.trip.kind == tripDead || g.trip.kind == tripUnreached) && g.trip.at.After(t)
-}
-
-// died closes the gate because a line that was started at a time found the engine dead. When the engine has been
-// found gone and well again meanwhile, nothing is left to wait for. It says whether a probe has found the engine gone.
-func (g *gate) died(started time.Time, reason string) bool {
-	g.mu.Lock()
-	gone := g.lastBad.After(started)
-	if gone && g.status.State == proto.EngineReady && g.trip == nil {
-		g.mu.Unlock()
-		return true
-	}
-	fresh := g.closeLocked(tripDead, proto.EngineWaiting, reason)
-	if gone && g.trip.kind == tripDead {
-		g.trip.failed = true
-	}
-	g.mu.Unlock()
-	if fresh {
-		g.hurry()
-	}
-	g.show()
-	return gone
-}
-
 // answered says whether a line has succeeded of late.
 func (g *gate) answered(within time.Duration) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return !g.lastOK.IsZero() && time.Since(g.lastOK) < within
-}
-
-// knew says whether the engine was known to be dead at a time, and nothing was let through to it.
-func (g *gate) knew(at time.Time) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	t := g.trip
-	return t != nil && t.kind == tripDead && at.After(t.at) && at.Before(t.until)
 }
 
 // serves says whether the engine lists a model.

@@ -106,18 +106,30 @@ func TestDegradedForGood(t *testing.T) {
 	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4; w.RetryEvery = 20 * time.Millisecond })
 	r.reason(proto.EngineDegraded, "alike")
 	f.enter(equalLimit + 2*patience) // it tries on, one by one
-	if got := len(r.wait(equalLimit)); got > equalLimit+4*patience+4 {
-		t.Errorf("%d lines have failed", got)
-	}
 	f.set(func() { f.work = f.ok })
-	by := exactly(t, r.wait(n), n)
+	r.unblamed(n)
+}
+
+// TestDegradedLate: of a worker whose engine was well, those lines fail that show that it is not any more.
+func TestDegradedLate(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	const n = 200
+	r.rival()
+	r.send(request(0))
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.RetryEvery, w.refusal = 8, 20*time.Millisecond, time.Millisecond })
+	r.wait(1)
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.send(requests(n)[1:]...)
+	r.reason(proto.EngineDegraded, "alike")
+	f.enter(len(f.came) + 8 + patience) // it tries on, when nothing else is in flight
+	f.set(func() { f.work = f.ok })
 	failed := 0
-	for _, res := range by {
+	for _, res := range exactly(t, r.wait(n), n) {
 		if !res.OK {
 			failed++
 		}
 	}
-	if failed < equalLimit || failed > n/2 {
+	if failed > equalLimit {
 		t.Errorf("%d lines failed", failed)
 	}
 	r.settled(0)

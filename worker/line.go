@@ -93,6 +93,12 @@ func (l *line) pause(u time.Duration) time.Duration {
 	return jitter(u << min(max(l.deliveries, 1)-1, 6))
 }
 
+// rest is for how long a line waits after its n-th charged attempt, in units of u: a half, four times as long each time,
+// up to 8. A fault of a few seconds must not use up all attempts, and the last line of a job should not wait for long.
+func rest(n int, u time.Duration) time.Duration {
+	return jitter(u / 2 << (2 * min(max(n-1, 0), 2)))
+}
+
 // overdue is how long after its time a line at the engine is still kept.
 const overdue = time.Minute
 

@@ -133,6 +133,10 @@ func (o *outbox) publish(p *parcel) {
 func (o *outbox) remove(m *nats.Msg) *parcel {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	return o.removeLocked(m)
+}
+
+func (o *outbox) removeLocked(m *nats.Msg) *parcel {
 	p := o.out[m]
 	if p == nil {
 		return nil
@@ -148,15 +152,15 @@ func (o *outbox) remove(m *nats.Msg) *parcel {
 
 // stored is called when the broker has a parcel.
 func (o *outbox) stored(m *nats.Msg) {
-	p := o.remove(m)
-	if p == nil {
-		return
-	}
 	o.mu.Lock()
-	if p.tries > 1 {
+	p := o.removeLocked(m)
+	if p != nil && p.tries > 1 {
 		o.quiet = false
 	}
 	o.mu.Unlock()
+	if p == nil {
+		return
+	}
 	p.sent()
 	o.held.say(p.line, verbAck)
 	broker.CrashPoint("worker.after-ack")

@@ -113,7 +113,7 @@ func (s *session) openWatchers() {
 	s.beat = &beat{js: s.Conn.JS, log: s.Log, id: s.id, record: s.record, missing: missing, kick: make(chan struct{}, 1)}
 	s.gate = &gate{engine: s.Engine, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, retry: s.RetryEvery,
 		kick: make(chan struct{}, 1), turn: make(chan struct{}), started: s.began,
-		found: s.found, opened: s.adjust, busy: s.slots.inFlight, others: s.others,
+		found: s.found, opened: s.adjust, busy: s.slots.inFlight, inside: s.slots.older, others: s.others,
 		abort: func(cause error) { s.slots.abort(cause, all) }}
 	f := s.feeder
 	f.nc, f.queues, f.receive, f.rest, f.room = s.nc, s.queues, s.receive, s.received, s.slots.room

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -29,7 +30,6 @@ func (s *session) attempt(l *line) {
 	}
 	s.journal.write()
 	timeout := s.timeout(l)
-	l.started = time.Now()
 	l.until.Store(l.started.Add(timeout + overdue).UnixNano())
 	timer := time.AfterFunc(timeout, func() { l.cancel(context.DeadlineExceeded) }) // a context of its own costs more
 	a, err := s.Engine.Do(l.ctx, l.req)
@@ -45,6 +45,15 @@ func (s *session) attempt(l *line) {
 		s.metrics.seconds.WithLabelValues(l.queue.model).Observe(took.Seconds())
 	}
 	s.settle(&outcome{line: l, verdict: classify(l.req.URL, a, err), answer: a, took: took})
+}
+
+// said is what the engine said, in short.
+func (o *outcome) said() string {
+	status := fmt.Sprintf("HTTP %d", o.answer.Status)
+	if strings.HasPrefix(o.message, status) {
+		return o.message
+	}
+	return status + ": " + o.message
 }
 
 // timeout is the time for one attempt. A line that took too long once gets twice the time.
@@ -80,7 +89,7 @@ func (s *session) settle(o *outcome) {
 		s.done(o)
 	case classPermanent:
 		s.blame(o)
-		s.publish(o.line, s.result(o))
+		s.fail(o)
 	case classRetry:
 		s.blame(o)
 		s.retry(o)
@@ -116,7 +125,10 @@ func (s *session) refuse(o *outcome) {
 	switch o.class {
 	case classBusy:
 		s.limit.refused(time.Now())
+		s.gate.refused(o.said())
 		s.adjust()
+	case classLost:
+		s.gate.refused(o.said())
 	case classDenied:
 		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
 	}
@@ -166,7 +178,24 @@ func (s *session) blame(o *outcome) {
 		s.gate.success(o.started)
 		return
 	}
-	s.gate.failed(o.started, o.same, o.queue.model, o.message)
+	s.gate.failed(o)
+}
+
+// fail ends a line by an error, unless the error turns out to be the engine's: then others may have the line. While
+// that is open, the line takes no slot; see doubt for how many these can be.
+func (s *session) fail(o *outcome) {
+	d := s.gate.doubt(o.same)
+	if d == nil {
+		s.publish(o.line, s.result(o))
+		return
+	}
+	s.waits.Go(func() {
+		if s.gate.believe(s.taking, d, s.grace) {
+			s.publish(o.line, s.result(o))
+			return
+		}
+		s.giveBack(o.line, o.pause(s.refusal), "degraded")
+	})
 }
 
 // result makes the record of how a line ended.
@@ -244,19 +273,23 @@ func (s *session) retry(o *outcome) {
 		most = int64(s.MaxAttempts)
 	}
 	if int64(len(o.req.Attempts))+1 >= most || o.class == classTimeout && o.timeouts() > 0 {
-		s.publish(o.line, s.result(o))
+		s.fail(o)
 		return
 	}
-	s.metrics.retries.WithLabelValues(o.code).Inc()
 	next := *o.req
 	next.Attempts = append(slices.Clone(o.req.Attempts), proto.Attempt{Worker: s.id, Code: o.code,
 		Status: int64(o.answer.Status), Message: o.message, DurationUS: o.took.Microseconds()})
 	s.away(func() {
-		wait(s.taking, backoff(len(next.Attempts))) // a worker that stops does not wait
+		wait(s.taking, rest(len(next.Attempts), s.refusal)) // a worker that stops does not wait
 		if s.control.want(next.Job) == proto.WantCancel {
 			s.drop(o.line)
 			return
 		}
+		if s.gate.condemned(o.same) {
+			s.giveBack(o.line, o.pause(s.refusal), "degraded")
+			return
+		}
+		s.metrics.retries.WithLabelValues(o.code).Inc()
 		s.resend(o.line, &next, func() { s.publish(o.line, s.result(o)) })
 	})
 }

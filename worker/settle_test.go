@@ -6,8 +6,10 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"sync"
 	"testing"
+	"time"
 
 	"millrace/proto"
 )
@@ -132,6 +134,34 @@ func TestAnswers(t *testing.T) {
 			if c.ok && string(got.Body) != ok.Body {
 				t.Errorf("body %s", got.Body)
 			}
+		})
+	}
+}
+
+// TestGlitch: a network or an engine that spoils every answer for a moment costs no line, of however small a job.
+func TestGlitch(t *testing.T) {
+	for name, work := range map[string]func(http.ResponseWriter, *http.Request, string){
+		"reset": cut, "empty": says(200, ""), "garbage": says(200, okBody[:len(okBody)/2]),
+		"torn": func(w http.ResponseWriter, _ *http.Request, _ string) {
+			w.Header().Set("Content-Length", strconv.Itoa(len(okBody)))
+			_, _ = io.WriteString(w, okBody[:len(okBody)/2])
+			panic(http.ErrAbortHandler)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, f := newRig(t), newFake(t)
+			const n = 20
+			f.set(func() { f.work = work })
+			r.send(requests(n)...)
+			r.start(f.engine(), func(w *Worker) { w.refusal = 100 * time.Millisecond })
+			f.enter(n + 1) // one of them comes for the second time
+			f.set(func() { f.work = f.ok })
+			for i, res := range exactly(t, r.wait(n), n) {
+				if !res.OK {
+					t.Errorf("index %d: %+v", i, res)
+				}
+			}
+			r.settled(0)
 		})
 	}
 }

@@ -199,7 +199,7 @@ func TestSimFaults(t *testing.T) {
 	})
 	const n = 300
 	r.Send(worker.Requests(n)...)
-	r.Start(e.client(), func(w *worker.Worker) { w.Concurrency = 32; w.MaxAttempts = 10 })
+	r.Start(e.client(), func(w *worker.Worker) { w.Concurrency = 32; w.MaxAttempts = 10; w.SetRefusal(100 * time.Millisecond) })
 	got := r.Wait(n)
 	allOK(t, got, n)
 	charged := 0

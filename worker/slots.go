@@ -5,6 +5,7 @@ import (
 	"math"
 	"slices"
 	"sync"
+	"time"
 )
 
 // slots runs lines, at most limit at once, and keeps a few more ready so that a slot never waits for the broker.
@@ -165,7 +166,7 @@ func (s *slots) start(l *line) *line {
 		s.running = make(map[*line]struct{})
 	}
 	s.running[l] = struct{}{}
-	l.alone, l.trial = s.single, s.trial
+	l.started, l.alone, l.trial = time.Now(), s.single, s.trial
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
 	if l.suspect() {
 		s.suspects++
@@ -260,6 +261,18 @@ func (s *slots) abort(cause error, match func(*line) bool) int {
 		}
 	}
 	return n
+}
+
+// older says whether a line runs that was started before a time.
+func (s *slots) older(than time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l := range s.running {
+		if l.started.Before(than) {
+			return true
+		}
+	}
+	return false
 }
 
 // inFlight is how many lines run.

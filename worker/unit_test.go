@@ -171,6 +171,23 @@ func TestBackoff(t *testing.T) {
 	}
 }
 
+// TestRest: the attempts of a line are not used up by a fault of some seconds, and the second one comes soon.
+func TestRest(t *testing.T) {
+	var least time.Duration
+	for n, want := range []time.Duration{500 * time.Millisecond, 2 * time.Second, 8 * time.Second, 8 * time.Second} {
+		got := rest(n+1, time.Second)
+		if got < want*4/5 || got > want*6/5 {
+			t.Errorf("%d: %v, want about %v", n+1, got, want)
+		}
+		if n < 3 { // the default is four attempts
+			least += want * 4 / 5
+		}
+	}
+	if least < 8*time.Second || rest(1000, time.Second) > 10*time.Second {
+		t.Errorf("at least %v", least)
+	}
+}
+
 // TestReadError: what engines say of errors, in all its shapes.
 func TestReadError(t *testing.T) {
 	for body, want := range map[string]errorBody{

@@ -11,7 +11,7 @@
 //	session.settle  does what follows from it                                   settle.go
 //	outbox          publishes the result, then acknowledges the request         outbox.go
 //
-// and beside them gate (gate.go, degraded.go, hang.go) says whether the engine can be used, limit how much at once,
+// and beside them gate (gate.go, trip.go, degraded.go, doubt.go, hang.go, refusing.go) says whether the engine can be used, limit how much at once,
 // queues declares streams, control knows what users want of jobs, beat tells the others that we are here.
 package worker
 
@@ -47,8 +47,8 @@ type Worker struct {
 	Registry prometheus.Registerer // nil: none
 	Program  string                // version of the program, for the heartbeat
 
-	grace   time.Duration // see brokenGrace
-	refusal time.Duration // for how long a line is given back at first that the engine refused; 0: 1 s
+	grace   time.Duration // see brokenGrace; an error is in doubt for as long
+	refusal time.Duration // for how long a line is given back at first that the engine refused, see also rest; 0: 1 s
 }
 
 // Run works until take ends and what had been started is finished, or until stop ends. When take ends, no more is

@@ -1,0 +1,79 @@
+package worker
+
+import (
+	"context"
+	"slices"
+	"time"
+)
+
+// doubt is an error of which it must show whether it is the line's or the engine's. The engine's it may be
+//
+//   - while the engine is degraded, and this error is alike (degraded.go): the line is given back at once.
+//   - when the engine has answered no line well since it was last found gone. Then the error waits: until such an
+//     answer comes, which makes it the line's; until the engine is degraded by errors alike, which makes it the
+//     engine's; or until a short time is over, because a job of few lines may have no others to tell by.
+//
+// No more than equalLimit wait. When more are here they are not alike, and the lines differ rather than the engine.
+type doubt struct {
+	same string
+	ours chan bool // gets whether the error is the line's; room for one
+}
+
+// doubt returns nil where an error is the line's for sure.
+func (g *gate) doubt(same string) *doubt {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	d := &doubt{same, make(chan bool, 1)}
+	switch {
+	case g.condemns(same):
+		d.ours <- false
+	case same == "", same == g.equal.pardoned, g.proven(), len(g.doubts) >= equalLimit:
+		return nil
+	default:
+		g.doubts = append(g.doubts, d)
+	}
+	return d
+}
+
+// believe waits until a doubt is over, and says whether the error is the line's. A worker that stops leaves it to others.
+func (g *gate) believe(ctx context.Context, d *doubt, most time.Duration) bool {
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	own := false
+	select {
+	case own = <-d.ours:
+	case <-timer.C:
+		own = true
+	case <-ctx.Done():
+	}
+	g.mu.Lock()
+	g.doubts = slices.DeleteFunc(g.doubts, func(have *doubt) bool { return have == d })
+	g.mu.Unlock()
+	return own
+}
+
+// resolve ends the doubts that match. Called with mu held.
+func (g *gate) resolve(ours bool, match func(*doubt) bool) {
+	g.doubts = slices.DeleteFunc(g.doubts, func(d *doubt) bool {
+		if !match(d) {
+			return false
+		}
+		d.ours <- ours
+		return true
+	})
+}
+
+// proven says whether the engine has answered a line well since it was last found gone. Called with mu held.
+func (g *gate) proven() bool { return g.everOK && g.lastOK.After(g.lastBad) }
+
+// condemns says whether the engine is degraded by errors like this one. Called with mu held.
+func (g *gate) condemns(same string) bool {
+	return same != "" && g.trip != nil && g.trip.kind == tripDegraded && same == g.equal.same
+}
+
+// condemned says whether the engine is degraded by errors like this one.
+func (g *gate) condemned(same string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.condemns(same)
+}

@@ -1,0 +1,167 @@
+package worker
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"millrace/proto"
+)
+
+// TestNoRoute: an engine whose address is wrong lists its models and knows no line's route. It is told of at the first
+// line, and none fails, however many it has had.
+func TestNoRoute(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		rival  bool
+		status int
+		body   string
+	}{
+		{"vLLM", true, 404, `{"detail":"Not Found"}`},
+		{"alone", false, 404, "404 page not found"},
+		{"another method", true, 405, "<html>405 Not Allowed</html>"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r, f := newRig(t), newFake(t)
+			const n = 200
+			f.set(func() { f.work = says(c.status, c.body) })
+			if c.rival {
+				r.rival()
+			}
+			r.send(requests(n)...)
+			r.start(f.engine(), func(w *Worker) {
+				w.Concurrency, w.refusal = 64, time.Millisecond
+				if !c.rival {
+					w.RetryEvery = time.Hour
+				}
+			})
+			r.reason(proto.EngineDegraded, "engine has no route /v1/chat/completions (HTTP "+strconv.Itoa(c.status))
+			if !c.rival {
+				r.settled(n)
+				return
+			}
+			f.enter(64 + patience) // it tries on, when nothing else is in flight
+			f.set(func() { f.work = f.ok })
+			r.unblamed(n)
+		})
+	}
+}
+
+// TestNoRouteOfSome: an engine that does without one of two routes is well; only the lines of that one fail, in
+// whatever order they come.
+func TestNoRouteOfSome(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, body string) {
+			if q.URL.Path == "/v1/embeddings" {
+				say(w, 404, `{"detail":"Not Found"}`)
+				return
+			}
+			say(w, 200, okBody)
+		}
+	})
+	const n = 60
+	reqs := requests(n)
+	for _, q := range reqs[:n/2] {
+		q.URL = "/v1/embeddings"
+	}
+	r.send(reqs...)
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.refusal = 4, time.Millisecond })
+	for i, res := range exactly(t, r.wait(n), n) {
+		if res.OK != (i >= n/2) || !res.OK && (res.Code != proto.CodeInvalidRequest || res.Status != 404) {
+			t.Errorf("index %d: %+v", i, res)
+		}
+	}
+	r.state(proto.EngineReady)
+	r.settled(0)
+}
+
+// TestNoRouteAtAll: a job for a route that nobody has ends.
+func TestNoRouteAtAll(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(404, `{"detail":"Not Found"}`) })
+	r.send(requests(50)...)
+	r.start(f.engine(), func(w *Worker) { w.refusal = time.Millisecond })
+	for _, res := range exactly(t, r.wait(50), 50) {
+		if res.OK || res.Status != 404 || len(res.Attempts) > 0 {
+			t.Fatalf("result %+v", res)
+		}
+	}
+	r.settled(0)
+}
+
+// TestDoubt: errors of an engine that has answered nothing yet wait for its first answer, and end their lines then.
+func TestDoubt(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	release := make(chan struct{})
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, body string) {
+			if strings.Contains(body, `"0"`) {
+				after(release)(w, q, body)
+				return
+			}
+			say(w, 400, recording(t, file032, "err_temperature_9").Body)
+		}
+	})
+	r.send(requests(equalLimit - 1)...)
+	r.start(f.engine(), func(w *Worker) { w.grace = time.Hour })
+	f.enter(equalLimit - 1)
+	if got := len(r.seen()); got > 0 {
+		t.Errorf("%d lines have ended", got)
+	}
+	close(release)
+	for i, res := range exactly(t, r.wait(equalLimit-1), equalLimit-1) {
+		if res.OK != (i == 0) {
+			t.Errorf("index %d: %+v", i, res)
+		}
+	}
+	r.settled(0)
+}
+
+// TestDoubtOfFew: a job of few lines that are all wrong has nothing else to tell by, and ends.
+func TestDoubtOfFew(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.send(requests(3)...)
+	r.start(f.engine())
+	exactly(t, r.wait(3), 3)
+	r.settled(0)
+}
+
+// TestDoubtAtStop: a worker that stops meanwhile leaves the lines to others.
+func TestDoubtAtStop(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.send(requests(3)...)
+	w := r.start(f.engine(), func(w *Worker) { w.grace, w.refusal = time.Hour, time.Millisecond })
+	f.enter(3)
+	w.leave()
+	w.end(t)
+	r.settled(3)
+	if got := len(r.seen()); got > 0 {
+		t.Errorf("%d lines have ended", got)
+	}
+}
+
+// TestNoRouteOrLine: what tells a route that an engine does not have from a line that asks for something it does not have.
+func TestNoRouteOrLine(t *testing.T) {
+	for _, c := range []struct {
+		status int
+		body   string
+		want   bool
+	}{
+		{404, "", true},
+		{404, "<html>404 Not Found</html>", true},
+		{404, `{"detail":"Not Found"}`, true},
+		{405, `{"detail":"Method Not Allowed"}`, true},
+		{404, `{"error":{"message":"Response with id 'x' not found.","type":"invalid_request_error","param":"response_id","code":404}}`, false},
+		{404, recording(t, file032, "err_unknown_model").Body, false},
+		{400, `{"error":{"message":"no","type":"BadRequestError","param":null,"code":400}}`, false},
+	} {
+		if v := classify("/v1/completions", Answer{Status: c.status, Body: []byte(c.body)}, nil); v.noRoute != c.want {
+			t.Errorf("%d %s: no route %v", c.status, c.body, v.noRoute)
+		}
+	}
+}

@@ -1,0 +1,91 @@
+package worker
+
+import (
+	"bytes"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"millrace/proto"
+)
+
+// said collects what a worker logs.
+type said struct {
+	mu  sync.Mutex
+	out bytes.Buffer
+}
+
+func (s *said) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.out.Write(b)
+}
+
+func (s *said) times(text string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return strings.Count(s.out.String(), text)
+}
+
+// TestRefusing: an engine that answers nothing but "not now" is told of, once, until it answers. No line is charged.
+func TestRefusing(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		work   func(http.ResponseWriter, *http.Request, string)
+		reason string
+	}{
+		{"overload", says(503, busyBody), "refuses requests: HTTP 503: The engine is currently busy"},
+		{"rate limit", says(429, "slow down"), "refuses requests: HTTP 429"},
+		{"abort", says(200, lostBody), "refuses requests: HTTP 200: the engine gave the request up"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r, f := newRig(t), newFake(t)
+			f.set(func() { f.work = c.work })
+			r.send(requests(5)...)
+			var log said
+			r.start(f.engine(), func(w *Worker) {
+				w.Concurrency, w.refusal = 2, time.Millisecond
+				w.Log = slog.New(slog.NewTextHandler(&log, nil))
+			})
+			r.reason(proto.EngineWaiting, c.reason)
+			f.enter(len(f.came) + 5) // it tries on
+			f.set(func() { f.work = f.ok })
+			r.unblamed(5)
+			r.state(proto.EngineReady)
+			if n := log.times("refuses requests"); n != 1 {
+				t.Errorf("logged %d times", n)
+			}
+		})
+	}
+}
+
+// TestRefusingBeside: an engine that refuses some while it works on another is busy, and no more than that.
+func TestRefusingBeside(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	release := make(chan struct{})
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, body string) {
+			if strings.Contains(body, `"0"`) {
+				after(release)(w, q, body)
+				return
+			}
+			say(w, 503, busyBody)
+		}
+	})
+	r.send(request(0))
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.refusal, w.RetryEvery = 64, time.Millisecond, time.Millisecond })
+	f.enter(1)
+	r.send(request(1))
+	f.enter(5)
+	if got := r.state(proto.EngineReady); got.Reason != "" {
+		t.Errorf("it is said that %s", got.Reason)
+	}
+	close(release)
+	r.wait(1)
+	r.reason(proto.EngineWaiting, "refuses requests")
+	f.set(func() { f.work = f.ok })
+	r.unblamed(2)
+}
