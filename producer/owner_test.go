@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -23,6 +24,7 @@ func TestRun(t *testing.T) {
 			text := linesOf(300, "a", "b/c", "d")
 			d := scanned(t, Input{Path: file(t, text)})
 			o := w.owner(d)
+			o.AckWait = time.Minute // a slow disk is no reason to hand a line out twice
 			reg := prometheus.NewPedanticRegistry()
 			o.Registry = reg
 			var reports atomic.Int64
