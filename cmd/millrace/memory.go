@@ -23,6 +23,6 @@ func spareHeap() []byte {
 // waiting until there is as much garbage again only makes the process larger.
 func tightHeap() {
 	if !collectorIsSet() {
-		debug.SetGCPercent(50)
+		debug.SetGCPercent(25)
 	}
 }
