@@ -96,8 +96,7 @@ func (c *codec) str(p *string) {
 
 // bytes reads into a part of the message, which is not copied.
 func (c *codec) bytes(p *[]byte) {
-	field(c, p, maxHead+len(*p), appendBytes, msgp.ReadBytesZC)
-	*p = slices.Clip(*p)
+	field(c, p, maxHead+len(*p), appendBytes, readBytes)
 }
 
 func (c *codec) bool(p *bool) { field(c, p, msgp.BoolSize, msgp.AppendBool, msgp.ReadBoolBytes) }
@@ -106,6 +105,11 @@ func (c *codec) int(p *int64) { field(c, p, maxNumber, appendInt, msgp.ReadInt64
 
 func (c *codec) float(p *float64) {
 	field(c, p, maxNumber, msgp.AppendFloat64, msgp.ReadFloat64Bytes)
+}
+
+func readBytes(b []byte) (v, rest []byte, err error) {
+	v, rest, err = msgp.ReadBytesZC(b)
+	return slices.Clip(v), rest, err
 }
 
 func appendBytes(b, v []byte) []byte {

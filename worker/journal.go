@@ -19,8 +19,9 @@ import (
 
 // journal notes where the acknowledgements of held requests go, so that a worker that was killed and is started
 // again gives back at once what its dead process held, instead of leaving it for AckWait. What is received is written
-// when nothing more comes, and before it runs, the rest behind by up to journalLag (giving back what was acknowledged
-// does nothing); nothing is synced: what the system has outlives a kill -9, and after a power cut AckWait serves. A nil journal does nothing.
+// when nothing more lies here, before it runs, and after journalLag at the latest, and so is the rest (giving back what
+// was acknowledged does nothing); nothing is synced: what the system has outlives a kill -9, and after a power cut
+// AckWait serves. A nil journal does nothing.
 //
 // One record a line: "+n reply" was received from the stream that was made at n, "-reply" is done with, "~n m" signs
 // of life were sent at m, with an AckWait of n. Times are Unix nanoseconds of this machine, AckWait is in nanoseconds.

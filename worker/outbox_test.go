@@ -44,7 +44,7 @@ func TestOutboxToldTwice(t *testing.T) {
 	must(t, err)
 	p := &parcel{line: &line{req: request(0), queue: q, key: key{q, 1}}, msg: &nats.Msg{Subject: proto.ResultSubject("j"), Data: data}}
 	o.send(p)
-	o.publish(p) // as run does
+	o.publish(p)                        // as run does
 	told := o.js.PublishAsyncComplete() // is closed when nats.go has told of all that it gave up
 	must(t, r.conn.NC.ForceReconnect())
 	<-told

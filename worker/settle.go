@@ -412,8 +412,11 @@ func (s *session) drop(l *line) {
 	s.held.say(l, verbAck)
 }
 
-// giveBack lets others have a line, after a delay.
+// giveBack lets others have a line, after a delay; at once when this worker stops.
 func (s *session) giveBack(l *line, delay time.Duration, reason string) {
+	if s.taking.Err() != nil {
+		delay = 0
+	}
 	s.metrics.givenBack.WithLabelValues(reason).Inc()
 	s.held.say(l, nak(delay))
 }

@@ -51,7 +51,8 @@ func readEndpoint(dir string) (endpoint, error) {
 // on this machine, or the one at the usual place.
 type brokers struct {
 	conns []*broker.Conn
-	runs  bool // they are runs, which end
+	runs  bool                    // they are runs, which end
+	at    map[string]*broker.Conn // which of them has a job, by its id; set by jobs
 }
 
 func (b *brokers) close() {
@@ -97,9 +98,9 @@ func (a *app) runs(ctx context.Context) *brokers {
 
 // endpoints are those where somebody listens.
 func (a *app) endpoints(ctx context.Context) (es []endpoint) {
-	dirs, _ := filepath.Glob(a.runDir("*")) // the pattern is well formed
+	dirs, _ := os.ReadDir(a.runDir("")) // where there is none, nothing runs
 	for _, dir := range dirs {
-		if e, err := readEndpoint(dir); err == nil && listens(ctx, e.URL) {
+		if e, err := readEndpoint(a.runDir(dir.Name())); err == nil && listens(ctx, e.URL) {
 			es = append(es, e)
 		}
 	}
@@ -130,19 +131,19 @@ func (b *brokers) each(do func(*broker.Conn) error) error {
 	return nil
 }
 
-// jobs lists the jobs of all brokers, the newest first, and who has each.
-func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, at map[string]*broker.Conn, err error) {
-	at = map[string]*broker.Conn{}
+// jobs lists the jobs of all brokers, the newest first.
+func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, err error) {
+	b.at = map[string]*broker.Conn{}
 	err = b.each(func(c *broker.Conn) error {
 		js, err := broker.Jobs(ctx, c.JS)
 		for _, v := range js {
-			at[v.Job.ID] = c
+			b.at[v.Job.ID] = c
 		}
 		all = append(all, js...)
 		return err
 	})
 	slices.SortStableFunc(all, func(x, y broker.JobView) int { return cmp.Compare(y.Job.CreatedMS, x.Job.CreatedMS) })
-	return all, at, err
+	return all, err
 }
 
 // lookup finds the job whose id or name is what, or the only one whose id begins so, and the broker that has it. Where
@@ -176,12 +177,12 @@ func (a *app) find(ctx context.Context, what string) (*broker.Conn, broker.JobVi
 
 // choose finds a job and closes the connections to others than its broker.
 func (b *brokers) choose(ctx context.Context, what string) (v broker.JobView, err error) {
-	all, at, err := b.jobs(ctx)
+	all, err := b.jobs(ctx)
 	if err == nil {
 		v, err = broker.Choose(all, what)
 	}
 	b.conns = slices.DeleteFunc(b.conns, func(c *broker.Conn) bool {
-		other := err != nil || c != at[v.Job.ID]
+		other := err != nil || c != b.at[v.Job.ID]
 		if other {
 			c.Close()
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"log/slog"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"millrace/broker"
@@ -28,7 +29,7 @@ func TestRunsTakeNoLock(t *testing.T) {
 
 // TestRunsOfAnotherToken: a port that is another broker's by now is not a run.
 func TestRunsOfAnotherToken(t *testing.T) {
-	a := &app{data: t.TempDir(), log: slog.New(slog.DiscardHandler)}
+	a := &app{data: filepath.Join(t.TempDir(), "[x"), log: slog.New(slog.DiscardHandler)}
 	srv := &broker.Server{Dir: t.TempDir(), Addr: "127.0.0.1:0", Token: newToken(), Log: a.log}
 	if err := srv.Start(t.Context()); err != nil {
 		t.Fatal(err)

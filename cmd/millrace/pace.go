@@ -21,6 +21,9 @@ const paceWindow = time.Minute
 
 // add notes how far a job is.
 func (p *pace) add(now time.Time, lines, tokens int64) {
+	if len(p.looks) > 0 && lines < p.looks[0].lines { // the aggregator lost what it had, and counts anew
+		*p = pace{}
+	}
 	n := len(p.looks)
 	p.moved = p.moved || n > 0 && lines != p.looks[0].lines
 	if n == 0 || now.Sub(p.looks[n-1].when) >= time.Second {
@@ -44,7 +47,8 @@ func (p *pace) say(now time.Time, lines, tokens, left int64) string {
 	per := float64(lines-old.lines) / d.Seconds()
 	s := fmt.Sprintf(", %.1f lines/s, %.0f output tok/s in the last %s", per, float64(tokens-old.tokens)/d.Seconds(), span(d))
 	if per > 0 {
-		s += fmt.Sprintf(", %s left", span(time.Duration(float64(left)/per*float64(time.Second))))
+		secs := min(float64(left)/per, (100 * 365 * 24 * time.Hour).Seconds())
+		s += fmt.Sprintf(", %s left", span(time.Duration(secs*float64(time.Second))))
 	}
 	return s
 }

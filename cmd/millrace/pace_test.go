@@ -37,4 +37,7 @@ func TestPace(t *testing.T) {
 	if n := len(p.looks); n > 62 {
 		t.Errorf("%d looks are kept", n)
 	}
+	p.add(at(171), 10, 100) // the results are folded anew
+	p.add(at(172), 20, 200)
+	is(172, 20, 1<<40, ", 10.0 lines/s, 100 output tok/s in the last 1s, 876000h left")
 }

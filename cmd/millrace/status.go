@@ -180,7 +180,7 @@ func (a *app) list(ctx context.Context, job string) (*brokers, []broker.JobView,
 	if err != nil {
 		return nil, nil, err
 	}
-	jobs, _, err := b.jobs(ctx)
+	jobs, err := b.jobs(ctx)
 	if err != nil {
 		b.close()
 	}
@@ -190,13 +190,16 @@ func (a *app) list(ctx context.Context, job string) (*brokers, []broker.JobView,
 // look makes the overview of jobs that were read.
 func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, error) {
 	o := &overview{Jobs: []jobRow{}, Workers: []workerRow{}, Queues: []queueRow{}}
-	var ws []proto.Worker
+	ws := map[*broker.Conn][]proto.Worker{}
 	err := b.each(func(c *broker.Conn) error {
 		some, err := broker.Workers(ctx, c.JS)
 		if err != nil {
 			return err
 		}
-		ws = append(ws, some...)
+		ws[c] = some
+		for _, w := range some {
+			o.Workers = append(o.Workers, workerRow{w.ID, w.Host, w.Engine, w.Version, w.Models, w.State, w.Reason, w.Limit, w.InFlight, w.Held, w.OK, w.Failed})
+		}
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
 			o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
@@ -206,13 +209,10 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	if err != nil {
 		return nil, err
 	}
-	for _, w := range ws {
-		o.Workers = append(o.Workers, workerRow{w.ID, w.Host, w.Engine, w.Version, w.Models, w.State, w.Reason, w.Limit, w.InFlight, w.Held, w.OK, w.Failed})
-	}
 	for i := range jobs {
 		r := rowOfJob(&jobs[i])
 		if r.Note == "" && r.State == broker.StateRunning {
-			r.Note = unserved(&jobs[i], ws)
+			r.Note = unserved(&jobs[i], ws[b.at[r.ID]])
 		}
 		o.Jobs = append(o.Jobs, r)
 	}
