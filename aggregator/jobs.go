@@ -167,6 +167,15 @@ func (s *state) same(j *job, spec *proto.Job) error {
 	return nil
 }
 
+// told is a job's spec as the broker has it.
+func (s *state) told(j *job) *proto.Job {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	spec := *j.spec
+	spec.After = j.after
+	return &spec
+}
+
 // forget drops the job under whose key a marker of that time (the broker's, Unix ns) says that it was removed. It
 // returns false when there is no such job, or when the marker is that of the one before it: a broker that came back
 // with an older disk does not have its spec.

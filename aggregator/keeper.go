@@ -367,7 +367,10 @@ func (k *keeper) expire(ctx context.Context, old []*job) {
 		if k.t.s.job(j.spec.ID) != j {
 			continue // one of the same id was created since
 		}
-		err := broker.Remove(ctx, k.t.a.Conn.JS, broker.JobView{Job: *j.spec})
+		err := broker.Expire(ctx, k.t.a.Conn.JS, k.t.s.told(j))
+		if errors.Is(err, broker.ErrNoJob) {
+			continue // likewise, and it is not heard of yet
+		}
 		k.said.warn(k.t.log, "a finished job cannot be forgotten; trying again", err)
 		if err == nil {
 			k.t.s.discard(j)

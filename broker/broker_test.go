@@ -429,3 +429,68 @@ func TestDoctorOfWorkers(t *testing.T) {
 		t.Errorf("nothing is said of %v", mend)
 	}
 }
+
+// racing is a broker whose jobs change right after they were read.
+type racing struct {
+	jetstream.JetStream
+	then func()
+}
+
+type racingKV struct {
+	jetstream.KeyValue
+	then func()
+}
+
+func (r racing) KeyValue(ctx context.Context, bucket string) (jetstream.KeyValue, error) {
+	kv, err := r.JetStream.KeyValue(ctx, bucket)
+	return racingKV{kv, r.then}, err
+}
+
+func (r racingKV) Get(ctx context.Context, key string) (jetstream.KeyValueEntry, error) {
+	defer r.then()
+	return r.KeyValue.Get(ctx, key)
+}
+
+// TestExpire: what expires is the job that was looked at, never one that was created again under its id.
+func TestExpire(t *testing.T) {
+	c := start(t, &broker.Server{})
+	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(after int64) {
+		b, err := (&proto.Job{ID: "j", After: after}).Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range []string{proto.JobKey("j"), proto.FeedKey("j")} {
+			if _, err := kv.Put(t.Context(), key, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	left := func() (n int) {
+		for _, key := range []string{proto.JobKey("j"), proto.FeedKey("j")} {
+			if _, err := kv.Get(t.Context(), key); err == nil {
+				n++
+			}
+		}
+		return n
+	}
+	put(2)
+	if err := broker.Expire(t.Context(), c.JS, &proto.Job{ID: "j", After: 1}); !errors.Is(err, broker.ErrNoJob) || left() != 2 {
+		t.Errorf("created again before: %v, %d keys left", err, left())
+	}
+	again := racing{c.JS, func() { put(3) }}
+	if err := broker.Expire(t.Context(), again, &proto.Job{ID: "j", After: 2}); !errors.Is(err, broker.ErrNoJob) || left() != 2 {
+		t.Errorf("created again meanwhile: %v, %d keys left", err, left())
+	}
+	for range 2 { // the second time it is gone
+		if err := broker.Expire(t.Context(), c.JS, &proto.Job{ID: "j", After: 3}); err != nil || left() != 0 {
+			t.Errorf("%v, %d keys left", err, left())
+		}
+	}
+}

@@ -241,10 +241,21 @@ func distrusted(err error) bool {
 	return errors.As(err, &ce)
 }
 
-// alerted says whether the broker ended the TLS handshake: with TLS 1.3 that is heard at the first reading after it.
+// alerted says whether the broker ended the TLS handshake because of what we offer it (40 to 49: handshake, certificate
+// and authority) or do not (116: certificate): with TLS 1.3 that is heard at the first reading after it. Other alerts
+// may be passing. The type of an alert is crypto/tls's own; its text is that of an AlertError.
 func alerted(err error) bool {
 	var oe *net.OpError
-	return errors.As(err, &oe) && oe.Op == "remote error"
+	if !errors.As(err, &oe) || oe.Op != "remote error" {
+		return false
+	}
+	is := func(n tls.AlertError) bool { return oe.Err.Error() == n.Error() }
+	for n := tls.AlertError(40); n <= 49; n++ {
+		if is(n) {
+			return true
+		}
+	}
+	return is(116)
 }
 
 // remedy is what to do about such an error.

@@ -232,8 +232,53 @@ func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	if err != nil {
 		return explain("open bucket "+proto.JobsBucket, err)
 	}
-	id := v.Job.ID
-	for _, m := range v.Job.Models {
+	if err := clean(ctx, js, kv, &v.Job); err != nil {
+		return err
+	}
+	key := proto.JobKey(v.Job.ID) // last, so that what failed can be done again
+	if err := kv.Purge(ctx, key); err != nil {
+		return explain("remove "+key, err)
+	}
+	return nil
+}
+
+// Expire is Remove for a job that may have been removed and created again meanwhile, which Job.After tells: that one
+// stays, and the error is ErrNoJob. The spec goes first, if it is still the one that was looked at.
+func Expire(ctx context.Context, js jetstream.JetStream, job *proto.Job) error {
+	kv, err := js.KeyValue(ctx, proto.JobsBucket)
+	if err != nil {
+		return explain("open bucket "+proto.JobsBucket, err)
+	}
+	key := proto.JobKey(job.ID)
+	e, err := kv.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) { // it is removed, but perhaps not all of it
+		return clean(ctx, js, kv, job)
+	}
+	if err != nil {
+		return explain("read "+key, err)
+	}
+	other := fmt.Errorf("%w: %s was created again", ErrNoJob, job.ID)
+	var have proto.Job
+	if err := have.Decode(e.Value()); err != nil {
+		return fmt.Errorf("read %s: %w", key, err)
+	}
+	if have.After != job.After {
+		return other
+	}
+	err = kv.Purge(ctx, key, jetstream.LastRevision(e.Revision()))
+	if wrong := (*jetstream.APIError)(nil); errors.As(err, &wrong) && wrong.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence {
+		return other
+	}
+	if err != nil {
+		return explain("remove "+key, err)
+	}
+	return clean(ctx, js, kv, job)
+}
+
+// clean removes what there is of a job beside its spec.
+func clean(ctx context.Context, js jetstream.JetStream, kv jetstream.KeyValue, job *proto.Job) error {
+	id := job.ID
+	for _, m := range job.Models {
 		if err := Purge(ctx, js, proto.RequestStream(m.Model), proto.RequestFilter(m.Model, id)); err != nil {
 			return err
 		}
@@ -243,12 +288,12 @@ func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	}
 	os, err := js.ObjectStore(ctx, proto.InputsBucket)
 	if err == nil {
-		err = os.Delete(ctx, cmp.Or(v.Job.Object, id)) // it may lie there before the job says so
+		err = os.Delete(ctx, cmp.Or(job.Object, id)) // it may lie there before the job says so
 	}
 	if err != nil && !errors.Is(err, jetstream.ErrObjectNotFound) && !errors.Is(err, jetstream.ErrBucketNotFound) {
 		return explain("remove the input's copy", err)
 	}
-	for _, key := range []string{proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id), proto.JobKey(id)} {
+	for _, key := range []string{proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id)} {
 		if err := kv.Purge(ctx, key); err != nil {
 			return explain("remove "+key, err)
 		}

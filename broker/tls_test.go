@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"io"
 	"math/big"
 	"net"
 	"os"
@@ -152,5 +153,36 @@ func TestTLS(t *testing.T) {
 				refused(t, stranger, "--tls-ca")
 			}
 		})
+	}
+}
+
+// TestAlerts: an alert that says nothing of us is waited for, and one that does is not.
+func TestAlerts(t *testing.T) {
+	ca := newAuthority(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	came := make(chan byte, 10)
+	go func() {
+		for _, alert := range []byte{80, 90, 40} { // internal error, user canceled, handshake failure
+			nc, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(nc, `INFO {"server_id":"x","max_payload":1048576,"tls_required":true}`+"\r\n")
+			_, _ = nc.Read(make([]byte, 4096)) // the hello
+			_, _ = nc.Write([]byte{21, 3, 3, 0, 2, 2, alert})
+			_, _ = io.Copy(io.Discard, nc)
+			nc.Close()
+			came <- alert
+		}
+	}()
+	refused(t, broker.Access{URL: "tls://" + ln.Addr().String(), TLSCA: ca.file}, "--tls-cert")
+	for _, want := range []byte{80, 90, 40} {
+		if got := <-came; got != want {
+			t.Errorf("alert %d, want %d", got, want)
+		}
 	}
 }

@@ -56,7 +56,8 @@ func (c *limited) Read(p []byte) (int, error) {
 func (c *conn) interrupt() { _ = c.SetDeadline(time.Unix(1, 0)) } // it fails where the connection is closed
 
 // exchange sends a request and reads the answer. Again says that the connection had ended since it was last used, and
-// that not one byte was written.
+// that not one byte was written. Where that is so on a new connection and no answer comes, the error is as if it could
+// not be dialled: the engine never had the request.
 func (c *conn) exchange(p *prefix, r *proto.Request) (a Answer, again bool, err error) {
 	n, wrong := c.send(p, r)
 	switch {
@@ -72,6 +73,9 @@ func (c *conn) exchange(p *prefix, r *proto.Request) (a Answer, again bool, err 
 	c.reusable = c.reusable && wrong == nil
 	if err != nil && wrong != nil && a.Status == 0 {
 		err = wrong
+		if n == 0 {
+			err = &net.OpError{Op: "dial", Net: "tcp", Err: wrong}
+		}
 	}
 	return a, false, err
 }

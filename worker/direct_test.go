@@ -338,6 +338,9 @@ func TestDirectGone(t *testing.T) {
 	}
 	h, err = NewHTTP("http://no.such.host.invalid", "")
 	must(t, err)
+	h.dial(&net.Dialer{Resolver: &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		return nil, errors.New("no resolver")
+	}}})
 	if a, err := h.Do(t.Context(), request(1)); classify("", a, err).class != classUnreached {
 		t.Error(err)
 	}
@@ -373,6 +376,25 @@ func TestDirectUntouched(t *testing.T) {
 	}
 	if got := f.enter(2); len(f.came) != 0 {
 		t.Errorf("%q came, and more", got)
+	}
+}
+
+// TestDirectUnwritten: an engine to which not one byte went never had the request, unless it says something.
+func TestDirectUnwritten(t *testing.T) {
+	for says, want := range map[string]class{"": classUnreached, "HTTP/1.1 200": classUnreached, small: classRetry} {
+		e := newRaw(t, false, func(_ *raw, nc net.Conn, r *bufio.Reader) {
+			_, _ = r.ReadByte() // until there is nothing to come
+			_, _ = io.WriteString(nc, says)
+		})
+		nc, err := net.Dial("tcp", e.addr)
+		must(t, err)
+		must(t, nc.(*net.TCPConn).CloseWrite())
+		c := newConn(nc)
+		a, again, err := c.exchange(e.direct().direct.prefix(request(0)), request(0))
+		if v := classify("", a, err); v.class != want || again || (err == nil) != (says == small) {
+			t.Errorf("%q: %v: HTTP %d, again %v, %v", says, v.class, a.Status, again, err)
+		}
+		c.Close()
 	}
 }
 

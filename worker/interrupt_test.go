@@ -26,14 +26,18 @@ func TestInterrupted(t *testing.T) {
 	for _, stage := range []string{"before", "dialling", "writing", "waiting", "head", "body", "chunks"} {
 		for _, cause := range []error{errCancelled, context.DeadlineExceeded, nil} { // nil: a deadline of the context's own
 			for _, way := range []string{"direct", "net/http"} {
-				t.Run(stage, func(t *testing.T) { testInterrupted(t, stage, cause, way) })
+				t.Run(stage, func(t *testing.T) {
+					for limit := 10 * time.Millisecond; !testInterrupted(t, stage, cause, way, limit); limit *= 2 {
+					}
+				})
 			}
 		}
 	}
 }
 
-func testInterrupted(t *testing.T, stage string, cause error, way string) {
-	there, over := make(chan struct{}, 1), make(chan struct{})
+// testInterrupted says whether the stage was reached within the limit, which is that of a context with a deadline.
+func testInterrupted(t *testing.T, stage string, cause error, way string, limit time.Duration) bool {
+	there, over := make(chan time.Time, 1), make(chan struct{})
 	e := newRaw(t, true, func(e *raw, nc net.Conn, r *bufio.Reader) {
 		if stage == "writing" {
 			_, _ = r.ReadByte() // the client has begun, and cannot end
@@ -44,7 +48,7 @@ func testInterrupted(t *testing.T, stage string, cause error, way string) {
 			"head":   "HTTP/1.1 200 OK\r\nConte",
 			"body":   "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi",
 			"chunks": "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"}[stage])
-		there <- struct{}{}
+		there <- time.Now()
 		<-over
 	})
 	defer close(over)
@@ -55,36 +59,49 @@ func testInterrupted(t *testing.T, stage string, cause error, way string) {
 		q.Body = []byte(strings.Repeat("x", directBody))
 	case "dialling":
 		h.dial(&net.Dialer{ControlContext: func(ctx context.Context, _, _ string, _ syscall.RawConn) error {
-			there <- struct{}{}
+			there <- time.Now()
 			<-ctx.Done()
 			return ctx.Err()
 		}})
 	case "before":
-		there <- struct{}{}
+		there <- time.Now()
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
 	want := cause
 	if cause == nil {
 		var stop context.CancelFunc
-		ctx, stop = context.WithTimeout(ctx, 10*time.Millisecond)
+		ctx, stop = context.WithTimeout(ctx, limit)
 		defer stop()
 		want = context.DeadlineExceeded
 	}
-	end := func() {
-		<-there
-		if cause != nil {
-			cancel(cause)
-		}
-	}
-	if stage == "before" {
-		end()
-		if cause == nil {
-			<-ctx.Done()
-		}
-	} else {
-		go end()
+	switch {
+	case cause == nil && stage == "before":
+		<-ctx.Done()
+	case cause == nil:
+	case stage == "before":
+		cancel(cause)
+	default:
+		go func() {
+			select {
+			case <-there:
+				cancel(cause)
+			case <-over:
+			}
+		}()
 	}
 	a, err := h.Do(ctx, q)
+	if cause == nil {
+		end, _ := ctx.Deadline()
+		select {
+		case at := <-there:
+			if at.After(end) {
+				return false
+			}
+		default:
+			return false
+		}
+	}
 	if !errors.Is(err, want) || context.Cause(ctx) != want {
 		t.Errorf("%s: HTTP %d, %v, want %v", way, a.Status, err, want)
 	}
@@ -101,6 +118,7 @@ func testInterrupted(t *testing.T, stage string, cause error, way string) {
 			t.Errorf("%s: %d idle connections", way, n)
 		}
 	}
+	return true
 }
 
 // TestEarlyAnswer: an engine that answers before it has read, and does not read, is heard.

@@ -151,11 +151,29 @@ func TestGlitch(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r, f := newRig(t), newFake(t)
 			const n = 20
-			f.set(func() { f.work = work })
+			var mu sync.Mutex
+			spoilt, all := map[string]int{}, 0
+			glitch := func(b string) bool { // until one of them has come for the second time
+				mu.Lock()
+				defer mu.Unlock()
+				if all > n || spoilt[b] > 1 {
+					return false
+				}
+				spoilt[b]++
+				all++
+				return true
+			}
+			f.set(func() {
+				f.work = func(w http.ResponseWriter, q *http.Request, b string) {
+					if glitch(b) {
+						work(w, q, b)
+					} else {
+						f.ok(w, q, b)
+					}
+				}
+			})
 			r.send(requests(n)...)
 			r.start(f.engine(), func(w *Worker) { w.refusal = 100 * time.Millisecond })
-			f.enter(n + 1) // one of them comes for the second time
-			f.set(func() { f.work = f.ok })
 			for i, res := range exactly(t, r.wait(n), n) {
 				if !res.OK {
 					t.Errorf("index %d: %+v", i, res)
