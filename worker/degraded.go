@@ -68,11 +68,11 @@ func (e *equalErrors) pardons(same string) bool {
 
 // pardon lets lines fail by such errors. What is said of it stays, though the next lines fail in other words.
 func (e *equalErrors) pardon(proven bool) {
-	how := "alike, "
+	how := " alike"
 	if !proven && e.n < equalLimit {
 		how = ""
 	}
-	e.why = "engine fails all lines " + how + "and nobody else serves " + e.model + ", so they are let fail: " + e.message
+	e.why = "engine fails all lines" + how + ", and nobody else serves " + e.model + ", so they are let fail: " + e.message
 	e.pardoned, e.allowed = e.same, !proven
 }
 
