@@ -36,7 +36,7 @@ type verdict struct {
 	class   class
 	code    string // of proto; empty where the line does not end by it
 	message string
-	same    string // equal for errors that are alike but for numbers and quoted text
+	same    string // equal for errors that are alike, see there
 	noRoute bool   // it does not look like the line's fault but as if the engine had no such route
 	finish  string
 	id      string        // the engine's id of the answer
@@ -211,7 +211,8 @@ func retryAfter(h http.Header) time.Duration {
 	return min(time.Duration(s*float64(time.Second)), 5*time.Minute)
 }
 
-var varying = regexp.MustCompile("`[^`]*`|'[^']*'|\"[^\"]*\"|[0-9]+")
+var varying = regexp.MustCompile("`[^`]*`|'[^']*'|\"[^\"]*\"|[\\w-]*[0-9][\\w-]*")
 
-// alike removes from a message what differs between two lines with the same mistake.
+// alike removes from a message what differs between two lines with the same mistake: quoted text, numbers, and words
+// that contain a digit, as a request's id does.
 func alike(message string) string { return varying.ReplaceAllString(message, "#") }

@@ -275,3 +275,22 @@ func FuzzClassify(f *testing.F) {
 		maxTokens(b)
 	})
 }
+
+// TestAlikeWords: what tells two lines with the same mistake apart is not the mistake.
+func TestAlikeWords(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		want bool
+	}{
+		{"at most 5 tokens", "at most 812 tokens", true},
+		{"no tool `f`", "no tool `g`", true},
+		{"request 7f3a-bc01 failed", "request c-0-ffee failed", true},
+		{"chatcmpl-9f3: no", "chatcmpl-a2e: no", true},
+		{"no tool", "no schema", false},
+		{"3 tools", "3 schemas", false},
+	} {
+		if got := alike(c.a) == alike(c.b); got != c.want {
+			t.Errorf("%s, %s: alike %v", c.a, c.b, got)
+		}
+	}
+}

@@ -10,9 +10,10 @@ import (
 // A mispointed worker must not turn a million lines into errors faster than the healthy ones answer; and a job whose
 // every line is wrong must still end. The rule, in one place:
 //
-//   - equalLimit errors in a row that are alike (status, code, message but for numbers and quoted text), permanent or
-//     charged, without one success in between, close the gate: the engine is degraded. One is enough where an engine
-//     that is not proven (doubt.go) does not have the route of a line.
+//   - equalLimit errors in a row that are alike (status, code, message but for quoted text and words with digits),
+//     permanent or charged, without one success in between, close the gate: the engine is degraded.
+//   - Of an engine that is not proven (doubt.go) all errors count as alike, here and below: nothing tells yet that it
+//     is not the engine which fails each line in another way. And one is enough where it does not have a line's route.
 //   - While it is closed, lines that fail alike are given back uncharged, and so are those that were in doubt.
 //   - It opens again at once when the engine is proven and no other ready worker serves the model: then it is rather
 //     the lines that are wrong, and nobody else would do better.
@@ -28,11 +29,14 @@ import (
 // What was already published stays: nobody asks for those lines again.
 type equalErrors struct {
 	same     string
-	model    string // of the last line
-	message  string // of the last line
-	route    string // of the last line, where an engine that is not proven does not have it
-	n        int
-	pardoned string
+	model    string    // of the last line
+	message  string    // of the last line
+	route    string    // of the last line, where an engine that is not proven does not have it
+	n        int       // errors in a row that are the same
+	all      int       // errors in a row, of whatever kind, of an engine that is not proven
+	pardoned string    // for what error the gate was opened
+	allowed  bool      // it was opened for all errors: the engine was not proven
+	why      string    // what is said meanwhile
 	review   time.Time // not before this it is asked again whether the pardon stands
 }
 
@@ -51,7 +55,25 @@ func (e *equalErrors) add(o *outcome, proven bool) bool {
 		e.route = o.req.URL
 	}
 	e.n++
-	return (e.n >= equalLimit || e.route != "") && o.same != e.pardoned
+	if e.all++; proven {
+		e.all = 0
+	}
+	return (max(e.n, e.all) >= equalLimit || e.route != "") && !e.pardons(o.same)
+}
+
+// pardons says whether the gate was opened for errors like this one.
+func (e *equalErrors) pardons(same string) bool {
+	return e.pardoned != "" && (e.allowed || same == e.pardoned)
+}
+
+// pardon lets lines fail by such errors. What is said of it stays, though the next lines fail in other words.
+func (e *equalErrors) pardon(proven bool) {
+	how := " alike"
+	if !proven && e.n < equalLimit {
+		how = ""
+	}
+	e.why = "engine fails all lines" + how + ", and nobody else serves " + e.model + ", so they are let fail: " + e.message
+	e.pardoned, e.allowed = e.same, !proven
 }
 
 // success is called for each line, started at a time, that the engine answered well.
@@ -59,7 +81,7 @@ func (g *gate) success(started time.Time) {
 	g.mu.Lock()
 	g.everOK, g.lastOK = true, time.Now()
 	g.equal = equalErrors{}
-	g.resolve(true, func(*doubt) bool { return true })
+	g.resolve(true)
 	told := g.heard()
 	open := g.answeredLocked(started) || told
 	g.mu.Unlock()
@@ -87,13 +109,14 @@ func (g *gate) failed(o *outcome) {
 	g.mu.Lock()
 	g.heard()
 	t := g.trip
-	alike := o.same == g.equal.same
-	tooMany := g.equal.add(o, g.proven())
+	proven := g.proven()
+	alike := o.same == g.equal.same || !proven
+	tooMany := g.equal.add(o, proven)
 	judge := false
 	switch now := time.Now(); {
 	case t == nil && tooMany:
 		judge = g.degrade()
-	case t == nil && o.same == g.equal.pardoned && now.After(g.equal.review):
+	case t == nil && g.equal.pardons(o.same) && now.After(g.equal.review):
 		g.equal.review = now.Add(g.retry)
 		judge = true
 	case t != nil && t.kind == tripDegraded && alike:
@@ -103,7 +126,9 @@ func (g *gate) failed(o *outcome) {
 			judge = true
 		}
 	default:
-		g.answeredLocked(o.started)
+		if g.answeredLocked(o.started) && tooMany {
+			judge = g.degrade()
+		}
 	}
 	g.mu.Unlock()
 	if judge {
@@ -112,19 +137,23 @@ func (g *gate) failed(o *outcome) {
 	g.show()
 }
 
-// degrade closes the gate of a degraded engine. Called with mu held.
+// degrade closes the gate of a degraded engine. What is in doubt is so because the engine is not proven. Called with
+// mu held.
 func (g *gate) degrade() bool {
-	g.resolve(false, func(d *doubt) bool { return d.same == g.equal.same })
+	g.resolve(false)
 	return g.closeLocked(tripDegraded, proto.EngineDegraded, g.equal.reason())
 }
 
 // reason says what is wrong with a degraded engine.
 func (e *equalErrors) reason() string {
 	if e.pardoned != "" {
-		return "engine fails all lines alike, and nobody else serves " + e.model + ", so they are let fail: " + e.message
+		return e.why
 	}
 	if e.route != "" {
 		return fmt.Sprintf("engine has no route %s (%s); is its address right, and does it serve such requests?", e.route, e.message)
+	}
+	if e.n < equalLimit && e.all >= equalLimit {
+		return fmt.Sprintf("engine failed %d lines in a row, the last: %s", e.all, e.message)
 	}
 	return fmt.Sprintf("engine failed %d lines in a row alike: %s", equalLimit, e.message)
 }
@@ -140,10 +169,11 @@ func (g *gate) judge() {
 		case t != nil && t.kind == tripDegraded && others:
 			t.tries, t.until = 0, time.Now().Add(g.retry)
 		case t != nil && t.kind == tripDegraded && (g.proven() || t.tries >= patience):
-			g.equal.pardoned, g.equal.review = g.equal.same, time.Now().Add(g.retry)
+			g.equal.pardon(g.proven())
+			g.equal.review = time.Now().Add(g.retry)
 			g.trip = nil
 		case t == nil && others && g.equal.pardoned != "":
-			g.equal.pardoned = ""
+			g.equal.pardoned, g.equal.allowed = "", false
 			g.degrade()
 		}
 		g.mu.Unlock()

@@ -8,14 +8,13 @@ import (
 
 // doubt is an error of which it must show whether it is the line's or the engine's. The engine's it may be
 //
-//   - while the engine is degraded, and this error is alike (degraded.go): the line is given back at once.
-//   - when the engine has answered no line well since it was last found gone. Then the error waits: until such an
-//     answer comes, which makes it the line's; until the engine is degraded by errors alike, which makes it the
-//     engine's; or until a short time is over, because a job of few lines may have no others to tell by.
+//   - while the engine is degraded, and this error condemns it as well (degraded.go): the line is given back at once.
+//   - when the engine has answered no line well since it was last found gone: it is not proven. Then the error waits:
+//     until such an answer comes, which makes it the line's; until the engine is degraded, which makes it the engine's;
+//     or until a short time is over, because a job of few lines may have no others to tell by.
 //
-// No more than equalLimit wait. When more are here they are not alike, and the lines differ rather than the engine.
+// About equalLimit wait at most: so many errors, of whatever kind, degrade an engine that is not proven.
 type doubt struct {
-	same string
 	ours chan bool // gets whether the error is the line's; room for one
 }
 
@@ -23,11 +22,11 @@ type doubt struct {
 func (g *gate) doubt(same string) *doubt {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	d := &doubt{same, make(chan bool, 1)}
+	d := &doubt{make(chan bool, 1)}
 	switch {
 	case g.condemns(same):
 		d.ours <- false
-	case same == "", same == g.equal.pardoned, g.proven(), len(g.doubts) >= equalLimit:
+	case same == "", g.equal.pardons(same), g.proven():
 		return nil
 	default:
 		g.doubts = append(g.doubts, d)
@@ -49,29 +48,31 @@ func (g *gate) believe(ctx context.Context, d *doubt, most time.Duration) bool {
 	g.mu.Lock()
 	g.doubts = slices.DeleteFunc(g.doubts, func(have *doubt) bool { return have == d })
 	g.mu.Unlock()
+	select {
+	case own = <-d.ours: // it came in the same moment, and counts
+	default:
+	}
 	return own
 }
 
-// resolve ends the doubts that match. Called with mu held.
-func (g *gate) resolve(ours bool, match func(*doubt) bool) {
-	g.doubts = slices.DeleteFunc(g.doubts, func(d *doubt) bool {
-		if !match(d) {
-			return false
-		}
+// resolve ends all doubts. Called with mu held.
+func (g *gate) resolve(ours bool) {
+	for _, d := range g.doubts {
 		d.ours <- ours
-		return true
-	})
+	}
+	g.doubts = nil
 }
 
 // proven says whether the engine has answered a line well since it was last found gone. Called with mu held.
 func (g *gate) proven() bool { return g.everOK && g.lastOK.After(g.lastBad) }
 
-// condemns says whether the engine is degraded by errors like this one. Called with mu held.
+// condemns says whether the engine is degraded by errors like this one; by any, while it is not proven. Called with mu
+// held.
 func (g *gate) condemns(same string) bool {
-	return same != "" && g.trip != nil && g.trip.kind == tripDegraded && same == g.equal.same
+	return same != "" && g.trip != nil && g.trip.kind == tripDegraded && (same == g.equal.same || !g.proven())
 }
 
-// condemned says whether the engine is degraded by errors like this one.
+// condemned is condemns for those who do not hold mu.
 func (g *gate) condemned(same string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()

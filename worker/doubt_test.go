@@ -1,9 +1,11 @@
 package worker
 
 import (
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -128,6 +130,98 @@ func TestDoubtOfFew(t *testing.T) {
 	r.start(f.engine())
 	exactly(t, r.wait(3), 3)
 	r.settled(0)
+}
+
+// TestDoubtOfUnlike: an engine that has answered no line well is not believed because it fails each in another way,
+// as long as another worker is there: no line fails.
+func TestDoubtOfUnlike(t *testing.T) {
+	for _, c := range []struct {
+		name, reason string
+		words        func(n int64) string
+	}{
+		{"ids", "in a row alike: HTTP 400: no such tenant", func(n int64) string { return fmt.Sprintf("no such tenant (request %08x-%x-f0)", n*2654435761, n) }},
+		{"words", "engine failed 20 lines in a row, the last: HTTP 400: no ", letters},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r, f := newRig(t), newFake(t)
+			const n = 200
+			f.set(func() { f.work = unlike(c.words) })
+			r.rival()
+			r.send(requests(n)...)
+			r.start(f.engine(), func(w *Worker) {
+				w.Concurrency, w.refusal, w.grace = 64, time.Millisecond, time.Hour
+			})
+			r.reason(proto.EngineDegraded, c.reason)
+			f.enter(64 + patience) // it tries on, when nothing else is in flight
+			f.set(func() { f.work = f.ok })
+			r.unblamed(n)
+		})
+	}
+}
+
+// TestDoubtOfUnlikeAlone: a job whose every line is wrong in another way ends where nobody else is there.
+func TestDoubtOfUnlikeAlone(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	const n = 200
+	f.set(func() { f.work = unlike(letters) })
+	r.send(requests(n)...)
+	r.start(f.engine(), func(w *Worker) { w.refusal, w.grace = time.Millisecond, time.Hour })
+	r.reason(proto.EngineDegraded, "let fail")
+	for _, res := range exactly(t, r.wait(n), n) {
+		if res.OK || res.Status != 400 || len(res.Attempts) > 0 {
+			t.Fatalf("result %+v", res)
+		}
+	}
+	r.settled(0)
+}
+
+// TestNoRouteOfTwo: two routes that an engine does not have, and says so of each in its own way.
+func TestNoRouteOfTwo(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	const n = 200
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, _ string) {
+			say(w, 404, "no handler for "+strings.ReplaceAll(q.URL.Path, "/", " "))
+		}
+	})
+	r.rival()
+	reqs := requests(n)
+	for i := range n / 2 {
+		reqs[2*i].URL = "/v1/embeddings"
+	}
+	r.send(reqs...)
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.refusal = 64, time.Millisecond })
+	r.reason(proto.EngineDegraded, "engine has no route")
+	f.enter(64 + 4*patience) // it tries on, when nothing else is in flight
+	f.set(func() { f.work = f.ok })
+	r.unblamed(n)
+}
+
+// unlike makes a handler that refuses each line in other words.
+func unlike(words func(int64) string) func(http.ResponseWriter, *http.Request, string) {
+	var n atomic.Int64
+	return func(w http.ResponseWriter, _ *http.Request, _ string) {
+		say(w, 400, fmt.Sprintf(`{"error":{"message":%q,"type":"BadRequestError","param":null,"code":400}}`, words(n.Add(1))))
+	}
+}
+
+// letters are other words for each number, without a digit.
+func letters(n int64) string {
+	return "no " + strings.Map(func(c rune) rune { return c - '0' + 'a' }, strconv.FormatInt(n, 10))
+}
+
+// TestDoubtInTime: a verdict that comes in the moment in which the time is over counts.
+func TestDoubtInTime(t *testing.T) {
+	g := aloneGate(t)
+	for range 100 {
+		d := g.doubt("400 no")
+		g.mu.Lock()
+		g.resolve(false)
+		g.mu.Unlock()
+		if g.believe(t.Context(), d, 0) {
+			t.Fatal("the line is blamed")
+		}
+	}
 }
 
 // TestDoubtAtStop: a worker that stops meanwhile leaves the lines to others.

@@ -170,6 +170,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	g.clearByProbe(begun, st)
 	cause := g.watch(begun, st, err)
 	if st.State == proto.EngineReady {
+		if time.Now().After(g.refusals.until) {
+			g.heard()
+		}
 		g.last = begun
 		if g.loaded == 0 {
 			g.loaded = max(time.Since(g.started), 1)

@@ -11,16 +11,20 @@ import (
 // charged for that and the gate stays open, so nothing else would tell a user why the job does not move.
 type refusals struct {
 	since  time.Time // the first after the last answer; zero: none
+	until  time.Time // RetryEvery after the lines that were given back are due again: without another one they are over
 	reason string    // what is said of the engine; empty: it may only be busy for a moment
 }
 
-// refused is called for each line that came back so. When that goes on for RetryEvery, and not one of the lines that
+// refused is called for each line that came back so, and is given back for a while. When that goes on for RetryEvery, and not one of the lines that
 // the engine had at the beginning was answered, it is said once, until the engine answers.
-func (g *gate) refused(what string) {
+func (g *gate) refused(what string, rest time.Duration) {
 	now := time.Now()
 	g.mu.Lock()
-	if g.refusals.since.IsZero() {
-		g.refusals.since = now
+	if now.After(g.refusals.until) {
+		g.refusals = refusals{since: now}
+	}
+	if until := now.Add(rest + g.retry); until.After(g.refusals.until) {
+		g.refusals.until = until
 	}
 	since := g.refusals.since
 	long := g.refusals.reason == "" && now.Sub(since) >= g.retry
@@ -36,7 +40,7 @@ func (g *gate) refused(what string) {
 	g.show()
 }
 
-// heard forgets the refusals, because the engine has answered a line, and says whether they were told of. Called with
+// heard forgets the refusals, because the engine has answered a line, or they are over, and says whether they were told of. Called with
 // mu held.
 func (g *gate) heard() bool {
 	told := g.refusals.reason != ""

@@ -47,7 +47,7 @@ func TestRefusing(t *testing.T) {
 			r.send(requests(5)...)
 			var log said
 			r.start(f.engine(), func(w *Worker) {
-				w.Concurrency, w.refusal = 2, time.Millisecond
+				w.Concurrency, w.refusal, w.RetryEvery = 2, time.Millisecond, 200*time.Millisecond
 				w.Log = slog.New(slog.NewTextHandler(&log, nil))
 			})
 			r.reason(proto.EngineWaiting, c.reason)
@@ -76,10 +76,10 @@ func TestRefusingBeside(t *testing.T) {
 		}
 	})
 	r.send(request(0))
-	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.refusal, w.RetryEvery = 64, time.Millisecond, time.Millisecond })
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.refusal, w.RetryEvery = 64, time.Millisecond, 50*time.Millisecond })
 	f.enter(1)
 	r.send(request(1))
-	f.enter(5)
+	f.enter(8)
 	if got := r.state(proto.EngineReady); got.Reason != "" {
 		t.Errorf("it is said that %s", got.Reason)
 	}
@@ -88,4 +88,43 @@ func TestRefusingBeside(t *testing.T) {
 	r.reason(proto.EngineWaiting, "refuses requests")
 	f.set(func() { f.work = f.ok })
 	r.unblamed(2)
+}
+
+// TestRefusingOver: when the job is cancelled, nothing is refused any more, and the worker says so.
+func TestRefusingOver(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.work = says(503, busyBody) })
+	r.send(request(0))
+	r.start(f.engine(), func(w *Worker) { w.refusal = time.Millisecond })
+	r.reason(proto.EngineWaiting, "refuses requests")
+	r.control("j", proto.WantCancel)
+	r.settled(0)
+	r.state(proto.EngineReady)
+}
+
+// TestRefusingRarely: two refusals are not one long one, however long it is from one to the other.
+func TestRefusingRarely(t *testing.T) {
+	g := aloneGate(t)
+	for range 3 {
+		g.refused("busy", -2*g.retry) // it is over already
+	}
+	if g.refusals.reason != "" {
+		t.Errorf("it is said that %s", g.refusals.reason)
+	}
+	g.refused("busy", time.Hour)
+	g.refusals.since = g.refusals.since.Add(-g.retry) // as if it went on
+	g.refused("busy", time.Hour)
+	if state, reason := g.stateWell(); state != proto.EngineWaiting || reason == "" {
+		t.Errorf("state %s, reason %q", state, reason)
+	}
+	g.close(tripDenied, proto.EngineDenied, "no key")
+	if !g.refusals.since.IsZero() {
+		t.Error("the trip tells more")
+	}
+}
+
+// aloneGate is a gate of an engine that is ready, without a worker around it.
+func aloneGate(t *testing.T) *gate {
+	return &gate{engine: newFake(t).engine(), log: slog.New(slog.DiscardHandler), retry: time.Minute, status: Status{State: proto.EngineReady},
+		opened: func() {}, inside: func(time.Time) bool { return false }, kick: make(chan struct{}, 1)}
 }

@@ -122,17 +122,18 @@ func (s *session) refuse(o *outcome) {
 		s.retry(o)
 		return
 	}
+	rest := max(o.delay, o.pause(s.refusal))
 	switch o.class {
 	case classBusy:
 		s.limit.refused(time.Now())
-		s.gate.refused(o.said())
+		s.gate.refused(o.said(), rest)
 		s.adjust()
 	case classLost:
-		s.gate.refused(o.said())
+		s.gate.refused(o.said(), rest)
 	case classDenied:
 		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
 	}
-	s.giveBack(o.line, max(o.delay, o.pause(s.refusal)), reasonOf(o.class))
+	s.giveBack(o.line, rest, reasonOf(o.class))
 }
 
 // hung deals with a line that was at an engine while that made nothing for long. The line may be the reason; but an

@@ -52,6 +52,7 @@ func (g *gate) closeLocked(kind tripKind, state, reason string) bool {
 		return false
 	}
 	g.trip = &trip{kind: kind, state: state, reason: reason, at: now, until: now.Add(g.pause(kind))}
+	g.heard() // the trip says now why nothing moves
 	return true
 }
 
@@ -144,6 +145,7 @@ func (g *gate) knew(at time.Time) bool {
 // tripHung closes the gate of a hung engine. Called with mu held.
 func (g *gate) tripHung(now time.Time, idle time.Duration, gauges Gauges) {
 	g.hang.reset(now)
+	g.heard()
 	if g.trip == nil || g.trip.kind != tripHung {
 		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now,
 			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", idle.Round(100*time.Millisecond))}
