@@ -18,7 +18,7 @@ import (
 //   - It opens again at once when the engine is proven and no other ready worker serves the model: then it is rather
 //     the lines that are wrong, and nobody else would do better.
 //   - Otherwise one line is let through after 1, 2 and 4 s, after RetryEvery at most; where there is another worker, or
-//     no route, every RetryEvery. A success opens the gate, and so does another error.
+//     no route, every RetryEvery. A success opens the gate, and so does another error of a proven engine.
 //   - When patience lines in a row went alike, and after none of them another ready worker served the model, the gate
 //     opens: the lines fail, which ends them. While there is such a worker, the gate stays closed and the lines are
 //     that worker's. Where nobody can tell, there may be one.

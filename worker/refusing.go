@@ -15,8 +15,8 @@ type refusals struct {
 	reason string    // what is said of the engine; empty: it may only be busy for a moment
 }
 
-// refused is called for each line that came back so, and is given back for a while. When that goes on for RetryEvery, and not one of the lines that
-// the engine had at the beginning was answered, it is said once, until the engine answers.
+// refused is called for each line that came back so, and is given back for a while. When that goes on for RetryEvery,
+// and not one of the lines that the engine had at the beginning was answered, it is said once, until the engine answers.
 func (g *gate) refused(what string, rest time.Duration) {
 	now := time.Now()
 	g.mu.Lock()
@@ -40,8 +40,8 @@ func (g *gate) refused(what string, rest time.Duration) {
 	g.show()
 }
 
-// heard forgets the refusals, because the engine has answered a line, or they are over, and says whether they were told of. Called with
-// mu held.
+// heard forgets the refusals, because the engine has answered a line, or they are over, and says whether they were told
+// of. Called with mu held.
 func (g *gate) heard() bool {
 	told := g.refusals.reason != ""
 	g.refusals = refusals{}
