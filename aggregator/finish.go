@@ -17,7 +17,11 @@ import (
 )
 
 // Files are where a job's results go. The three may lie in one folder or in several.
-type Files struct{ Output, Errors, Manifest string }
+type Files struct {
+	Output, Errors, Manifest string
+
+	Over string // id of the job whose results may lie there and are written over; those of any other job stay
+}
 
 // finisher writes the files of jobs whose lines have all ended, one job at a time, beside the fold. A crash at any
 // instant leaves a job that is written again, to the same bytes; the manifest comes last, and the job's state says that
@@ -142,7 +146,7 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 	}
 	rep.Drop(f.s.droppedOf(j))
 	facts := ManifestPair{out.facts(to.Manifest, to.Output), failed.facts(to.Manifest, to.Errors)}
-	if err := f.commit(ctx, out, failed, to); err != nil {
+	if err := f.commit(ctx, j, out, failed, to); err != nil {
 		return nil, err
 	}
 	m := newManifest(f.program, j.spec, rep.Close())
@@ -151,7 +155,7 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 	if err := check(ctx, m, to, facts); err != nil {
 		return nil, err
 	}
-	return m, f.putManifest(ctx, m, to.Manifest)
+	return m, f.putManifest(ctx, m, to)
 }
 
 func (s *state) droppedOf(j *job) Dropped {
@@ -168,7 +172,7 @@ func (s *state) enginesOf(j *job) []*proto.Worker {
 
 // commit puts the two files in their places. A manifest that is there already speaks of other files: it goes first.
 // Whoever lost the lease must not touch what the next holder wrote.
-func (f *finisher) commit(ctx context.Context, out, failed *partFile, to Files) error {
+func (f *finisher) commit(ctx context.Context, j *job, out, failed *partFile, to Files) error {
 	if err := out.settle(); err != nil {
 		return hint(to.Output, err)
 	}
@@ -176,6 +180,9 @@ func (f *finisher) commit(ctx context.Context, out, failed *partFile, to Files) 
 		return hint(to.Errors, err)
 	}
 	if err := f.ours(ctx); err != nil {
+		return err
+	}
+	if err := vacant(j.spec.ID, to); err != nil {
 		return err
 	}
 	if err := remove(to.Manifest); err != nil {
@@ -202,6 +209,16 @@ func (f *finisher) ours(ctx context.Context) error {
 		return err
 	}
 	return context.Cause(ctx)
+}
+
+// vacant says whether results of another job came to the place of ours while it ran. Those that may be written over are
+// known from the start.
+func vacant(id string, to Files) error {
+	m, err := ReadManifest(to.Manifest)
+	if err != nil || m.Job.ID == id || m.Job.ID == to.Over {
+		return nil
+	}
+	return fmt.Errorf("%s holds the results of job %s, which came there while this one ran; they are not written over: move its files away, or stop and give another -o", to.Output, m.Job.ID)
 }
 
 // errAltered says that the files are to be written again.
@@ -235,7 +252,8 @@ func check(ctx context.Context, m *Manifest, to Files, wrote ManifestPair) error
 	return nil
 }
 
-func (f *finisher) putManifest(ctx context.Context, m *Manifest, path string) error {
+func (f *finisher) putManifest(ctx context.Context, m *Manifest, to Files) error {
+	path := to.Manifest
 	b, err := m.encode()
 	if err != nil {
 		return err
@@ -252,6 +270,9 @@ func (f *finisher) putManifest(ctx context.Context, m *Manifest, path string) er
 		return hint(path, err)
 	}
 	if err := f.ours(ctx); err != nil {
+		return err
+	}
+	if err := vacant(m.Job.ID, to); err != nil {
 		return err
 	}
 	broker.CrashPoint("agg.manifest-before-rename")

@@ -37,7 +37,7 @@ func finished(t *testing.T, n int64) (*state, *finisher, Files) {
 }
 
 func filesIn(dir string) Files {
-	return Files{filepath.Join(dir, "output.jsonl"), filepath.Join(dir, "errors.jsonl"), filepath.Join(dir, "manifest.json")}
+	return Files{Output: filepath.Join(dir, "output.jsonl"), Errors: filepath.Join(dir, "errors.jsonl"), Manifest: filepath.Join(dir, "manifest.json")}
 }
 
 func newFinisher(s *state, to Files) *finisher {
@@ -106,6 +106,32 @@ func TestFilesAreInInputOrder(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(to.Output), ".*")); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// Results of another job that came to the place of ours stay, unless they were there before and may be written over.
+func TestAnothersResultsStay(t *testing.T) {
+	_, other, at := finished(t, 3)
+	finish(t, other)
+	theirs := bytes.Replace(read(t, at.Manifest), []byte(`"id": "j"`), []byte(`"id": "k"`), 1)
+	s, f, to := finished(t, 11)
+	if err := os.MkdirAll(filepath.Dir(to.Manifest), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to.Manifest, theirs, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	err := f.one(t.Context(), s.job("j"))
+	if err == nil || !strings.Contains(err.Error(), "holds the results of job k") {
+		t.Fatalf("error %v", err)
+	}
+	if _, err := os.Stat(to.Output); !errors.Is(err, os.ErrNotExist) || !bytes.Equal(read(t, to.Manifest), theirs) {
+		t.Errorf("something was written: %v", err)
+	}
+	to.Over = "k"
+	finish(t, newFinisher(s, to))
+	if m, reasons, err := Verify(to.Manifest); err != nil || len(reasons) > 0 || m.Job.ID != "j" {
+		t.Errorf("%v %v", reasons, err)
 	}
 }
 

@@ -73,6 +73,12 @@ type about struct {
 	Engines []*proto.Worker `json:"engines,omitempty"`
 }
 
+// Began says whether an aggregator's folder holds a result of a job that is not finished.
+func Began(dir, id string) bool {
+	st, err := os.Stat(filepath.Join(jobsDir(dir), id, fileSpool))
+	return err == nil && st.Size() > int64(len(spoolMagic))
+}
+
 // errBadJob says that a spec makes no sense.
 var errBadJob = errors.New("the job cannot be folded")
 

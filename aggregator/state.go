@@ -80,7 +80,8 @@ func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter
 	return s, s.openAside()
 }
 
-func (s *state) jobsDir() string        { return filepath.Join(s.dir, "jobs") }
+func jobsDir(dir string) string         { return filepath.Join(dir, "jobs") }
+func (s *state) jobsDir() string        { return jobsDir(s.dir) }
 func (s *state) checkpointFile() string { return filepath.Join(s.dir, "checkpoint") }
 
 // sweep removes what writes that a crash cut short left behind.

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -77,16 +75,6 @@ func TestConnectNobodyThere(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if _, err := broker.Connect(ctx, broker.Access{URL: "nats://" + addr}, "test", slog.New(slog.DiscardHandler)); !errors.Is(err, broker.ErrUnreachable) {
-		t.Errorf("error %v", err)
-	}
-}
-
-func TestLockDirUnwritable(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(file, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := broker.LockDir(filepath.Join(file, "sub")); err == nil || !strings.Contains(err.Error(), "--data") {
 		t.Errorf("error %v", err)
 	}
 }

@@ -22,6 +22,7 @@ import (
 type place struct {
 	dir      string
 	finished string // manifest of a run that is finished; empty: it is not
+	known    bool   // the job was run before
 }
 
 // memo is what stays in the folder of a job: enough to find its files again.
@@ -49,7 +50,7 @@ func readMemo(dir string) (memo, error) {
 // place finds the folder of the job. again takes the first run of it that is not finished. A run whose files were
 // taken away is not finished.
 func (a *app) place(job *proto.Job, again bool) (*place, error) {
-	base := job.ID
+	base, known := job.ID, false
 	for n := int64(1); ; n++ {
 		if n > 1 {
 			job.ID, job.Again = fmt.Sprintf("%s-r%d", base, n), n-1
@@ -59,7 +60,8 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("read the job's folder: %w", err)
 		}
-		if err != nil || !m.Finished {
+		known = known || err == nil
+		if p.known = known; err != nil || !m.Finished {
 			return p, nil
 		}
 		if again {
@@ -136,7 +138,7 @@ func (p *place) finish(a *app, manifest string) {
 	}
 }
 
-// nameOlder tells of the newest job of the same file whose content was another.
+// nameOlder tells of the newest job of the same file whose content was another, and of which something ran.
 func (a *app) nameOlder(job *proto.Job) {
 	dirs, _ := filepath.Glob(filepath.Join(a.data, "run", "*")) // the pattern is well formed
 	var newest time.Time
@@ -144,6 +146,9 @@ func (a *app) nameOlder(job *proto.Job) {
 	for _, d := range dirs {
 		m, err := readMemo(d)
 		if err != nil || m.Input != job.Input || m.SHA256 == job.SHA256 || job.Input == "-" {
+			continue
+		}
+		if !m.Finished && !aggregator.Began(filepath.Join(d, "aggregate"), m.Job) {
 			continue
 		}
 		if st, err := os.Stat(filepath.Join(d, memoFile)); err == nil && st.ModTime().After(newest) {

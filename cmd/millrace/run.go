@@ -70,83 +70,12 @@ aggregator and producer in this one process. The same command again continues wh
 	return cmd
 }
 
-// files are where the results of a run go: results.jsonl, results.errors.jsonl, results.manifest.json.
-func (r *runFlags) files(input string) (aggregator.Files, error) {
-	out := r.output
-	if out == "" {
-		name := input
-		if input == "-" {
-			name = "stdin.jsonl"
-		}
-		out = trimKnown(name) + ".results.jsonl"
-	}
-	out, err := filepath.Abs(out)
-	if err != nil {
-		return aggregator.Files{}, fmt.Errorf("find the output folder: %w", err)
-	}
-	base := strings.TrimSuffix(out, ".jsonl")
-	return aggregator.Files{Output: out, Errors: base + ".errors.jsonl", Manifest: base + ".manifest.json"}, nil
-}
-
-// usable says why the files of a run cannot be written where they should.
-func usable(f *aggregator.Files, input string) error {
-	in, inErr := os.Stat(input)
-	for _, name := range []string{f.Output, f.Errors, f.Manifest} {
-		st, err := os.Stat(name)
-		switch {
-		case err != nil:
-		case st.IsDir():
-			return usagef("%s is a folder; give a file, such as -o %s", name, filepath.Join(name, "results.jsonl"))
-		case inErr == nil && os.SameFile(st, in):
-			return usagef("%s is the input; give another -o", name)
-		}
-	}
-	return nil
-}
-
-// besideOthers are the files of a run. Where its user named none, the results of another job are not written over; else
-// it is said that they will be, and so are other files that lie there.
-func (a *app) besideOthers(f aggregator.Files, job *proto.Job, named bool) aggregator.Files {
-	m, err := aggregator.ReadManifest(f.Manifest)
-	switch {
-	case err == nil && family(m.Job.ID, m.Job.Again) == family(job.ID, job.Again):
-	case err == nil && named:
-		fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; they are written over when this job is finished\n", f.Output, m.Job.ID)
-	case err == nil:
-		base := filepath.Join(filepath.Dir(f.Output), job.ID)
-		next := aggregator.Files{Output: base + ".results.jsonl", Errors: base + ".results.errors.jsonl", Manifest: base + ".results.manifest.json"}
-		fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; those of this one go to %s\n", f.Output, m.Job.ID, next.Output)
-		return next
-	case exists(f.Output):
-		fmt.Fprintf(a.std.err, "note: %s is there; it is written over when this job is finished\n", f.Output)
-	}
-	return f
-}
-
-// family is the id of a job's first run.
-func family(id string, again int64) string {
-	if again > 0 {
-		return strings.TrimSuffix(id, fmt.Sprintf("-r%d", again+1))
-	}
-	return id
-}
-
-func trimKnown(name string) string {
-	for _, ext := range []string{".gz", ".zst", ".jsonl", ".json"} {
-		name = strings.TrimSuffix(name, ext)
-	}
-	return name
-}
-
 func (a *app) runFile(take, stop context.Context, r *runFlags, file string) error {
 	files, err := r.files(file)
 	if err != nil {
 		return err
 	}
 	if err := usable(&files, file); err != nil {
-		return err
-	}
-	if err := writable(filepath.Dir(files.Output)); err != nil {
 		return err
 	}
 	ds, clean, err := a.scan(take, &r.jobFlags, file, proto.MaxPayload)
@@ -165,7 +94,9 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		}
 		return a.showFinished(&job, p.finished, &r.jobFlags)
 	}
-	a.nameOlder(&job)
+	if !p.known {
+		a.nameOlder(&job)
+	}
 	lock, err := broker.LockDir(p.dir)
 	if errors.Is(err, broker.ErrInUse) {
 		return a.watchRun(take, &job, p.dir, &r.jobFlags)
@@ -174,11 +105,12 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return err
 	}
 	defer lock.Unlock()
-	files = a.besideOthers(files, &job, r.output != "")
-	if err := producer.Preflight(&job, map[string]string{"--data": p.dir, "--output": filepath.Dir(files.Output)}); err != nil {
+	files, held, err := a.take(files, &job, r.output != "")
+	if err != nil {
 		return err
 	}
-	if err := p.remember(&job, files); err != nil {
+	defer held.Unlock()
+	if err := producer.Preflight(&job, map[string]string{"--data": p.dir, "--output": filepath.Dir(files.Output)}); err != nil {
 		return err
 	}
 	v, err := a.runJob(take, stop, r, ds, job, p, files)
@@ -231,6 +163,9 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		return v, err
 	}
 	if job, _, err = producer.Create(take, conn, job, false); err != nil {
+		return v, err
+	}
+	if err := p.remember(&job, files); err != nil {
 		return v, err
 	}
 	stopAgg, err := a.startAggregator(srv, job, p, files, reg)

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"text/tabwriter"
@@ -17,6 +18,9 @@ import (
 func (a *app) summary(ctx context.Context, conn *broker.Conn, v *broker.JobView) error {
 	p := &v.Progress
 	m, err := a.manifest(ctx, conn, v)
+	if gone := (*replacedError)(nil); errors.As(err, &gone) { // what it was is not what lies there
+		return fmt.Errorf("job %s is finished, but %w", v.Job.ID, err)
+	}
 	if err != nil { // the job is finished all the same
 		fmt.Fprintf(a.std.err, "%s  job %s: %s, %d ok, %d failed; its manifest is not to be had: %v\n",
 			p.Verdict, v.Job.ID, count(v.Job.Lines, "line"), p.OK, p.Failed, err)
@@ -44,7 +48,7 @@ func here(p *proto.Progress) bool {
 // manifest reads the manifest of a finished job, or asks the aggregator for it.
 func (a *app) manifest(ctx context.Context, conn *broker.Conn, v *broker.JobView) (*aggregator.Manifest, error) {
 	if conn == nil || here(&v.Progress) {
-		return aggregator.ReadManifest(v.Progress.Manifest)
+		return manifestOf(v.Progress.Manifest, v.Job.ID)
 	}
 	var b bytes.Buffer
 	if err := a.copyResults(ctx, conn, v.Job.ID, proto.WhichManifest, false, &b); err != nil {
@@ -55,9 +59,9 @@ func (a *app) manifest(ctx context.Context, conn *broker.Conn, v *broker.JobView
 
 // showFinished prints a run that had finished before.
 func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
-	m, err := aggregator.ReadManifest(manifest)
+	m, err := manifestOf(manifest, job.ID)
 	if err != nil {
-		return err
+		return fmt.Errorf("job %s is finished, but %w", job.ID, err)
 	}
 	fmt.Fprintf(a.std.err, "job %s is finished; --again makes a fresh run\n", job.ID)
 	files := m.Paths(manifest)

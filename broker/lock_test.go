@@ -1,0 +1,66 @@
+package broker_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"millrace/broker"
+)
+
+func TestLockDirUnwritable(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := broker.LockDir(filepath.Join(file, "sub")); err == nil || !strings.Contains(err.Error(), "--data") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestLockBeside: one has it, others are told who, and its file goes with it. One that nobody holds is taken over.
+func TestLockBeside(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "r.json")
+	file := filepath.Join(filepath.Dir(path), ".r.json.lock")
+	if err := os.WriteFile(file, []byte("a dead one, whose name is longer\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l, err := broker.LockBeside(path, "job a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var held *broker.Holder
+	if _, err := broker.LockBeside(path, "job b"); !errors.As(err, &held) || held.Who != "job a" || !errors.Is(err, broker.ErrInUse) {
+		t.Errorf("error %v", err)
+	}
+	l.Unlock()
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the lock's file: %v", err)
+	}
+	var both, max atomic.Int32
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for n := 0; n < 50; {
+				l, err := broker.LockBeside(path, "x")
+				if err != nil {
+					continue
+				}
+				if both.Add(1) > 1 {
+					max.Store(2)
+				}
+				both.Add(-1)
+				l.Unlock()
+				n++
+			}
+		})
+	}
+	wg.Wait()
+	if max.Load() > 1 {
+		t.Error("two held it at once")
+	}
+}
