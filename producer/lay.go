@@ -1,21 +1,16 @@
 package producer
 
 import (
-	"bufio"
-	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 
 	"millrace/broker"
 )
@@ -40,17 +35,21 @@ func (in *Input) open(ctx context.Context) (*source, error) {
 	} else {
 		f, err := os.Open(in.Path)
 		if err != nil {
-			return nil, fmt.Errorf("open input: %w", err)
+			return nil, unopened(in.Path, err)
 		}
 		st, err := f.Stat()
 		if err != nil || st.IsDir() {
 			f.Close()
-			return nil, errors.Join(err, fmt.Errorf("input %s is a folder; give a file", in.Path))
+			return nil, errors.Join(err, badFile("%s is a folder; give a JSONL file", in.Path))
 		}
 		if src.once = !st.Mode().IsRegular(); !src.once {
 			magic := make([]byte, 4)
 			n, _ := f.ReadAt(magic, 0) // an error shows again when the file is read
 			if !compressed(magic[:n]) {
+				if err := misnamed(in.Path, magic[:n]); err != nil {
+					f.Close()
+					return nil, err
+				}
 				src.file = f
 				return src, nil
 			}
@@ -61,6 +60,21 @@ func (in *Input) open(ctx context.Context) (*source, error) {
 	return src, src.lay(ctx, in, r)
 }
 
+// unopened says why a file cannot be opened, in the user's words.
+func unopened(path string, err error) error {
+	why := err
+	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+		why = pe.Err
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return badFile("%s: no such file; give the path of a JSONL file, or - for standard input", path)
+	case errors.Is(err, fs.ErrPermission):
+		return badFile("%s: it cannot be read (%w); give yourself the right to, or another file", path, why)
+	}
+	return fmt.Errorf("open input: %w", err)
+}
+
 // baseName is the name of a file without its folder and the endings of compressed and of JSONL files.
 func baseName(path string) string {
 	b := filepath.Base(path)
@@ -69,15 +83,6 @@ func baseName(path string) string {
 	}
 	return b
 }
-
-func compressed(magic []byte) bool {
-	return bytes.HasPrefix(magic, gzipMagic) || bytes.HasPrefix(magic, zstdMagic)
-}
-
-var (
-	gzipMagic = []byte{0x1f, 0x8b}
-	zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd}
-)
 
 const tempLaid = "input-*.tmp"
 
@@ -99,6 +104,9 @@ func (src *source) lay(ctx context.Context, in *Input, r io.Reader) (err error) 
 	if err := in.copyPlain(ctx, src.file, r); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
+		}
+		if bad := (*BadFile)(nil); errors.As(err, &bad) {
+			return fmt.Errorf("%s: %w", src.name, err)
 		}
 		return fmt.Errorf("lay down %s as plain lines in %s: %w", src.name, in.Dir, err)
 	}
@@ -182,102 +190,4 @@ func (src *source) drop() {
 	if src.kept {
 		_ = os.Remove(filepath.Dir(src.laid)) // only if it is empty
 	}
-}
-
-// Limits of compressed inputs. Prompts that repeat compress well, so that a high ratio alone says nothing until
-// there is much of it.
-const (
-	maxRatio   = 1000
-	ratioFrom  = 1 << 30
-	keptFree   = 256 << 20 // of the disk, for everything else
-	zstdMemory = 256 << 20 // `zstd --long=27` needs half of that
-)
-
-// copyPlain writes what r holds to w, unpacked.
-func (in *Input) copyPlain(ctx context.Context, w io.Writer, r io.Reader) error {
-	plain, end, err := in.plain(ctx, r)
-	if err != nil {
-		return err
-	}
-	defer end()
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, plain, make([]byte, 1<<18))
-	return err
-}
-
-// plain unpacks r where it is compressed.
-func (in *Input) plain(ctx context.Context, r io.Reader) (io.Reader, func(), error) {
-	packed := &counter{r: r}
-	buf := bufio.NewReaderSize(packed, 1<<16)
-	most, err := in.mostPlain()
-	if err != nil {
-		return nil, nil, err
-	}
-	c := &capped{ctx: ctx, r: buf, most: most, from: cmp.Or(in.ratioFrom, ratioFrom)}
-	magic, err := buf.Peek(4)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, nil, fmt.Errorf("read: %w", err)
-	}
-	switch {
-	case bytes.HasPrefix(magic, gzipMagic):
-		z, err := gzip.NewReader(buf)
-		if err != nil {
-			return nil, nil, fmt.Errorf("unpack gzip: %w", err)
-		}
-		c.r, c.packed = z, packed
-	case bytes.HasPrefix(magic, zstdMagic):
-		z, err := zstd.NewReader(buf, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxMemory(zstdMemory))
-		if err != nil {
-			return nil, nil, fmt.Errorf("unpack zstd: %w", err)
-		}
-		c.r, c.packed = z, packed
-		return c, z.Close, nil
-	}
-	return c, func() {}, nil
-}
-
-// mostPlain is how many bytes may be laid down.
-func (in *Input) mostPlain() (int64, error) {
-	if in.MaxPlain > 0 {
-		return in.MaxPlain, nil
-	}
-	free, err := broker.FreeBytes(in.Dir)
-	return max(free-keptFree, 1), err
-}
-
-// capped reads up to most bytes, ends with its context, and stops where too much comes out of too little.
-type capped struct {
-	ctx    context.Context
-	r      io.Reader
-	packed *counter // what went in; nil: it is not compressed
-	n      int64
-	most   int64
-	from   int64 // bytes before the ratio counts
-}
-
-func (c *capped) Read(p []byte) (int, error) {
-	if c.ctx.Err() != nil {
-		return 0, context.Cause(c.ctx)
-	}
-	n, err := c.r.Read(p)
-	c.n += int64(n)
-	switch {
-	case c.n > c.most:
-		return 0, fmt.Errorf("it has more than the %s bytes that there is room for", commas(c.most))
-	case c.packed != nil && c.n > c.from && c.n/maxRatio > c.packed.n:
-		return 0, fmt.Errorf("it unpacks to more than %s times its size (%s bytes so far); unpack it yourself if that is right", commas(maxRatio), commas(c.n))
-	case errors.Is(err, io.ErrUnexpectedEOF):
-		return n, fmt.Errorf("the compressed input ends too early: %w", err)
-	}
-	return n, err
-}
-
-type counter struct {
-	r io.Reader
-	n int64
-}
-
-func (c *counter) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n += int64(n)
-	return n, err
 }

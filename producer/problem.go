@@ -14,6 +14,14 @@ var ErrEmpty = errors.New("the input has no lines")
 // ErrChanged is returned when a line is not what it was when the file was scanned.
 var ErrChanged = errors.New("the file changed while it was in use; start again: what it holds now is a new job")
 
+// BadFile is the error of an input that is not there, or that cannot be unpacked.
+type BadFile struct{ err error }
+
+func (e *BadFile) Error() string { return e.err.Error() }
+func (e *BadFile) Unwrap() error { return e.err }
+
+func badFile(format string, args ...any) error { return &BadFile{fmt.Errorf(format, args...)} }
+
 // maxProblems is how many invalid lines are listed; the rest is counted.
 const maxProblems = 1000
 

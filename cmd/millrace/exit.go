@@ -76,12 +76,13 @@ func exitCode(err error) int {
 	var c coded
 	var s signalled
 	var bad *producer.InvalidInput
+	var file *producer.BadFile
 	switch {
 	case errors.As(err, &c):
 		return c.code
 	case errors.Is(err, broker.ErrAccess):
 		return exitUsage
-	case errors.As(err, &bad), errors.Is(err, producer.ErrEmpty):
+	case errors.As(err, &bad), errors.As(err, &file), errors.Is(err, producer.ErrEmpty):
 		return exitInvalid
 	case errors.As(err, &s):
 		if n, ok := s.sig.(syscall.Signal); ok {

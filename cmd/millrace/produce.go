@@ -54,7 +54,8 @@ func (a *app) validateCommand() *cobra.Command {
 // with --json as one document.
 func (a *app) invalid(err error) error {
 	var bad *producer.InvalidInput
-	if !errors.As(err, &bad) && !errors.Is(err, producer.ErrEmpty) {
+	var file *producer.BadFile
+	if !errors.As(err, &bad) && !errors.As(err, &file) && !errors.Is(err, producer.ErrEmpty) {
 		return err
 	}
 	if bad != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"compress/gzip"
 	"errors"
 	"fmt"
 	"io"
@@ -154,6 +155,21 @@ func cmdDrift(ts *testscript.TestScript, neg bool, args []string) {
 	cfg.MaxAge = time.Hour
 	_, err = conn.JS.UpdateStream(ctx, cfg)
 	ts.Check(err)
+}
+
+// cmdPacked: `packed FILE TO [N]` puts a file in gzip, or its first N bytes.
+func cmdPacked(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, neg, args, 2, "packed FILE TO [N]")
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	_, err := w.Write([]byte(ts.ReadFile(args[0])))
+	ts.Check(err)
+	ts.Check(w.Close())
+	n := b.Len()
+	if len(args) > 2 {
+		n = atoi(ts, args[2])
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), b.Bytes()[:n], 0o644))
 }
 
 // cmdOdd writes three lines that are valid, with a byte order mark, CRLF, blank lines and no end of the last one.
