@@ -63,7 +63,7 @@ func (v *JobView) Note() string {
 		return v.Progress.Note
 	}
 	if v.State() == StateOrphaned {
-		return "nobody feeds it; run the command that created it again"
+		return "no process runs it; run the command that created it again"
 	}
 	return v.Feed.Note
 }

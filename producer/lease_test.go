@@ -23,7 +23,7 @@ func TestLease(t *testing.T) {
 	o2 := w.owner(scanned(t, in))
 	err := w.run(o2).end()
 	var held *HeldError
-	if !errors.Is(err, broker.ErrLeaseHeld) || !errors.As(err, &held) || held.Holder.PID != 7 || err.Error() != "the job is fed by process 7 on elsewhere" {
+	if !errors.Is(err, broker.ErrLeaseHeld) || !errors.As(err, &held) || held.Holder.PID != 7 || err.Error() != "the job is run by process 7 on elsewhere" {
 		t.Fatalf("error %v", err)
 	}
 	o.Conn.NC.Close() // it cannot renew any more

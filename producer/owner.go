@@ -46,7 +46,7 @@ var (
 	ErrCancelled = errors.New("the job was cancelled")
 	ErrExpired   = errors.New("the job's time was over before all lines had run")
 	ErrHalted    = errors.New("too many lines failed, the job was halted")
-	ErrLeft      = errors.New("the process that fed the job gave it up")
+	ErrLeft      = errors.New("the process that ran the job gave it up")
 	ErrRemoved   = errors.New("the job was removed")
 	ErrJudged    = errors.New("the input is the same, but other lines of it are valid now than when the job was created")
 )
@@ -55,7 +55,7 @@ var (
 type HeldError struct{ Holder proto.Owner }
 
 func (e *HeldError) Error() string {
-	return fmt.Sprintf("the job is fed by process %d on %s", e.Holder.PID, e.Holder.Machine())
+	return fmt.Sprintf("the job is run by process %d on %s", e.Holder.PID, e.Holder.Machine())
 }
 
 func (e *HeldError) Unwrap() error { return broker.ErrLeaseHeld }

@@ -36,7 +36,7 @@ func (a *app) aggregateCommand() *cobra.Command {
 	var g aggregateFlags
 	cmd := &cobra.Command{
 		Use:   "aggregate",
-		Short: "Fold results into output files, and feed detached jobs",
+		Short: "Gather results into output files, and run detached jobs",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkAckWait(g.ackWait); err != nil {
@@ -126,7 +126,7 @@ func (a *app) adopt(ctx context.Context, adopter *producer.Adopter) error {
 			return err
 		}
 		if !said {
-			a.log.Info("another process on this disk feeds detached jobs; waiting for it to end", "folder", adopter.Dir)
+			a.log.Info("another process on this disk runs detached jobs; waiting for it to end", "folder", adopter.Dir)
 		}
 		select {
 		case <-ctx.Done():

@@ -47,7 +47,7 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 			defer conn.Close()
 			switch {
 			case v.State() == broker.StateFinished:
-				return coded{fmt.Errorf("job %s is finished; there is nothing to %s", v.Job.ID, verb), exitUsage}
+				return coded{fmt.Errorf("job %s is %s; there is nothing to %s", v.Job.ID, shown(v.State(), outcome(&v.Progress)), verb), exitUsage}
 			case v.Control.Want == proto.WantCancel && want != proto.WantCancel:
 				return coded{fmt.Errorf("job %s was %s; run its command with --again for a fresh one", v.Job.ID, asked(&v.Control)), exitUsage}
 			}
@@ -56,7 +56,7 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 			}
 			fmt.Fprintf(a.std.err, "%s: told job %s (%d of %s ended)\n", verb, v.Job.ID, v.Ended(), count(v.Job.Lines, "line"))
 			if v.State() == broker.StateOrphaned {
-				fmt.Fprintln(a.std.err, "nobody feeds this job at the moment; it takes effect when its command is run again")
+				fmt.Fprintln(a.std.err, "no process runs this job at the moment; it takes effect when its command is run again")
 			}
 			return nil
 		},

@@ -159,7 +159,7 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 		if s := note(&v); s != "" {
 			fmt.Fprintf(a.std.err, "job %s: %s\n", job.ID, s)
 		}
-		fmt.Fprintf(a.std.err, "job %s is finished; --again makes a fresh run\n", job.ID)
+		fmt.Fprintf(a.std.err, "job %s is %s; --again makes a fresh run\n", job.ID, shown(v.State(), outcome(&v.Progress)))
 		return a.finish(ctx, conn, &v, j)
 	}
 	if detach {
@@ -214,7 +214,7 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 		seen <- err
 	}()
 	o.Held = func(by *producer.HeldError) {
-		fmt.Fprintf(a.std.err, "job %s is already being fed by process %d on %s; watching it\n", o.Job.ID, by.Holder.PID, by.Holder.Machine())
+		fmt.Fprintf(a.std.err, "job %s is run by process %d on %s; watching it\n", o.Job.ID, by.Holder.PID, by.Holder.Machine())
 	}
 	err := o.Run(ctx)
 	if !ended(err) {

@@ -26,6 +26,7 @@ type jobRow struct {
 	ID         string           `json:"id"`
 	Name       string           `json:"name,omitempty"`
 	State      string           `json:"state"`
+	Outcome    string           `json:"outcome,omitempty"` // of a finished job that was not left to run: cancelled, expired
 	Note       string           `json:"note,omitempty"`
 	Want       string           `json:"want,omitempty"` // what a user last asked of it: run, pause or cancel
 	Reason     string           `json:"reason,omitempty"`
@@ -85,7 +86,7 @@ type queueRow struct {
 func rowOfJob(v *broker.JobView) jobRow {
 	p := &v.Progress
 	r := jobRow{
-		ID: v.Job.ID, Name: v.Job.Name, State: v.State(), Note: note(v), Lines: v.Job.Lines, OK: p.OK, Failed: p.Failed,
+		ID: v.Job.ID, Name: v.Job.Name, State: v.State(), Outcome: outcome(p), Note: note(v), Lines: v.Job.Lines, OK: p.OK, Failed: p.Failed,
 		Enqueued: v.Feed.Enqueued, Resent: v.Feed.Resent, Duplicates: p.Duplicates, Prompt: p.Usage.Prompt,
 		Completion: p.Usage.Completion, RateLines: p.RateLines, RateTokens: p.RateTokens, Input: v.Job.Input,
 		SHA256: v.Job.SHA256, Models: map[string]int64{}, Host: p.Host, Output: p.Output, Errors: p.ErrorFile,
@@ -239,7 +240,7 @@ func (o *overview) print(w io.Writer, detail bool) error {
 	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(tw, "JOB\tSTATE\tDONE\tOK\tFAILED\tLINES/S\tTOK/S\tNOTE")
 	for _, j := range o.Jobs {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d\t%.1f\t%.0f\t%s\n", j.ID, j.State, part(j.OK+j.Failed, j.Lines), j.OK, j.Failed, j.RateLines, j.RateTokens, j.Note)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d\t%.1f\t%.0f\t%s\n", j.ID, shown(j.State, j.Outcome), part(j.OK+j.Failed, j.Lines), j.OK, j.Failed, j.RateLines, j.RateTokens, j.Note)
 	}
 	fmt.Fprintln(tw, "\nWORKER\tSTATE\tIN FLIGHT\tOK\tFAILED\tENGINE\tMODELS\t")
 	for _, r := range o.Workers {
@@ -299,7 +300,7 @@ func (a *app) jobsCommand() *cobra.Command {
 			tw := tabwriter.NewWriter(a.std.out, 0, 4, 2, ' ', 0)
 			fmt.Fprintln(tw, "JOB\tNAME\tSTATE\tDONE\tFAILED\tINPUT\tOUTPUT\tNOTE")
 			for _, j := range rows {
-				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", j.ID, j.Name, j.State, part(j.OK+j.Failed, j.Lines), j.Failed, j.Input, j.Output, j.Note)
+				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", j.ID, j.Name, shown(j.State, j.Outcome), part(j.OK+j.Failed, j.Lines), j.Failed, j.Input, j.Output, j.Note)
 			}
 			return tw.Flush()
 		},
@@ -323,7 +324,7 @@ func (a *app) completeJobs(cmd *cobra.Command, args []string, _ string) ([]strin
 	defer b.close()
 	var ids []string
 	for i := range jobs {
-		ids = append(ids, fmt.Sprintf("%s\t%s, %d of %s", jobs[i].Job.ID, jobs[i].State(), jobs[i].Ended(), count(jobs[i].Job.Lines, "line")))
+		ids = append(ids, fmt.Sprintf("%s\t%s, %d of %s", jobs[i].Job.ID, shown(jobs[i].State(), outcome(&jobs[i].Progress)), jobs[i].Ended(), count(jobs[i].Job.Lines, "line")))
 	}
 	return ids, cobra.ShellCompDirectiveNoFileComp
 }

@@ -63,7 +63,7 @@ func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
 	if err != nil {
 		return fmt.Errorf("job %s is finished, but %w", job.ID, err)
 	}
-	fmt.Fprintf(a.std.err, "job %s is finished; --again makes a fresh run\n", job.ID)
+	fmt.Fprintf(a.std.err, "job %s is %s; --again makes a fresh run\n", job.ID, shown(broker.StateFinished, outcome(progressOf(m))))
 	files := m.Paths(manifest)
 	if a.json {
 		err = a.printJSON(m)
@@ -73,12 +73,16 @@ func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
 	if err != nil {
 		return err
 	}
-	var failures []proto.ErrorCount
+	return verdict(&broker.JobView{Job: *job, Progress: *progressOf(m)}, j)
+}
+
+// progressOf is how far a job is whose manifest is m.
+func progressOf(m *aggregator.Manifest) *proto.Progress {
+	p := &proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict}
 	for _, f := range m.Statistics.Failures {
-		failures = append(failures, proto.ErrorCount{Code: f.Code, Count: f.Count})
+		p.Errors = append(p.Errors, proto.ErrorCount{Code: f.Code, Count: f.Count})
 	}
-	v := broker.JobView{Job: *job, Progress: proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict, Errors: failures}}
-	return verdict(&v, j)
+	return p
 }
 
 func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {

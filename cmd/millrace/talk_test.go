@@ -20,12 +20,12 @@ func TestTalkOfOwner(t *testing.T) {
 			t.Fatalf("says %s", said.String())
 		}
 	}
-	if talk.see(none); !strings.Contains(said.String(), "j: nobody feeds it") {
+	if talk.see(none); !strings.Contains(said.String(), "j: no process runs it") {
 		t.Errorf("says %q when the owner has gone", said.String())
 	}
 }
 
-// TestTalkOfItself: an owner that could not renew its lease while the broker was away does not say that nobody feeds its
+// TestTalkOfItself: an owner that could not renew its lease while the broker was away does not say that no process runs its
 // job; whoever else looks does, and the owner does of another one.
 func TestTalkOfItself(t *testing.T) {
 	for _, c := range []struct {
@@ -38,7 +38,7 @@ func TestTalkOfItself(t *testing.T) {
 		v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}}}
 		talk.see(v)
 		v.Feed.Owner.ID, v.Silent = c.holder, time.Minute
-		if talk.see(v); strings.Contains(said.String(), "nobody feeds it") != c.says {
+		if talk.see(v); strings.Contains(said.String(), "no process runs it") != c.says {
 			t.Errorf("%+v: says %q", c, said.String())
 		}
 	}

@@ -74,3 +74,29 @@ func note(v *broker.JobView) string {
 	}
 	return who + "; " + why
 }
+
+// outcome is how a finished job ended that was not left to run: cancelled or expired; empty: it was.
+func outcome(p *proto.Progress) string {
+	if p.State != proto.FoldDone {
+		return ""
+	}
+	for _, e := range p.Errors { // these two are told whatever their rank
+		switch e.Code {
+		case proto.CodeCancelled:
+			return broker.StateCancelled
+		case proto.CodeExpired:
+			return stateExpired
+		}
+	}
+	return ""
+}
+
+const stateExpired = "expired"
+
+// shown is the state of a job for people. For programs finished means that the files are there, however the job ended.
+func shown(state, outcome string) string {
+	if state == broker.StateCancelled { // its last lines are being ended
+		return "cancelling"
+	}
+	return cmp.Or(outcome, state)
+}
