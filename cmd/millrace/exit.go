@@ -69,6 +69,9 @@ func (a *app) report(err error) int {
 		return int(q)
 	}
 	fmt.Fprintln(a.std.err, "millrace:", err)
+	if n := (*nobody)(nil); errors.As(err, &n) {
+		fmt.Fprint(a.std.err, n.list())
+	}
 	return exitCode(err)
 }
 

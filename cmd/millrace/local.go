@@ -71,6 +71,9 @@ func (a *app) control(ctx context.Context) (*brokers, error) {
 		if b := a.runs(ctx); len(b.conns) > 0 {
 			return b, nil
 		}
+		if !listens(ctx, defaultNATS) {
+			return nil, &nobody{data: a.data, runs: a.kept()}
+		}
 	}
 	conn, err := a.connectTo(ctx, acc, "control", controlWait)
 	if err != nil {
@@ -151,7 +154,7 @@ func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, err error) {
 func (a *app) lookup(ctx context.Context, what string) (*brokers, broker.JobView, error) {
 	b, err := a.control(ctx)
 	if err != nil {
-		return nil, broker.JobView{}, err
+		return nil, broker.JobView{}, nobodyHas(what, err)
 	}
 	v, err := b.choose(ctx, what)
 	if errors.Is(err, broker.ErrNoJob) && b.runs && listens(ctx, defaultNATS) {

@@ -30,6 +30,7 @@ type memo struct {
 	Job      string `json:"job"`
 	Input    string `json:"input"`
 	SHA256   string `json:"sha256"`
+	Output   string `json:"output,omitempty"`
 	Manifest string `json:"manifest"`
 	Finished bool   `json:"finished"`
 }
@@ -118,7 +119,7 @@ func (p *place) write(m memo) error {
 }
 
 func (p *place) remember(job *proto.Job, files aggregator.Files) error {
-	return p.write(memo{Job: job.ID, Input: job.Input, SHA256: job.SHA256, Manifest: files.Manifest})
+	return p.write(memo{Job: job.ID, Input: job.Input, SHA256: job.SHA256, Output: files.Output, Manifest: files.Manifest})
 }
 
 // finish marks the job as finished, with the manifest that was written, and drops its queues and spools.

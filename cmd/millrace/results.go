@@ -171,6 +171,14 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 		return nil, err
 	}
 	conn, v, err := a.find(ctx, what)
+	var n *nobody
+	if errors.As(err, &n) {
+		if k := n.askedFor(); k != nil && k.Finished {
+			_, reasons, err := aggregator.Verify(k.Manifest)
+			return reasons, err
+		}
+		return nil, fmt.Errorf("%s is no file here: %w", what, err)
+	}
 	if errors.Is(err, broker.ErrUnreachable) {
 		return nil, fmt.Errorf("%s is no file here, and no broker to ask for a job of that name: %w", what, err)
 	}

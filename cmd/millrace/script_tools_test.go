@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -229,8 +230,12 @@ func cmdFill(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// scriptCondition says whether a small file system can be mounted: [tmpfs].
+// scriptCondition says whether a small file system can be mounted, [tmpfs], and whether a broker is at the usual place,
+// [usualbroker].
 func scriptCondition(cond string) (bool, error) {
+	if cond == "usualbroker" {
+		return listens(context.Background(), defaultNATS), nil
+	}
 	if cond != "tmpfs" {
 		return false, fmt.Errorf("no such condition: %s", cond)
 	}

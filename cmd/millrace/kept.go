@@ -1,0 +1,137 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"millrace/aggregator"
+	"millrace/broker"
+)
+
+// kept is what the folder of a `millrace run` that is over tells without its broker.
+type kept struct {
+	memo
+	dir  string
+	when time.Time // its memo was written
+}
+
+// kept lists the runs whose folders are here, the newest first.
+func (a *app) kept() (all []kept) {
+	dirs, _ := filepath.Glob(filepath.Join(a.runDir(""), "*")) // a bracket in the path: nothing is listed
+	for _, d := range dirs {
+		m, err := readMemo(d)
+		st, serr := os.Stat(filepath.Join(d, memoFile))
+		if err == nil && serr == nil {
+			all = append(all, kept{m, d, st.ModTime()})
+		}
+	}
+	slices.SortFunc(all, func(x, y kept) int { return cmp.Or(y.when.Compare(x.when), strings.Compare(x.Job, y.Job)) })
+	return all
+}
+
+// manifest reads that of a finished run; nil: there is none where it was.
+func (k *kept) manifest() *aggregator.Manifest {
+	m, err := manifestOf(k.Manifest, k.Job)
+	if err != nil || !k.Finished {
+		return nil
+	}
+	return m
+}
+
+// state says how the run stands, and where its results are or will be.
+func (k *kept) state() (state, where string) {
+	m := k.manifest()
+	switch {
+	case !k.Finished:
+		return "interrupted", cmp.Or(k.Output, k.Manifest)
+	case m == nil:
+		return "finished", "gone from " + filepath.Dir(k.Manifest)
+	}
+	return shown(broker.StateFinished, outcome(progressOf(m))), m.Paths(k.Manifest).Output
+}
+
+// nobody is the error of a command that asks or tells, where no run is at work and no broker at the usual place. It is
+// broker.ErrUnreachable.
+type nobody struct {
+	data string
+	runs []kept
+	job  string // that was asked for; empty: none
+}
+
+// askedFor finds the run that was asked for: by its id, or as the only one whose id begins so.
+func (n *nobody) askedFor() *kept {
+	var found []*kept
+	for i := range n.runs {
+		k := &n.runs[i]
+		if k.Job == n.job {
+			return k
+		}
+		if n.job != "" && strings.HasPrefix(k.Job, n.job) {
+			found = append(found, k)
+		}
+	}
+	if len(found) != 1 {
+		return nil
+	}
+	return found[0]
+}
+
+func (n *nobody) Error() string {
+	k := n.askedFor()
+	if k == nil {
+		s := fmt.Sprintf("no `millrace run` is at work with --data %s, and no broker answers at %s; --nats names another", n.data, defaultNATS)
+		if len(n.runs) == 0 {
+			s += "; no runs are kept there"
+		}
+		return s
+	}
+	state, where := k.state()
+	tail := fmt.Sprintf("; deleting %s forgets it", k.dir)
+	switch {
+	case !k.Finished:
+		return fmt.Sprintf("job %s was interrupted, and no process runs it; the same command continues it: millrace run %s …, with results in %s%s", k.Job, k.Input, where, tail)
+	case k.manifest() == nil:
+		return fmt.Sprintf("job %s is finished, and its files are %s%s", k.Job, where, tail)
+	}
+	return fmt.Sprintf("job %s is %s, and no process has it any more; its results are %s, its manifest %s%s", k.Job, state, where, k.Manifest, tail)
+}
+
+func (n *nobody) Unwrap() error { return broker.ErrUnreachable }
+
+// keptMost is how many runs are listed.
+const keptMost = 20
+
+// list tells of the runs that are kept, where not one of them was asked for.
+func (n *nobody) list() string {
+	if len(n.runs) == 0 || n.askedFor() != nil {
+		return ""
+	}
+	var b strings.Builder
+	fmt.Fprintln(&b, "Runs that are kept there; the same command continues one that was interrupted, and shows one that is finished:")
+	tw := tabwriter.NewWriter(&b, 0, 4, 2, ' ', 0)
+	for _, k := range n.runs[:min(keptMost, len(n.runs))] {
+		state, where := k.state()
+		fmt.Fprintf(tw, "  %s\t%s\t%s\t%s\n", k.Job, state, k.when.Format("2006-01-02 15:04"), where)
+	}
+	_ = tw.Flush() // to memory
+	if more := len(n.runs) - keptMost; more > 0 {
+		fmt.Fprintf(&b, "  … and %d older\n", more)
+	}
+	return b.String()
+}
+
+// nobodyHas is the error of a command for job, where err is that nobody is there.
+func nobodyHas(job string, err error) error {
+	var n *nobody
+	if errors.As(err, &n) {
+		n.job = job
+	}
+	return err
+}
