@@ -37,7 +37,7 @@ func (a *app) aggregateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "aggregate",
 		Short: "Gather results into output files, and run detached jobs",
-		Args:  cobra.NoArgs,
+		Args:  wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkAckWait(g.ackWait); err != nil {
 				return err
@@ -71,7 +71,7 @@ func (a *app) serveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Broker and aggregator in one process",
-		Args:  cobra.NoArgs,
+		Args:  wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()

@@ -46,7 +46,7 @@ func (a *app) brokerCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "broker",
 		Short: "Hold the queues: NATS with JetStream, streams declared",
-		Args:  cobra.NoArgs,
+		Args:  wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()

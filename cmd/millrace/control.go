@@ -35,7 +35,7 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:               verb + " JOB",
 		Short:             short,
-		Args:              cobra.ExactArgs(1),
+		Args:              wants("JOB"),
 		ValidArgsFunction: a.completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
@@ -80,7 +80,7 @@ func (a *app) rmCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "rm JOB...",
 		Short: "Forget finished or cancelled jobs; their output files stay",
-		Args:  cobra.MinimumNArgs(1),
+		Args:  wants("JOB..."),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 			defer cancel()
@@ -120,7 +120,7 @@ func (a *app) doctorCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Say what is wrong with a broker and how to mend it",
-		Args:  cobra.NoArgs,
+		Args:  wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 20*time.Second)
 			defer cancel()

@@ -46,7 +46,38 @@ func misused(cmd *cobra.Command, err error) error {
 	if !cmd.Runnable() {
 		how = "see `" + cmd.CommandPath() + " --help`"
 	}
-	return usagef("%s; %s", strings.Join(strings.Fields(err.Error()), " "), how)
+	wrong, guess, _ := strings.Cut(err.Error(), "Did you mean this?") // the words of cobra, on several lines
+	wrong = strings.Join(strings.Fields(wrong), " ")
+	if like := strings.Fields(guess); len(like) > 0 {
+		wrong += "; did you mean " + strings.Join(like, " or ") + "?"
+		return usagef("%s %s", wrong, strings.ToUpper(how[:1])+how[1:])
+	}
+	return usagef("%s; %s", wrong, how)
+}
+
+// wants is for a command that takes one argument of that name; none where it is empty, NAME... one or more, [NAME] one
+// or none.
+func wants(name string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		most, least := 1, 1
+		switch {
+		case name == "":
+			most, least = 0, 0
+		case strings.HasPrefix(name, "["):
+			least = 0
+		case strings.HasSuffix(name, "..."):
+			most = len(args)
+		}
+		switch {
+		case len(args) < least:
+			return fmt.Errorf("%s is missing", strings.TrimSuffix(name, "..."))
+		case len(args) > most && most == 0:
+			return fmt.Errorf("%q is one argument too many, it takes none", args[0])
+		case len(args) > most:
+			return fmt.Errorf("%q is one argument too many, it takes one %s", args[most], strings.Trim(name, "[]"))
+		}
+		return nil
+	}
 }
 
 // quiet is an exit code without a message: what there was to say has been said.

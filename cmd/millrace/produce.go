@@ -22,7 +22,7 @@ func (a *app) validateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "validate FILE",
 		Short: "Check every line of an input file, enqueue nothing",
-		Args:  cobra.ExactArgs(1),
+		Args:  wants("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
@@ -112,7 +112,7 @@ func (a *app) produceCommand() *cobra.Command {
 		Long: `Validate FILE (OpenAI batch JSONL, also .gz and .zst, - for standard input), enqueue its lines and stay with the
 job: refill, send again what got lost, report. The same command again continues the same job. With --detach the
 input is copied to the broker and the fleet's aggregator stays with the job instead.`,
-		Args: cobra.ExactArgs(1),
+		Args: wants("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := j.check(); err != nil {
 				return err

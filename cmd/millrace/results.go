@@ -25,7 +25,7 @@ func (a *app) resultsCommand() *cobra.Command {
 		Long: `Print the results of a job, one JSON line each, in the order in which they came (input order once it is
 finished). While the job runs, a line that failed may still come again as ok; with --errors or --all it is printed
 both times.`,
-		Args:              cobra.ExactArgs(1),
+		Args:              wants("JOB"),
 		ValidArgsFunction: a.completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			which := proto.WhichOK
@@ -131,7 +131,7 @@ every line of the input once, no custom_id twice, and counts and token sums that
 Times and rates, cached and wasted tokens, attempts and engines are not in the files, so they are not verified. Nor is
 the input: input.sha256 in the manifest is the SHA-256 of its plain lines, as sha256sum prints it for a file that is not
 compressed and was read whole.`,
-		Args: cobra.ExactArgs(1),
+		Args: wants("MANIFEST|DIR|JOB"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			reasons, err := a.verify(cmd.Context(), args[0])
 			if err != nil {

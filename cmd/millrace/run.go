@@ -40,7 +40,7 @@ aggregator and producer in this one process. The same command again continues wh
 
   millrace run requests.jsonl --engine http://localhost:8000 --engine http://gpu2:8000 -o results.jsonl
   millrace run requests.jsonl --engine sim                 try it without a GPU, on a simulated engine`,
-		Args: cobra.ExactArgs(1),
+		Args: wants("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := r.jobFlags.check(); err != nil {
 				return err

@@ -21,7 +21,7 @@ func (a *app) simCommand() *cobra.Command {
 		Long: `Serve a look-alike of vLLM whose text is simulated. Its scheduler works in steps as vLLM's does; a step takes
 --step-time, plus --decode-time for each sequence, plus --prefill-time for each prompt token. Faults can be set at
 the start (--faults) and changed while it runs (POST /sim/faults).`,
-		Args: cobra.NoArgs,
+		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c.Shutdown = sim.Shutdown(shutdown)
 			if faults != "" {

@@ -106,7 +106,7 @@ func (a *app) statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:               "status [JOB]",
 		Short:             "Show jobs, workers and queues",
-		Args:              cobra.MaximumNArgs(1),
+		Args:              wants("[JOB]"),
 		ValidArgsFunction: a.completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			take, done := a.untilSignal(cmd.Context(), "")
@@ -281,7 +281,7 @@ func (a *app) jobsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "jobs",
 		Short: "List jobs",
-		Args:  cobra.NoArgs,
+		Args:  wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
 			defer cancel()

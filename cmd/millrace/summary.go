@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"slices"
 	"text/tabwriter"
 
 	"millrace/aggregator"
@@ -94,20 +96,14 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 	if simulated(m) {
 		fmt.Fprintln(w, "the text is simulated: no model ran, and the figures are the simulator's")
 	}
-	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tw, "\nmodel\tok\tfailed\tattempts\tprompt tok\toutput tok\tout tok/s\ttotal tok/s\tsteady out tok/s\tsteady total tok/s\tp50 s\tp95 s\t")
-	for i := range m.Statistics.ByModel {
-		s := &m.Statistics.ByModel[i]
-		printFigures(tw, modelName(s.Model), &s.Figures)
-	}
-	if len(m.Statistics.ByModel) > 1 {
-		printFigures(tw, "all", &m.Statistics.Figures)
-	}
-	_ = tw.Flush() // the same writer as below; what fails there fails here
+	printFigures(w, m.Statistics)
 	for _, f := range m.Statistics.Failures {
 		fmt.Fprint(w, "\n"+failure(f.Count, f.Code, f.Status, f.CustomID, f.Message))
 	}
-	fmt.Fprintf(w, "\n\noutput    %s\nerrors    %s\nmanifest  %s\n", files.Output, files.Errors, files.Manifest)
+	if len(m.Statistics.Failures) > 0 { // the last one has not ended its line
+		fmt.Fprintln(w)
+	}
+	fmt.Fprintf(w, "\noutput    %s\nerrors    %s\nmanifest  %s\n", files.Output, files.Errors, files.Manifest)
 }
 
 func simulated(m *aggregator.Manifest) bool {
@@ -119,19 +115,45 @@ func simulated(m *aggregator.Manifest) bool {
 	return false
 }
 
-func printFigures(tw *tabwriter.Writer, name string, f *aggregator.Figures) {
-	steadyOut, steadyTotal := "-", "-"
+// printFigures prints a row for each model, and one for all where there are several, without the columns of which
+// nothing is known.
+func printFigures(w io.Writer, s *aggregator.Statistics) {
+	rows := [][]string{{"model", "ok", "failed", "attempts", "prompt tok", "output tok", "out tok/s", "total tok/s", "steady out tok/s", "steady total tok/s", "p50 s", "p95 s"}}
+	for i := range s.ByModel {
+		rows = append(rows, figures(modelName(s.ByModel[i].Model), &s.ByModel[i].Figures))
+	}
+	if len(s.ByModel) > 1 {
+		rows = append(rows, figures("all", &s.Figures))
+	}
+	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(tw)
+	for _, row := range rows {
+		for c, cell := range row {
+			if slices.ContainsFunc(rows[1:], func(r []string) bool { return r[c] != unknown }) {
+				fmt.Fprint(tw, cell, "\t")
+			}
+		}
+		fmt.Fprintln(tw)
+	}
+	_ = tw.Flush() // to the same writer as what follows; what fails here fails there
+}
+
+func figures(name string, f *aggregator.Figures) []string {
+	steadyOut, steadyTotal := unknown, unknown
 	if f.Steady != nil {
 		steadyOut, steadyTotal = fmt.Sprintf("%.0f", f.Steady.OutputThroughput), fmt.Sprintf("%.0f", f.Steady.TotalThroughput)
 	}
-	fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t\n", name, f.Completed, f.Failed, f.Attempts, f.InputTokens, f.OutputTokens,
-		figure(f.OutputThroughput, 1, 0), figure(f.TotalThroughput, 1, 0), steadyOut, steadyTotal, figure(f.P50MS, 1000, 3), figure(f.P95MS, 1000, 3))
+	return []string{name, fmt.Sprint(f.Completed), fmt.Sprint(f.Failed), fmt.Sprint(f.Attempts), fmt.Sprint(f.InputTokens), fmt.Sprint(f.OutputTokens),
+		figure(f.OutputThroughput, 1, 0), figure(f.TotalThroughput, 1, 0), steadyOut, steadyTotal, figure(f.P50MS, 1000, 3), figure(f.P95MS, 1000, 3)}
 }
+
+// unknown stands where a figure is not known.
+const unknown = "-"
 
 // figure prints what may not be known.
 func figure(v *float64, unit float64, digits int) string {
 	if v == nil {
-		return "-"
+		return unknown
 	}
 	return fmt.Sprintf("%.*f", digits, *v/unit)
 }

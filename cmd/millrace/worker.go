@@ -192,7 +192,7 @@ func (a *app) workerCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "worker --engine URL",
 		Short: "Keep an engine full: pull requests, call it, publish results",
-		Args:  cobra.NoArgs,
+		Args:  wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if len(e.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000")
