@@ -214,13 +214,34 @@ func letters(n int64) string {
 func TestDoubtInTime(t *testing.T) {
 	g := aloneGate(t)
 	for range 100 {
-		d := g.doubt("400 no")
+		d := g.doubt("400 no", time.Now())
 		g.mu.Lock()
 		g.resolve(false)
 		g.mu.Unlock()
 		if g.believe(t.Context(), d, 0) {
 			t.Fatal("the line is blamed")
 		}
+	}
+}
+
+// TestDoubtOfLate: a line that went in while the engine was degraded is not blamed when it fails after a success; one
+// that went in later is.
+func TestDoubtOfLate(t *testing.T) {
+	g := aloneGate(t)
+	g.others = func(_ string, then func(bool)) { then(true) }
+	l := &line{req: &proto.Request{}, queue: &queue{model: "m"}, started: time.Now()}
+	for i := range int64(equalLimit) {
+		g.failed(&outcome{line: l, verdict: verdict{class: classPermanent, same: letters(i), message: letters(i)}})
+	}
+	g.success(time.Now())
+	if !g.condemned("400 no", l.started) {
+		t.Error("a line of before is blamed")
+	}
+	if d := g.doubt("400 no", l.started); d == nil || g.believe(t.Context(), d, time.Hour) {
+		t.Error("a line of before is blamed")
+	}
+	if g.condemned("400 no", time.Now()) || g.doubt("400 no", time.Now()) != nil {
+		t.Error("a line of after is given back")
 	}
 }
 

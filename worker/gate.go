@@ -61,6 +61,7 @@ type gate struct {
 	downAnswers int       // answers until down
 	everOK      bool      // a line has succeeded, ever
 	lastOK      time.Time // when one has succeeded
+	mended      time.Time // when one has succeeded while the engine was degraded
 	last        time.Time // start of the last probe that found the engine ready
 	idle        lack      // why there is nothing to pull from, though the engine lists models; zero: there is
 }

@@ -185,7 +185,7 @@ func (s *session) blame(o *outcome) {
 // fail ends a line by an error, unless the error turns out to be the engine's: then others may have the line. While
 // that is open, the line takes no slot; see doubt for how many these can be.
 func (s *session) fail(o *outcome) {
-	d := s.gate.doubt(o.same)
+	d := s.gate.doubt(o.same, o.started)
 	if d == nil {
 		s.publish(o.line, s.result(o))
 		return
@@ -286,7 +286,7 @@ func (s *session) retry(o *outcome) {
 			s.drop(o.line)
 			return
 		}
-		if s.gate.condemned(o.same) {
+		if s.gate.condemned(o.same, o.started) {
 			s.giveBack(o.line, o.pause(s.refusal), "degraded")
 			return
 		}
