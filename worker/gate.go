@@ -185,6 +185,7 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	}
 	if st.State == proto.EngineReady {
 		g.found(st)
+		g.tell()
 	}
 	g.show()
 }
@@ -272,7 +273,7 @@ func (g *gate) stateLocked() (state, reason string) {
 	case g.draining:
 		return proto.EngineDraining, "worker is stopping"
 	case g.status.State == "":
-		return proto.EngineWaiting, "engine was not asked yet"
+		return proto.EngineWaiting, fmt.Sprintf("engine at %s has not answered yet", g.engine)
 	case g.status.State != proto.EngineReady:
 		return g.status.State, g.status.Reason
 	case g.idle.state != "":
@@ -307,11 +308,19 @@ func (g *gate) show() {
 	g.opened()
 }
 
-// drain closes the gate for good.
-func (g *gate) drain() {
+// drain closes the gate for good. early says that somebody stops it before its work is done: then it is said what keeps
+// the engine from working, which may be why.
+func (g *gate) drain(early bool) {
 	g.mu.Lock()
+	state, reason := g.stateLocked()
+	if reason == "" && !g.refusals.since.IsZero() && !g.everOK {
+		state, reason = proto.EngineWaiting, g.refusing()
+	}
 	g.draining = true
 	g.mu.Unlock()
+	if early && reason != "" {
+		g.log.Warn("stopped while the engine could not be used", "engine", g.engine.String(), "state", state, "reason", reason)
+	}
 	g.show()
 }
 
