@@ -206,7 +206,11 @@ func unreachable(engine string, err error) string {
 	if strings.Contains(err.Error(), "connection refused") {
 		return fmt.Sprintf("engine at %s refuses connections; still loading?", engine)
 	}
-	return fmt.Sprintf("engine at %s cannot be reached: %v", engine, err)
+	s := fmt.Sprintf("engine at %s cannot be reached: %s", engine, plain(err.Error()))
+	if strings.Contains(s, "no such host") {
+		s += "; check --engine"
+	}
+	return s
 }
 
 // watch says why what the engine has should be let go of, if it should, and trips the gate of a hung one. Called

@@ -131,7 +131,7 @@ func (s *session) refuse(o *outcome) {
 	case classLost:
 		s.gate.refused(o.said(), rest)
 	case classDenied:
-		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
+		s.gate.close(tripDenied, proto.EngineDenied, denial(s.Engine, o.answer.Status, o.message))
 	}
 	s.giveBack(o.line, rest, reasonOf(o.class))
 }
