@@ -4,8 +4,8 @@ import (
 	"context"
 	"net"
 	"strconv"
-	"sync"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
