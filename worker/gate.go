@@ -203,10 +203,15 @@ func unreachable(engine string, err error) string {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Sprintf("engine at %s does not answer; still loading?", engine)
 	}
-	if strings.Contains(err.Error(), "connection refused") {
+	said := plain(err.Error())
+	broken := func(how string) bool { return strings.Contains(said, how) }
+	switch {
+	case broken("connection refused"):
 		return fmt.Sprintf("engine at %s refuses connections; still loading?", engine)
+	case broken("connection reset"), broken("broken pipe"), strings.HasSuffix(said, "EOF"): // it is chance which of them
+		return fmt.Sprintf("engine at %s breaks connections before it answers; still loading, or not an engine?", engine)
 	}
-	s := fmt.Sprintf("engine at %s cannot be reached: %s", engine, plain(err.Error()))
+	s := fmt.Sprintf("engine at %s cannot be reached: %s", engine, said)
 	if strings.Contains(s, "no such host") {
 		s += "; check --engine"
 	}
