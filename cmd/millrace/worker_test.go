@@ -1,9 +1,14 @@
 package main
 
 import (
+	"context"
+	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"millrace/proto"
 )
 
 // TestJournalFolders: each worker of `millrace worker` has a journal of its own, those of `millrace run` have none.
@@ -48,5 +53,21 @@ func TestOnce(t *testing.T) {
 		if got := strings.Join(e.urls, " "); got != c.want || !strings.Contains(said.String(), c.note) || (c.note == "") != (said.Len() == 0) || strings.Contains(said.String(), "s3cret") {
 			t.Errorf("%s: %s, and it is said: %s", c.given, got, said.String())
 		}
+	}
+}
+
+// TestServedInterrupted: who stops a run whose engine takes connections and says nothing hears that.
+func TestServedInterrupted(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	ctx, stop := context.WithCancelCause(t.Context())
+	stop(signalled{os.Interrupt})
+	r := &runFlags{engineFlags: engineFlags{urls: []string{"http://" + ln.Addr().String()}}}
+	err = new(app).served(ctx, r, &proto.Job{})
+	if exitCode(err) != 130 || !strings.Contains(err.Error(), ln.Addr().String()+" had not answered yet") {
+		t.Errorf("%v", err)
 	}
 }
