@@ -275,6 +275,20 @@ func remedy(err error) string {
 	return ""
 }
 
+// Remedy is what to do about an error of Connect. The error says it too, except where it is for the reader to choose.
+func Remedy(err error) string {
+	if r, ok := strings.CutPrefix(remedy(err), "; "); ok {
+		return r
+	}
+	switch {
+	case errors.Is(err, ErrAccess):
+		return "mend that file, or name another"
+	case errors.Is(err, ErrUnreachable):
+		return "start `millrace broker` (or nats-server -js), or name the right one with --nats"
+	}
+	return "name the broker with --nats nats://HOST:PORT, and give the token or the files that it asks for"
+}
+
 // redact hides passwords and tokens inside URLs, also where these make no sense.
 func redact(addr string) string {
 	all := strings.Split(addr, ",")

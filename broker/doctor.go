@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"millrace/proto"
@@ -59,6 +60,19 @@ func (d *doctor) bad(check, mend, format string, args ...any) {
 	d.out = append(d.out, Finding{check, LevelBad, fmt.Sprintf(format, args...), mend})
 }
 
+// failed is bad for a call that the broker did not answer as it should. A call that it does not allow is not answered at
+// all: what it refused last is in the connection.
+func (d *doctor) failed(check, mend string, err error) {
+	if last := d.c.NC.LastError(); errors.Is(err, nats.ErrPermissionViolation) {
+		mend = mendPermission
+	} else if errors.Is(last, nats.ErrPermissionViolation) {
+		mend, err = mendPermission, last
+	}
+	d.bad(check, mend, "%v", err)
+}
+
+const mendPermission = "let this user do that in the broker's configuration, or come as another user with --creds or --token-file"
+
 func (d *doctor) server() {
 	nc := d.c.NC
 	rtt, err := nc.RTT()
@@ -87,9 +101,15 @@ func older(v string, major, minor int) bool {
 }
 
 func (d *doctor) jetStream() bool {
-	a, err := d.c.JS.AccountInfo(d.ctx)
+	ctx, cancel := context.WithTimeout(d.ctx, 5*time.Second)
+	defer cancel()
+	a, err := d.c.JS.AccountInfo(ctx)
 	if err != nil {
-		d.bad("jetstream", "start nats-server with -js (and give the account JetStream), or use `millrace broker`", "%v", err)
+		mend := "look at the broker's log"
+		if errors.Is(err, jetstream.ErrJetStreamNotEnabled) || errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount) {
+			mend = "start nats-server with -js (and give the account JetStream), or use `millrace broker`"
+		}
+		d.failed("jetstream", mend, err)
 		return false
 	}
 	limit := "no account limit"
@@ -121,7 +141,7 @@ func (d *doctor) streams() {
 		}
 	}
 	if err := l.Err(); err != nil {
-		d.bad("streams", "look at the broker's log", "cannot list streams: %v", err)
+		d.failed("streams", "look at the broker's log", fmt.Errorf("cannot list streams: %w", err))
 	} else if !seen {
 		d.note("stream "+proto.ResultStream, "any role declares it when it starts", "not declared yet")
 	}
@@ -159,7 +179,7 @@ func (d *doctor) consumers(stream string) {
 			continue
 		}
 		if err != nil {
-			d.bad("consumer "+stream+"/"+string(lane), "look at the broker's log", "%v", err)
+			d.failed("consumer "+stream+"/"+string(lane), "look at the broker's log", err)
 			continue
 		}
 		cfg := c.CachedInfo().Config
@@ -171,8 +191,12 @@ func (d *doctor) consumers(stream string) {
 
 func (d *doctor) buckets() {
 	for _, b := range []string{proto.JobsBucket, proto.WorkersBucket} {
-		if _, err := d.c.JS.KeyValue(d.ctx, b); err != nil {
+		_, err := d.c.JS.KeyValue(d.ctx, b)
+		switch {
+		case errors.Is(err, jetstream.ErrBucketNotFound):
 			d.note("bucket "+b, "any role declares it when it starts", "%v", err)
+		case err != nil:
+			d.failed("bucket "+b, "look at the broker's log", err)
 		}
 	}
 	if d.c.SyncAlways {
@@ -186,7 +210,7 @@ func (d *doctor) buckets() {
 func (d *doctor) workers() {
 	ws, err := Workers(d.ctx, d.c.JS)
 	if err != nil {
-		d.bad("workers", "look at the broker's log", "%v", err)
+		d.failed("workers", "look at the broker's log", err)
 		return
 	}
 	if len(ws) == 0 {
@@ -195,6 +219,8 @@ func (d *doctor) workers() {
 	for _, w := range ws {
 		check := "worker " + w.ID
 		switch {
+		case w.State == proto.EngineUnknown:
+			d.note(check, "run the same version of millrace everywhere", "%s", w.Reason)
 		case w.State == proto.EngineNoQueue, w.State == proto.EngineReady && w.Reason != "":
 			d.note(check, "mend that at the broker; its engine "+w.Engine+" is well", "%s: %s", w.State, w.Reason)
 		case w.State != proto.EngineReady:

@@ -341,7 +341,8 @@ func Heartbeats(ctx context.Context, js jetstream.JetStream) ([]jetstream.KeyVal
 	return out, nil
 }
 
-// Workers lists the workers whose heartbeat counts, by id.
+// Workers lists the workers whose heartbeat counts, by id. One whose heartbeat cannot be read is in the list with no more
+// than its id and that reason: it keeps nobody from seeing the others.
 func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
 	beats, err := Heartbeats(ctx, js)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
@@ -354,7 +355,7 @@ func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error
 	for _, e := range beats {
 		var w proto.Worker
 		if err := w.Decode(e.Value()); err != nil {
-			return nil, fmt.Errorf("read worker %s: %w", e.Key(), err)
+			w = proto.Worker{ID: e.Key(), State: proto.EngineUnknown, Reason: fmt.Sprintf("its heartbeat cannot be read: %v", err)}
 		}
 		out = append(out, w)
 	}

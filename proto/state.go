@@ -269,6 +269,7 @@ const (
 	EngineDegraded = "degraded" // answers every line with the same permanent error
 	EngineHung     = "hung"     // takes requests and makes no progress
 	EngineDraining = "draining" // the worker is stopping
+	EngineUnknown  = "unknown"  // for a reader: what its worker says cannot be read; no worker says it
 )
 
 func (w *Worker) visit(c *codec) {

@@ -98,9 +98,9 @@ func classifyBreak(a Answer, err error) verdict {
 	case errors.Is(err, context.DeadlineExceeded):
 		return verdict{class: classTimeout, code: proto.CodeRequestTimeout, message: "the engine did not answer in time"}
 	case a.Status != 0:
-		return verdict{class: classBroken, code: proto.CodeTransport, message: fmt.Sprintf("the connection broke in the middle of an answer with HTTP %d: %v", a.Status, err)}
+		return verdict{class: classBroken, code: proto.CodeTransport, message: fmt.Sprintf("the connection broke in the middle of an answer with HTTP %d: %s", a.Status, plain(err.Error()))}
 	}
-	return verdict{class: classBroken, code: proto.CodeTransport, message: "the connection broke before an answer: " + err.Error()}
+	return verdict{class: classBroken, code: proto.CodeTransport, message: "the connection broke before an answer: " + plain(err.Error())}
 }
 
 func classifyReply(url string, a Answer) verdict {
@@ -210,6 +210,11 @@ func retryAfter(h http.Header) time.Duration {
 	}
 	return min(time.Duration(s*float64(time.Second)), 5*time.Minute)
 }
+
+var ends = regexp.MustCompile(`\b(read|write) (tcp|udp)[46]? \S+->\S+: `)
+
+// plain removes from the text of an error the two ends of its connection: one of them is another each time.
+func plain(text string) string { return ends.ReplaceAllString(text, "") }
 
 var varying = regexp.MustCompile("`[^`]*`|'[^']*'|\"[^\"]*\"|[\\w-]*[0-9][\\w-]*")
 

@@ -80,6 +80,9 @@ func (e *equalErrors) pardon(proven bool) {
 func (g *gate) success(started time.Time) {
 	g.mu.Lock()
 	g.everOK, g.lastOK = true, time.Now()
+	if g.trip != nil && g.trip.kind == tripDegraded {
+		g.mended = g.lastOK
+	}
 	g.equal = equalErrors{}
 	g.resolve(true)
 	told := g.heard()

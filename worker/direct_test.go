@@ -237,8 +237,8 @@ func TestDirectRequest(t *testing.T) {
 	for _, c := range []struct{ engine, key, url, job, addr string }{
 		{"http://h", "", "/v1/completions", "j", "h:80"},
 		{"http://h:", "", "/v1/completions", "j", "h:80"},
-		{"h:8000/llm/v1/", "k", "/v1/completions", "j", "h:8000"},
-		{"http://H.example:80/a b/%2f", "k", "/v1/x?a=b%20c&d#e", "j", "H.example:80"},
+		{"http://h:8000/llm/v1/", "k", "/v1/completions", "j", "h:8000"},
+		{"http://H.example:80/a b/%2f", "k", "/v1/x?a=b%20c&d#e", "j", "h.example:80"},
 		{"http://u:p@h:1", "", "/v1/ü ü", "a job", "h:1"},
 		{"http://u:p@h:1", "k", "//x/../y", "j", "h:1"},
 		{"http://[::1]", "", "/v1/completions", "j", "[::1]:80"},

@@ -9,22 +9,24 @@ import (
 // doubt is an error of which it must show whether it is the line's or the engine's. The engine's it may be
 //
 //   - while the engine is degraded, and this error condemns it as well (degraded.go): the line is given back at once.
+//     So is a line that went in before the success which ended that: the engine was still degraded when it had the line.
 //   - when the engine has answered no line well since it was last found gone: it is not proven. Then the error waits:
 //     until such an answer comes, which makes it the line's; until the engine is degraded, which makes it the engine's;
-//     or until a short time is over, because a job of few lines may have no others to tell by.
+//     or until a short time is over, because a job of few lines may have no others to tell by. Then another ready worker
+//     of the model, if there is one, gets the line; what a second worker fails too is the line's.
 //
 // About equalLimit wait at most: so many errors, of whatever kind, degrade an engine that is not proven.
 type doubt struct {
 	ours chan bool // gets whether the error is the line's; room for one
 }
 
-// doubt returns nil where an error is the line's for sure.
-func (g *gate) doubt(same string) *doubt {
+// doubt returns nil where an error of a line, started at a time, is the line's for sure.
+func (g *gate) doubt(same string, started time.Time) *doubt {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	d := &doubt{make(chan bool, 1)}
 	switch {
-	case g.condemns(same):
+	case g.condemns(same, started):
 		d.ours <- false
 	case same == "", g.equal.pardons(same), g.proven():
 		return nil
@@ -55,6 +57,28 @@ func (g *gate) believe(ctx context.Context, d *doubt, most time.Duration) bool {
 	return own
 }
 
+// elsewhere leaves a line whose error is still in doubt to another ready worker of its model, and says whether there is one
+// that has not failed it before. The attempt is charged, since the history tells the other one of ours; once is enough.
+func (s *session) elsewhere(o *outcome) bool {
+	ours := false
+	for i := range o.req.Attempts {
+		if o.req.Attempts[i].Worker != s.id {
+			return false
+		}
+		ours = true
+	}
+	if s.gate.trusted() || o.stubborn() || !s.beat.others(s.stopped, o.queue.model) {
+		return false
+	}
+	if ours {
+		s.giveBack(o.line, o.pause(s.refusal), "doubted")
+		return true
+	}
+	s.metrics.retries.WithLabelValues(o.code).Inc()
+	s.resend(o.line, s.charged(o), func() { s.publish(o.line, s.result(o)) })
+	return true
+}
+
 // resolve ends all doubts. Called with mu held.
 func (g *gate) resolve(ours bool) {
 	for _, d := range g.doubts {
@@ -66,15 +90,28 @@ func (g *gate) resolve(ours bool) {
 // proven says whether the engine has answered a line well since it was last found gone. Called with mu held.
 func (g *gate) proven() bool { return g.everOK && g.lastOK.After(g.lastBad) }
 
-// condemns says whether the engine is degraded by errors like this one; by any, while it is not proven. Called with mu
-// held.
-func (g *gate) condemns(same string) bool {
-	return same != "" && g.trip != nil && g.trip.kind == tripDegraded && (same == g.equal.same || !g.proven())
+// trusted is proven for those who do not hold mu.
+func (g *gate) trusted() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.proven()
+}
+
+// condemns says whether the engine is degraded by errors like this one, of a line started at a time; by any, while it
+// is not proven. Or whether it was degraded when the line went in. Called with mu held.
+func (g *gate) condemns(same string, started time.Time) bool {
+	switch {
+	case same == "":
+		return false
+	case started.Before(g.mended):
+		return true
+	}
+	return g.trip != nil && g.trip.kind == tripDegraded && (same == g.equal.same || !g.proven())
 }
 
 // condemned is condemns for those who do not hold mu.
-func (g *gate) condemned(same string) bool {
+func (g *gate) condemned(same string, started time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.condemns(same)
+	return g.condemns(same, started)
 }

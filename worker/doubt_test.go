@@ -132,6 +132,47 @@ func TestDoubtOfFew(t *testing.T) {
 	r.settled(0)
 }
 
+// TestDoubtElsewhere: few lines that an engine which has answered nothing well fails are left to another worker, which answers
+// them. They are charged once, however often the first one has them.
+func TestDoubtElsewhere(t *testing.T) {
+	r, f, well := newRig(t), newFake(t), newFake(t)
+	f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+	r.rival()
+	r.send(requests(3)...)
+	w := r.start(f.engine(), func(w *Worker) { w.grace, w.refusal = time.Millisecond, time.Millisecond })
+	f.enter(9)
+	w.leave()
+	w.end(t)
+	r.start(well.engine())
+	for _, res := range exactly(t, r.wait(3), 3) {
+		if !res.OK || len(res.Attempts) != 1 || res.Attempts[0].Worker == res.Worker {
+			t.Errorf("result %+v", res)
+		}
+	}
+	r.settled(0)
+}
+
+// TestDoubtOfTwo: few lines that two workers fail, neither of which has answered one well, end.
+func TestDoubtOfTwo(t *testing.T) {
+	r := newRig(t)
+	for range 2 {
+		f := newFake(t)
+		f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+		r.start(f.engine(), func(w *Worker) { w.grace, w.refusal = time.Millisecond, time.Millisecond })
+	}
+	r.until("two are ready", func() bool {
+		ws := r.workers()
+		return len(ws) == 2 && ws[0].State == proto.EngineReady && ws[1].State == proto.EngineReady && len(ws[0].Models)+len(ws[1].Models) == 2
+	})
+	r.send(requests(3)...)
+	for _, res := range exactly(t, r.wait(3), 3) {
+		if res.OK || res.Status != 400 || len(res.Attempts) != 1 || res.Attempts[0].Worker == res.Worker {
+			t.Errorf("result %+v", res)
+		}
+	}
+	r.settled(0)
+}
+
 // TestDoubtOfUnlike: an engine that has answered no line well is not believed because it fails each in another way,
 // as long as another worker is there: no line fails.
 func TestDoubtOfUnlike(t *testing.T) {
@@ -214,13 +255,34 @@ func letters(n int64) string {
 func TestDoubtInTime(t *testing.T) {
 	g := aloneGate(t)
 	for range 100 {
-		d := g.doubt("400 no")
+		d := g.doubt("400 no", time.Now())
 		g.mu.Lock()
 		g.resolve(false)
 		g.mu.Unlock()
 		if g.believe(t.Context(), d, 0) {
 			t.Fatal("the line is blamed")
 		}
+	}
+}
+
+// TestDoubtOfLate: a line that went in while the engine was degraded is not blamed when it fails after a success; one
+// that went in later is.
+func TestDoubtOfLate(t *testing.T) {
+	g := aloneGate(t)
+	g.others = func(_ string, then func(bool)) { then(true) }
+	l := &line{req: &proto.Request{}, queue: &queue{model: "m"}, started: time.Now()}
+	for i := range int64(equalLimit) {
+		g.failed(&outcome{line: l, verdict: verdict{class: classPermanent, same: letters(i), message: letters(i)}})
+	}
+	g.success(time.Now())
+	if !g.condemned("400 no", l.started) {
+		t.Error("a line of before is blamed")
+	}
+	if d := g.doubt("400 no", l.started); d == nil || g.believe(t.Context(), d, time.Hour) {
+		t.Error("a line of before is blamed")
+	}
+	if g.condemned("400 no", time.Now()) || g.doubt("400 no", time.Now()) != nil {
+		t.Error("a line of after is given back")
 	}
 }
 

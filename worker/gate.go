@@ -61,6 +61,7 @@ type gate struct {
 	downAnswers int       // answers until down
 	everOK      bool      // a line has succeeded, ever
 	lastOK      time.Time // when one has succeeded
+	mended      time.Time // when one has succeeded while the engine was degraded
 	last        time.Time // start of the last probe that found the engine ready
 	idle        lack      // why there is nothing to pull from, though the engine lists models; zero: there is
 }
@@ -185,6 +186,7 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	}
 	if st.State == proto.EngineReady {
 		g.found(st)
+		g.tell()
 	}
 	g.show()
 }
@@ -202,10 +204,19 @@ func unreachable(engine string, err error) string {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Sprintf("engine at %s does not answer; still loading?", engine)
 	}
-	if strings.Contains(err.Error(), "connection refused") {
+	said := plain(err.Error())
+	broken := func(how string) bool { return strings.Contains(said, how) }
+	switch {
+	case broken("connection refused"):
 		return fmt.Sprintf("engine at %s refuses connections; still loading?", engine)
+	case broken("connection reset"), broken("broken pipe"), strings.HasSuffix(said, "EOF"): // it is chance which of them
+		return fmt.Sprintf("engine at %s breaks connections before it answers; still loading, or not an engine?", engine)
 	}
-	return fmt.Sprintf("engine at %s cannot be reached: %v", engine, err)
+	s := fmt.Sprintf("engine at %s cannot be reached: %s", engine, said)
+	if strings.Contains(s, "no such host") {
+		s += "; check --engine"
+	}
+	return s
 }
 
 // watch says why what the engine has should be let go of, if it should, and trips the gate of a hung one. Called
@@ -272,7 +283,7 @@ func (g *gate) stateLocked() (state, reason string) {
 	case g.draining:
 		return proto.EngineDraining, "worker is stopping"
 	case g.status.State == "":
-		return proto.EngineWaiting, "engine was not asked yet"
+		return proto.EngineWaiting, fmt.Sprintf("engine at %s has not answered yet", g.engine)
 	case g.status.State != proto.EngineReady:
 		return g.status.State, g.status.Reason
 	case g.idle.state != "":
@@ -307,11 +318,19 @@ func (g *gate) show() {
 	g.opened()
 }
 
-// drain closes the gate for good.
-func (g *gate) drain() {
+// drain closes the gate for good. early says that somebody stops it before its work is done: then it is said what keeps
+// the engine from working, which may be why.
+func (g *gate) drain(early bool) {
 	g.mu.Lock()
+	state, reason := g.stateLocked()
+	if reason == "" && !g.refusals.since.IsZero() && !g.everOK {
+		state, reason = proto.EngineWaiting, g.refusing()
+	}
 	g.draining = true
 	g.mu.Unlock()
+	if early && reason != "" {
+		g.log.Warn("stopped while the engine could not be used", "engine", g.engine.String(), "state", state, "reason", reason)
+	}
 	g.show()
 }
 

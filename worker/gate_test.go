@@ -2,10 +2,12 @@ package worker
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -22,11 +24,11 @@ func TestGateStates(t *testing.T) {
 		reason string
 	}{
 		{"loading", func(f *fake) { f.health = 503 }, proto.EngineWaiting, "503"},
-		{"key", func(f *fake) { f.listed = 401 }, proto.EngineDenied, "--engine-api-key"},
-		{"forbidden", func(f *fake) { f.listed = 403 }, proto.EngineDenied, "--engine-api-key"},
+		{"key", func(f *fake) { f.listed = 401 }, proto.EngineDenied, "refuses the key that it was given (HTTP 401); give the right one with --engine-api-key"},
+		{"forbidden", func(f *fake) { f.listed = 403 }, proto.EngineDenied, "refuses the key that it was given (HTTP 403)"},
 		{"no model", func(f *fake) { f.models = "" }, proto.EngineNoModel, "no model"},
 		{"asleep", func(f *fake) { f.metrics = `vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0.0` }, proto.EngineWaiting, "asleep"},
-		{"not an engine", func(f *fake) { f.listed = 404 }, proto.EngineWaiting, "OpenAI"},
+		{"not an engine", func(f *fake) { f.listed = 404 }, proto.EngineWaiting, "/v1/models says 404 Unauthorized; is that an OpenAI-compatible engine? check --engine: http://"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r, f := newRig(t), newFake(t)
@@ -43,11 +45,69 @@ func TestGateStates(t *testing.T) {
 	}
 }
 
+// TestDenial: who gave a key hears that it is refused, who gave none that one is wanted; no key is ever shown.
+func TestDenial(t *testing.T) {
+	for _, c := range []struct{ url, key, said, want string }{
+		{"http://h", "", "", "engine wants a key (HTTP 401); give one with --engine-api-key"},
+		{"http://h", "", "Unauthorized", "engine wants a key (HTTP 401: Unauthorized); give one"},
+		{"http://h", "", "HTTP 401 Unauthorized", "engine wants a key (HTTP 401); give one"},
+		{"http://h", "s3cret", "", "engine refuses the key that it was given (HTTP 401); give the right one with --engine-api-key"},
+		{"http://h", "s3cret", "no such key: s3cret", "refuses the key that it was given (HTTP 401: no such key: xxxxx)"},
+		{"http://me:s3cret@h", "", "no such key: s3cret", "refuses the key that it was given (HTTP 401: no such key: xxxxx)"},
+	} {
+		h, err := NewHTTP(c.url, c.key)
+		must(t, err)
+		if got := denial(h, 401, c.said); !strings.Contains(got, c.want) || strings.Contains(got, "s3cret") {
+			t.Errorf("%s %q %q: %s", c.url, c.key, c.said, got)
+		}
+	}
+}
+
+// TestGateSaysOnce: an engine that breaks every connection is told of once; each connection has another port of ours.
+func TestGateSaysOnce(t *testing.T) {
+	r := newRig(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	broken := make(chan struct{}, 1000)
+	var accepting sync.WaitGroup
+	accepting.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_ = c.(*net.TCPConn).SetLinger(0) // closing resets it
+			_, _ = c.Read(make([]byte, 1))
+			c.Close()
+			broken <- struct{}{}
+		}
+	})
+	t.Cleanup(func() {
+		ln.Close()
+		accepting.Wait()
+	})
+	e, err := NewHTTP("http://"+ln.Addr().String(), "")
+	must(t, err)
+	t.Cleanup(e.Close)
+	var log said
+	r.start(e, func(w *Worker) { w.Log = slog.New(slog.NewTextHandler(&log, nil)) })
+	for range 20 {
+		select {
+		case <-broken:
+		case <-time.After(patient):
+			t.Fatal("the engine is not asked")
+		}
+	}
+	if n := log.times("engine cannot be used"); n != 1 {
+		t.Errorf("said %d times:\n%s", n, log.out.String())
+	}
+}
+
 // TestGateRefused: an engine that loads refuses connections.
 func TestGateRefused(t *testing.T) {
 	r := newRig(t)
 	addr := freeAddr(t)
-	e, err := NewHTTP(addr+"/v1/", "")
+	e, err := NewHTTP("http://"+addr+"/v1/", "")
 	must(t, err)
 	t.Cleanup(e.Close)
 	r.send(request(0))

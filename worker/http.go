@@ -8,10 +8,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"millrace/proto"
 )
@@ -31,30 +33,31 @@ type HTTP struct {
 	base  string // without a trailing slash and without /v1
 	shown string // base without user information
 	auth  string // value of Authorization; empty: none
+	key   string // the secret in auth, which nothing shows
 	rt    *http.Transport
 	about about
 
 	direct *direct // nil: all goes through rt
 }
 
-// NewHTTP prepares a client of the engine at a URL such as http://127.0.0.1:8000; a trailing slash or /v1 makes no
-// difference, and http:// may be left out. The key, if there is one, is sent as a bearer token. The environment's
-// proxies are not used: engines are near.
+// NewHTTP prepares a client of the engine at a URL such as http://127.0.0.1:8000; a trailing slash or /v1, upper case in
+// the host, and the scheme's own port make no difference: String is the same. The key, if there is one, is sent as a
+// bearer token. The environment's proxies are not used: engines are near.
 func NewHTTP(addr, key string) (*HTTP, error) {
 	u, err := parseURL(addr)
 	if err != nil {
-		return nil, fmt.Errorf("engine URL %q: %w; give it like http://HOST:PORT", addr, err)
+		return nil, fmt.Errorf("engine URL %q: %w; give it like http://HOST:PORT", withoutUser(addr), err)
 	}
 	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}
 	h := &HTTP{rt: newTransport(dialer)}
 	switch {
 	case key != "":
-		h.auth = "Bearer " + key
+		h.auth, h.key = "Bearer "+key, key
 	case u.User != nil:
 		r := http.Request{Header: http.Header{}}
 		pass, _ := u.User.Password()
 		r.SetBasicAuth(u.User.Username(), pass)
-		h.auth = r.Header.Get("Authorization")
+		h.auth, h.key = r.Header.Get("Authorization"), pass
 	}
 	u.User = nil
 	h.base = u.String()
@@ -63,9 +66,10 @@ func NewHTTP(addr, key string) (*HTTP, error) {
 	return h, nil
 }
 
+// parseURL reads an engine's URL and writes it as all that mean the same engine are written.
 func parseURL(addr string) (*url.URL, error) {
 	if !strings.Contains(addr, "://") {
-		addr = "http://" + addr
+		return nil, errors.New("no http:// or https:// before it")
 	}
 	u, err := url.Parse(addr)
 	switch {
@@ -75,12 +79,57 @@ func parseURL(addr string) (*url.URL, error) {
 		return nil, fmt.Errorf("scheme %q is not http or https", u.Scheme)
 	case u.Hostname() == "":
 		return nil, errors.New("no host")
+	case !validHost(u.Hostname()):
+		return nil, fmt.Errorf("%q is no host", u.Hostname())
 	case u.RawQuery != "" || u.Fragment != "":
 		return nil, errors.New("a query or fragment makes no sense")
+	}
+	if n, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || n == 0) {
+		return nil, fmt.Errorf("port %s is not between 1 and 65535", u.Port())
+	}
+	u.Host = strings.TrimSuffix(u.Host, ":")
+	if !strings.Contains(u.Host, "%") { // a zone is the name of a device
+		u.Host = strings.ToLower(u.Host)
+	}
+	if own := map[string]string{"http": ":80", "https": ":443"}[u.Scheme]; u.Port() != "" && ":"+u.Port() == own {
+		u.Host = strings.TrimSuffix(u.Host, own)
 	}
 	u.Path = strings.TrimRight(strings.TrimSuffix(strings.TrimRight(u.Path, "/"), "/v1"), "/")
 	u.RawPath = ""
 	return u, nil
+}
+
+// validHost says whether a host can be one: an address, or a name, which may have letters beyond ASCII. What ends in a
+// number must be an address.
+func validHost(host string) bool {
+	if _, err := netip.ParseAddr(host); err == nil {
+		return true
+	}
+	host = strings.TrimSuffix(host, ".")
+	labels := strings.Split(host, ".")
+	for _, l := range labels {
+		odd := func(r rune) bool {
+			return r < utf8.RuneSelf && r != '-' && r != '_' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
+		}
+		if l == "" || strings.ContainsFunc(l, odd) {
+			return false
+		}
+	}
+	_, err := strconv.Atoi(labels[len(labels)-1])
+	return err != nil
+}
+
+// withoutUser hides a user and a password in what should be a URL.
+func withoutUser(addr string) string {
+	at := strings.LastIndexByte(addr, '@')
+	if at < 0 {
+		return addr
+	}
+	scheme := strings.Index(addr, "://") + len("://")
+	if scheme < len("://") || scheme > at {
+		scheme = 0
+	}
+	return addr[:scheme] + "xxxxx" + addr[at:]
 }
 
 func newTransport(dialer *net.Dialer) *http.Transport {

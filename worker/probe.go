@@ -37,14 +37,14 @@ func (h *HTTP) probe(ctx context.Context) (Status, error) {
 	if err != nil {
 		return Status{}, err
 	}
-	if st, ok := notWell(health); !ok {
+	if st, ok := h.notWell(health); !ok {
 		return st, nil
 	}
 	models, err := h.get(ctx, "/v1/models")
 	if err != nil {
 		return Status{}, err
 	}
-	st := readModels(models)
+	st := h.readModels(models)
 	if st.State != proto.EngineReady {
 		return st, nil
 	}
@@ -70,28 +70,48 @@ func (h *HTTP) get(ctx context.Context, path string) (Answer, error) {
 }
 
 // notWell judges what /health said; true: go on.
-func notWell(a Answer) (Status, bool) {
+func (h *HTTP) notWell(a Answer) (Status, bool) {
 	switch a.Status {
 	case http.StatusOK, http.StatusNotFound, http.StatusMethodNotAllowed:
 		return Status{}, true
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return denied(a), false
+		return h.denied(a), false
 	}
 	return Status{State: proto.EngineWaiting, Ill: true, Reason: fmt.Sprintf("engine is not well: /health says %d %s", a.Status, readError(a.Body).message)}, false
 }
 
-func denied(a Answer) Status {
-	return Status{State: proto.EngineDenied, Reason: fmt.Sprintf("engine wants a key (HTTP %d); give one with --engine-api-key", a.Status)}
+func (h *HTTP) denied(a Answer) Status {
+	return Status{State: proto.EngineDenied, Reason: denial(h, a.Status, "")}
+}
+
+// denial says that an engine wants a key, or another one than it got. said is what the engine said, or empty; some
+// repeat the key there.
+func denial(e Engine, status int, said string) string {
+	how := fmt.Sprintf("HTTP %d", status)
+	h, _ := e.(*HTTP)
+	if h != nil && h.key != "" {
+		said = strings.ReplaceAll(said, h.key, "xxxxx")
+	}
+	if said != "" && !strings.HasPrefix(said, how) {
+		how += ": " + said
+	}
+	if h != nil && h.auth != "" {
+		return fmt.Sprintf("engine refuses the key that it was given (%s); give the right one with --engine-api-key or --engine-api-key-file", how)
+	}
+	return fmt.Sprintf("engine wants a key (%s); give one with --engine-api-key or --engine-api-key-file", how)
 }
 
 // readModels reads an answer of /v1/models.
-func readModels(a Answer) Status {
+func (h *HTTP) readModels(a Answer) Status {
+	odd := func(what string) Status {
+		return Status{State: proto.EngineWaiting, Reason: fmt.Sprintf("%s/v1/models %s; is that an OpenAI-compatible engine? check --engine: %s", h, what, h)}
+	}
 	switch a.Status {
 	case http.StatusOK:
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return denied(a)
+		return h.denied(a)
 	default:
-		return Status{State: proto.EngineWaiting, Reason: fmt.Sprintf("/v1/models says %d %s; is this an OpenAI-compatible engine?", a.Status, readError(a.Body).message)}
+		return odd(strings.TrimSpace(fmt.Sprintf("says %d %s", a.Status, readError(a.Body).message)))
 	}
 	var list struct {
 		Data []struct {
@@ -100,7 +120,7 @@ func readModels(a Answer) Status {
 		} `json:"data"`
 	}
 	if err := json.Unmarshal(a.Body, &list, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)); err != nil {
-		return Status{State: proto.EngineWaiting, Reason: "/v1/models does not answer with a list of models; is this an OpenAI-compatible engine?"}
+		return odd("does not answer with a list of models")
 	}
 	st := Status{State: proto.EngineReady}
 	for _, m := range list.Data {

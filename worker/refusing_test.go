@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"millrace/proto"
 )
 
@@ -57,6 +59,53 @@ func TestRefusing(t *testing.T) {
 			r.state(proto.EngineReady)
 			if n := log.times("refuses requests"); n != 1 {
 				t.Errorf("logged %d times", n)
+			}
+		})
+	}
+}
+
+// TestRefusingSoon: what an engine that has answered nothing well refuses with is known long before a line is tried again.
+func TestRefusingSoon(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
+			w.Header().Set("Retry-After", "300")
+			say(w, 503, busyBody)
+		}
+	})
+	r.send(request(0))
+	r.start(f.engine(), func(w *Worker) { w.RetryEvery, w.ProbeEvery = time.Hour, time.Hour })
+	r.reason(proto.EngineWaiting, "refuses requests: HTTP 503")
+}
+
+// TestStoppedEarly: who stops a worker for a cause hears what kept its engine from working; who has no more work does not.
+func TestStoppedEarly(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		work   func(http.ResponseWriter, *http.Request, string)
+		cause  error
+		reason string
+	}{
+		{"refused", says(503, busyBody), errStopped, "refuses requests: HTTP 503: The engine is currently busy"},
+		{"denied", says(401, unauthStr), errStopped, "HTTP 401"},
+		{"no more work", says(503, busyBody), nil, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r, f := newRig(t), newFake(t)
+			f.set(func() { f.work = c.work })
+			r.send(request(0))
+			reg := prometheus.NewRegistry()
+			var log said
+			w := r.start(f.engine(), func(w *Worker) {
+				w.RetryEvery, w.Registry, w.Log = time.Hour, reg, slog.New(slog.NewTextHandler(&log, nil))
+			})
+			r.until("the line is given back", func() bool {
+				return labelled(t, reg, "millrace_worker_given_back_total", "reason", "busy")+labelled(t, reg, "millrace_worker_given_back_total", "reason", "denied") > 0
+			})
+			w.interrupt(c.cause)
+			w.end(t)
+			if told := log.times("stopped while the engine could not be used") > 0; told != (c.reason != "") || told && log.times(c.reason) == 0 {
+				t.Errorf("log:\n%s", log.out.String())
 			}
 		})
 	}

@@ -242,6 +242,7 @@ func (r *rig) until(what string, ok func() bool) {
 type running struct {
 	*Worker
 	leave, stop context.CancelFunc
+	interrupt   context.CancelCauseFunc // leave, for a cause
 	done        chan error
 }
 
@@ -253,9 +254,10 @@ func (r *rig) start(e Engine, change ...func(*Worker)) *running {
 	for _, c := range change {
 		c(w)
 	}
-	take, leave := context.WithCancel(context.Background())
+	take, interrupt := context.WithCancelCause(context.Background())
 	stop, cancel := context.WithCancel(context.Background())
-	run := &running{Worker: w, leave: leave, stop: cancel, done: make(chan error, 1)}
+	leave := func() { interrupt(nil) }
+	run := &running{Worker: w, leave: leave, stop: cancel, interrupt: interrupt, done: make(chan error, 1)}
 	go func() { run.done <- w.Run(take, stop) }()
 	r.tb.Cleanup(func() {
 		leave()

@@ -161,7 +161,7 @@ func (s *session) work(take context.Context) error {
 
 // finish lets what was started come to its end, or to an early one when stop ends.
 func (s *session) finish() {
-	s.gate.drain()
+	s.gate.drain(!errors.Is(context.Cause(s.taking), context.Canceled))
 	s.beat.soon()
 	idle := make(chan struct{})
 	go func() {

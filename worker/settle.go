@@ -131,7 +131,7 @@ func (s *session) refuse(o *outcome) {
 	case classLost:
 		s.gate.refused(o.said(), rest)
 	case classDenied:
-		s.gate.close(tripDenied, proto.EngineDenied, fmt.Sprintf("engine refuses the key (HTTP %d: %s); give one with --engine-api-key", o.answer.Status, o.message))
+		s.gate.close(tripDenied, proto.EngineDenied, denial(s.Engine, o.answer.Status, o.message))
 	}
 	s.giveBack(o.line, rest, reasonOf(o.class))
 }
@@ -185,17 +185,18 @@ func (s *session) blame(o *outcome) {
 // fail ends a line by an error, unless the error turns out to be the engine's: then others may have the line. While
 // that is open, the line takes no slot; see doubt for how many these can be.
 func (s *session) fail(o *outcome) {
-	d := s.gate.doubt(o.same)
+	d := s.gate.doubt(o.same, o.started)
 	if d == nil {
 		s.publish(o.line, s.result(o))
 		return
 	}
 	s.waits.Go(func() {
-		if s.gate.believe(s.taking, d, s.grace) {
+		switch {
+		case !s.gate.believe(s.taking, d, s.grace):
+			s.giveBack(o.line, o.pause(s.refusal), "degraded")
+		case !s.elsewhere(o):
 			s.publish(o.line, s.result(o))
-			return
 		}
-		s.giveBack(o.line, o.pause(s.refusal), "degraded")
 	})
 }
 
@@ -277,22 +278,28 @@ func (s *session) retry(o *outcome) {
 		s.fail(o)
 		return
 	}
-	next := *o.req
-	next.Attempts = append(slices.Clone(o.req.Attempts), proto.Attempt{Worker: s.id, Code: o.code,
-		Status: int64(o.answer.Status), Message: o.message, DurationUS: o.took.Microseconds()})
+	next := s.charged(o)
 	s.away(func() {
 		wait(s.taking, rest(len(next.Attempts), s.refusal)) // a worker that stops does not wait
 		if s.control.want(next.Job) == proto.WantCancel {
 			s.drop(o.line)
 			return
 		}
-		if s.gate.condemned(o.same) {
+		if s.gate.condemned(o.same, o.started) {
 			s.giveBack(o.line, o.pause(s.refusal), "degraded")
 			return
 		}
 		s.metrics.retries.WithLabelValues(o.code).Inc()
-		s.resend(o.line, &next, func() { s.publish(o.line, s.result(o)) })
+		s.resend(o.line, next, func() { s.publish(o.line, s.result(o)) })
 	})
+}
+
+// charged is a line's request with this attempt in its history.
+func (s *session) charged(o *outcome) *proto.Request {
+	next := *o.req
+	next.Attempts = append(slices.Clone(o.req.Attempts), proto.Attempt{Worker: s.id, Code: o.code,
+		Status: int64(o.answer.Status), Message: o.message, DurationUS: o.took.Microseconds()})
+	return &next
 }
 
 // resend puts a line into its queue anew. A history that fits no message any more ends the line by instead.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -285,7 +286,9 @@ func TestSimKey(t *testing.T) {
 	}
 	t.Cleanup(wrong.Close)
 	r.Start(wrong)
-	r.State(proto.EngineDenied)
+	if said := r.State(proto.EngineDenied).Reason; !strings.Contains(said, "refuses the key") || strings.Contains(said, "guess") {
+		t.Errorf("it is said that %s", said)
+	}
 	r.Start(e.client())
 	allOK(t, r.Wait(5), 5)
 }

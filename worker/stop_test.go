@@ -67,7 +67,7 @@ func TestAbort(t *testing.T) {
 // TestAbortIdle: a worker without work ends at once, whatever its engine does.
 func TestAbortIdle(t *testing.T) {
 	r := newRig(t)
-	e, err := NewHTTP(freeAddr(t), "")
+	e, err := NewHTTP("http://"+freeAddr(t), "")
 	must(t, err)
 	w := r.start(e)
 	r.state(proto.EngineWaiting)

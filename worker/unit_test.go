@@ -48,18 +48,24 @@ func TestGaugesOdd(t *testing.T) {
 
 func TestNewHTTP(t *testing.T) {
 	for in, want := range map[string]string{
-		"http://127.0.0.1:8000": "http://127.0.0.1:8000", "127.0.0.1:8000": "http://127.0.0.1:8000", "http://h:1/": "http://h:1",
-		"http://h:1/v1": "http://h:1", "http://h:1/v1/": "http://h:1", "https://h/llm/v1//": "https://h/llm", "http://u:p@h:1": "http://h:1", "gpu3": "http://gpu3",
+		"http://127.0.0.1:8000": "http://127.0.0.1:8000", "http://h:1/": "http://h:1",
+		"http://h:1/v1": "http://h:1", "http://h:1/v1/": "http://h:1", "https://h/llm/v1//": "https://h/llm", "http://u:p@h:1": "http://h:1",
+		"HTTP://GPU3.Example/V2/v1": "http://gpu3.example/V2", "http://h:80": "http://h", "https://h:443/v1": "https://h", "http://h:": "http://h", "http://[::1]:8000": "http://[::1]:8000",
+		"http://h_1.x-y.:1": "http://h_1.x-y.:1", "http://müller:1": "http://m%C3%BCller:1",
 	} {
 		h, err := NewHTTP(in, "")
 		if err != nil || h.String() != want {
 			t.Errorf("%s: %v %v, want %s", in, h, err, want)
 		}
 	}
-	for _, in := range []string{"", "ftp://h", "http://", "http://h?x=1", "http://h#x", "http://h:port", "://"} {
+	for _, in := range []string{"", "ftp://h", "http://", "http://h?x=1", "http://h#x", "http://h:port", "://", "127.0.0.1", "127.0.0.1:8000", "gpu3", "/foo", "http:///foo",
+		"http://h:99999", "http://h:0", "http://h:-1", "http://a..b:1", "http://300.1.1.1:1", "http://127.0.0:1", "http://a b:1", "http://a,b:1", "sim,http://h:1", "http://h:1,http://g:1"} {
 		if h, err := NewHTTP(in, ""); err == nil || !strings.Contains(err.Error(), "HOST:PORT") {
 			t.Errorf("%q: %v, %v", in, h, err)
 		}
+	}
+	if _, err := NewHTTP("http://me:s3cret@h:99999", ""); err == nil || strings.Contains(err.Error(), "s3cret") {
+		t.Errorf("%v", err)
 	}
 	for _, c := range []struct{ url, key, auth string }{{"http://h", "", ""}, {"http://h", "k", "Bearer k"}, {"http://u:p@h", "", "Basic dTpw"}, {"http://u:p@h", "k", "Bearer k"}} {
 		if h, _ := NewHTTP(c.url, c.key); h.auth != c.auth {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/google/renameio/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
@@ -178,14 +179,30 @@ func ensureToken(name string) (string, error) {
 	if b, err := os.ReadFile(name); err == nil && len(strings.TrimSpace(string(b))) > 0 {
 		return strings.TrimSpace(string(b)), nil
 	}
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+	if err := broker.MakeDir(filepath.Dir(name)); err != nil {
 		return "", fmt.Errorf("make the broker's folder: %w; choose another --data", err)
 	}
-	token := newToken()
-	if err := os.WriteFile(name, []byte(token+"\n"), 0o600); err != nil {
+	token := newToken() // others will have it before the next start: it must be the same then, though the power fails
+	if err := keepSecret(name, token+"\n"); err != nil {
 		return "", fmt.Errorf("keep the token: %w", err)
 	}
 	return token, nil
+}
+
+// keepSecret puts a file for its owner alone in place, whole and on disk.
+func keepSecret(name, text string) error {
+	f, err := renameio.NewPendingFile(name, renameio.WithTempDir(filepath.Dir(name)), renameio.WithPermissions(0o600))
+	if err != nil {
+		return err
+	}
+	defer f.Cleanup()
+	if _, err := f.WriteString(text); err != nil {
+		return err
+	}
+	if err := f.CloseAtomicallyReplace(); err != nil { // it syncs the file
+		return err
+	}
+	return broker.SyncDir(filepath.Dir(name))
 }
 
 func newToken() string {

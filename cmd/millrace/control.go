@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/user"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -140,8 +141,8 @@ func (a *app) examine(ctx context.Context) ([]broker.Finding, error) {
 	findings := diskFindings(a.data)
 	b, err := a.control(ctx)
 	if err != nil {
-		return append(findings, broker.Finding{Check: "connection", Level: broker.LevelBad, Found: err.Error(),
-			Mend: "start `millrace broker` (or nats-server -js), or name the right one with --nats, and its token with --token-file"}), nil
+		mend := broker.Remedy(err)
+		return append(findings, broker.Finding{Check: "connection", Level: broker.LevelBad, Found: strings.TrimSuffix(err.Error(), "; "+mend), Mend: mend}), nil
 	}
 	defer b.close()
 	for _, c := range b.conns {

@@ -49,3 +49,32 @@ func TestRunsOfAnotherToken(t *testing.T) {
 		t.Errorf("%d runs", len(b.conns))
 	}
 }
+
+// TestEnsureToken: the token is made once, for its owner alone; a file that a power failure left empty is replaced and not
+// written over, so that it never holds half a token.
+func TestEnsureToken(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "new", "broker", "token")
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	left := name + ".left"
+	if err := os.WriteFile(name, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(name, left); err != nil {
+		t.Fatal(err)
+	}
+	token, err := ensureToken(name)
+	if err != nil || len(token) != 32 {
+		t.Fatalf("%q, %v", token, err)
+	}
+	if again, err := ensureToken(name); again != token || err != nil {
+		t.Errorf("%q, %v at the next start", again, err)
+	}
+	if st, err := os.Stat(name); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st.Mode(), err)
+	}
+	if st, err := os.Stat(left); err != nil || st.Size() != 0 {
+		t.Errorf("the file was written over: %d bytes, %v", st.Size(), err)
+	}
+}

@@ -54,6 +54,7 @@ aggregator and producer in this one process. The same command again continues wh
 			if err := r.engineFlags.check("sim"); err != nil {
 				return err
 			}
+			r.once(a.std.err)
 			take, stop, done := a.phases(cmd.Context(), r.drainTimeout, "the same command continues")
 			defer done()
 			return a.runFile(take, stop, &r, args[0])
@@ -265,6 +266,9 @@ func (a *app) served(ctx context.Context, r *runFlags, job *proto.Job) error {
 		pctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		st, err := eng.Probe(pctx)
 		cancel()
+		if err != nil && ctx.Err() != nil {
+			return fmt.Errorf("%w; engine at %s had not answered yet", context.Cause(ctx), eng)
+		}
 		if err != nil || st.State != proto.EngineReady { // it may serve anything once it is up; its worker waits and says so
 			return nil
 		}

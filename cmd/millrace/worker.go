@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -33,7 +34,7 @@ type engineFlags struct {
 
 func (e *engineFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringArrayVar(&e.urls, "engine", nil, "`URL` of an engine (any OpenAI-compatible server); repeat it for several, in MILLRACE_ENGINE with commas")
+	f.StringArrayVar(&e.urls, "engine", nil, "`URL` of an engine (any OpenAI-compatible server); repeat it for several, or give them with commas")
 	f.StringVar(&e.key, "engine-api-key", "", "key that the engines ask for; better in MILLRACE_ENGINE_API_KEY or a file")
 	f.StringVar(&e.keyFile, "engine-api-key-file", "", "file with that key")
 	f.DurationVar(&e.stallTimeout, "stall-timeout", 2*time.Minute, "how long an engine with requests may make no token until it is thought hung")
@@ -76,6 +77,13 @@ func (e *engineFlags) check(known ...string) error {
 	if err != nil {
 		return err
 	}
+	var all []string
+	for _, list := range e.urls {
+		for u := range strings.SplitSeq(list, ",") {
+			all = append(all, strings.TrimSpace(u))
+		}
+	}
+	e.urls = all
 	for _, u := range e.urls {
 		if slices.Contains(known, u) {
 			continue
@@ -85,6 +93,32 @@ func (e *engineFlags) check(known ...string) error {
 		}
 	}
 	return nil
+}
+
+// once drops engines that were given before in other words, and says so: two workers beside one GPU would each think that
+// it has it alone. localhost is 127.0.0.1. Those that run inside this process are one each time. It is called after check.
+func (e *engineFlags) once(w io.Writer) {
+	have := map[string]string{}
+	e.urls = slices.DeleteFunc(e.urls, func(u string) bool {
+		eng, err := worker.NewHTTP(u, "")
+		if err != nil {
+			return false
+		}
+		at, _ := url.Parse(eng.String()) // it was made of one
+		if at.Hostname() == "localhost" {
+			at.Host = strings.Replace(at.Host, "localhost", "127.0.0.1", 1)
+		}
+		first, again := have[at.String()]
+		switch {
+		case !again:
+			have[at.String()] = eng.String()
+		case first == eng.String():
+			fmt.Fprintf(w, "note: engine %s is given more than once; it is used once\n", first)
+		default:
+			fmt.Fprintf(w, "note: %s and %s are the same engine; it is used once\n", first, eng)
+		}
+		return again
+	})
 }
 
 // crew is the workers of one process, one for each engine.
@@ -117,7 +151,7 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 			Log: a.log, Registry: reg, Program: programVersion(),
 		})
 		if dir != "" {
-			out[len(out)-1].Dir = filepath.Join(dir, proto.ModelToken(hostPortOf(u)))
+			out[len(out)-1].Dir = filepath.Join(dir, proto.ModelToken(placeOf(eng.String())))
 		}
 	}
 	return out, nil
@@ -133,9 +167,10 @@ func newEngineClient(u, key string, models []string) (worker.Engine, error) {
 	return worker.NewHTTP(u, key)
 }
 
-func hostPortOf(engine string) string {
+// placeOf is an engine's URL without its scheme.
+func placeOf(engine string) string {
 	if u, err := url.Parse(engine); err == nil && u.Host != "" {
-		return u.Host
+		return u.Host + u.Path
 	}
 	return engine
 }
@@ -203,6 +238,7 @@ func (a *app) workerCommand() *cobra.Command {
 			if err := checkAckWait(ackWait); err != nil {
 				return err
 			}
+			e.once(a.std.err)
 			defer runtime.KeepAlive(spareHeap())
 			take, stop, done := a.phases(cmd.Context(), e.drainTimeout, "")
 			defer done()

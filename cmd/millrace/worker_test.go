@@ -1,8 +1,14 @@
 package main
 
 import (
+	"context"
+	"net"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"millrace/proto"
 )
 
 // TestJournalFolders: each worker of `millrace worker` has a journal of its own, those of `millrace run` have none.
@@ -20,5 +26,48 @@ func TestJournalFolders(t *testing.T) {
 		} else if filepath.Dir(ws[0].Dir) != dir || filepath.Dir(ws[1].Dir) != dir || ws[0].Dir == ws[1].Dir {
 			t.Errorf("journals in %q and %q", ws[0].Dir, ws[1].Dir)
 		}
+	}
+}
+
+// TestOnce: one engine in several words is one; those that only look alike are not.
+func TestOnce(t *testing.T) {
+	for _, c := range []struct{ given, want, note string }{
+		{"http://h:1 http://h:1/", "http://h:1", "engine http://h:1 is given more than once"},
+		{"http://h:1 http://H:1/v1 http://h:1", "http://h:1", "more than once"},
+		{"http://127.0.0.1:1 http://localhost:1", "http://127.0.0.1:1", "http://127.0.0.1:1 and http://localhost:1 are the same engine"},
+		{"http://LOCALHOST:1/v1 http://127.0.0.1:1/", "http://LOCALHOST:1/v1", "http://localhost:1 and http://127.0.0.1:1 are the same engine"},
+		{"http://u:s3cret@h http://h:80", "http://u:s3cret@h", "engine http://h is given"},
+		{"http://h:1,http://h:1 , http://g:1", "http://h:1 http://g:1", "more than once"},
+		{"http://h:1 http://h:2 https://h:1 http://h:1/a http://[::1]:1 http://127.0.0.1:1", "http://h:1 http://h:2 https://h:1 http://h:1/a http://[::1]:1 http://127.0.0.1:1", ""},
+		{"null: null:", "null: null:", ""},
+	} {
+		e := engineFlags{urls: strings.Split(c.given, " ")}
+		if strings.Contains(c.given, ",") {
+			e.urls = []string{c.given}
+		}
+		if err := e.check(); err != nil {
+			t.Fatal(err)
+		}
+		var said strings.Builder
+		e.once(&said)
+		if got := strings.Join(e.urls, " "); got != c.want || !strings.Contains(said.String(), c.note) || (c.note == "") != (said.Len() == 0) || strings.Contains(said.String(), "s3cret") {
+			t.Errorf("%s: %s, and it is said: %s", c.given, got, said.String())
+		}
+	}
+}
+
+// TestServedInterrupted: who stops a run whose engine takes connections and says nothing hears that.
+func TestServedInterrupted(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	ctx, stop := context.WithCancelCause(t.Context())
+	stop(signalled{os.Interrupt})
+	r := &runFlags{engineFlags: engineFlags{urls: []string{"http://" + ln.Addr().String()}}}
+	err = new(app).served(ctx, r, &proto.Job{})
+	if exitCode(err) != 130 || !strings.Contains(err.Error(), ln.Addr().String()+" had not answered yet") {
+		t.Errorf("%v", err)
 	}
 }
