@@ -39,7 +39,7 @@ func (j *jobFlags) bindInput(cmd *cobra.Command) {
 
 func (j *jobFlags) bindJob(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&j.maxErrors, "max-errors", "", "stop when N lines (or P%, of at least 100) have failed")
+	f.StringVar(&j.maxErrors, "max-errors", "", "stop feeding when N lines (or P%, of at least 100) have failed")
 	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired")
 	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) are ok")
 	f.BoolVar(&j.again, "again", false, "a fresh run of a job that is finished")

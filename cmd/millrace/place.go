@@ -58,11 +58,12 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		}
 		p := &place{dir: a.runDir(job.ID)}
 		m, err := readMemo(p.dir)
+		known = known || err == nil
+		p.known = known
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("read the job's folder: %w", err)
 		}
-		known = known || err == nil
-		if p.known = known; err != nil || !m.Finished {
+		if err != nil || !m.Finished {
 			return p, nil
 		}
 		if again {
