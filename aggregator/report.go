@@ -17,7 +17,7 @@ import (
 type Report struct {
 	parts       map[partKey]*part
 	models      map[string]*hdrhistogram.Histogram
-	failures    map[errorKind]*Failure
+	failures    kinds
 	workers     map[string]int64 // attempts
 	begin       int64            // µs on the broker's clock: of the first result, less the time of its request
 	first, last time.Time        // timestamps of the first and the last result
@@ -53,7 +53,7 @@ const (
 func (r *Report) Add(res *proto.Result, at time.Time) {
 	if r.parts == nil {
 		r.parts, r.models = map[partKey]*part{}, map[string]*hdrhistogram.Histogram{}
-		r.failures, r.workers = map[errorKind]*Failure{}, map[string]int64{}
+		r.workers = map[string]int64{}
 		r.begin, r.first, r.last = math.MaxInt64, at, at
 	}
 	us := at.UnixMicro()
@@ -71,7 +71,7 @@ func (r *Report) Add(res *proto.Result, at time.Time) {
 		r.workers[a.Worker]++
 	}
 	if !res.OK {
-		r.fail(res)
+		r.failures.add(res, 1)
 	}
 	if res.Worker != "" && p.times != nil {
 		r.time(p, res, us)
@@ -113,21 +113,6 @@ func (r *Report) time(p *part, res *proto.Result, us int64) {
 	}
 	_ = p.times.RecordValue(d) // d is within the histogram's range
 	_ = m.RecordValue(d)
-}
-
-func (r *Report) fail(res *proto.Result) {
-	k := errorKind{res.Code, res.Status}
-	f := r.failures[k]
-	if f == nil {
-		if len(r.failures) >= maxKinds {
-			k = errorKind{code: otherKind}
-		}
-		if f = r.failures[k]; f == nil {
-			f = &Failure{Code: k.code, Status: k.status, CustomID: res.CustomID, Message: res.Message}
-			r.failures[k] = f
-		}
-	}
-	f.Count++
 }
 
 // Drop takes in the numbers of what did not count.
@@ -175,12 +160,9 @@ func (r *Report) Close() *Statistics {
 	for _, m := range slices.Sorted(maps.Keys(byModel)) {
 		s.ByModel = append(s.ByModel, ModelStatistics{Model: m, Workers: byModel[m].workers, Figures: byModel[m].figures()})
 	}
-	for _, f := range r.failures {
-		s.Failures = append(s.Failures, *f)
+	for _, f := range r.failures.list() {
+		s.Failures = append(s.Failures, Failure(f))
 	}
-	slices.SortFunc(s.Failures, func(a, b Failure) int {
-		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Code, b.Code), cmp.Compare(a.Status, b.Status))
-	})
 	all.times = r.allTimes()
 	s.Figures = all.figures()
 	if r.parts != nil {

@@ -81,13 +81,16 @@ type WorkerStatistics struct {
 	Figures
 }
 
-// Failure is one kind of error.
+// Failure is one kind of error: a code, a status, and a message but for the numbers and ids in it. At most 10 messages of a
+// code and status are told apart; the lines with any other are one kind more.
 type Failure struct {
 	Code     string `json:"code"`
 	Status   int64  `json:"status_code"` // 0: the engine never answered
 	Count    int64  `json:"count"`
-	CustomID string `json:"custom_id"` // of the first such line in the order of the input
-	Message  string `json:"message"`   // of the same
+	CustomID string `json:"custom_id"`       // of the first such line in the order of the input
+	Message  string `json:"message"`         // of the same
+	Line     int64  `json:"line,omitempty"`  // of the same, in the input file, from 1; 0: an engine was asked
+	Mixed    bool   `json:"mixed,omitempty"` // the messages of these lines differ
 }
 
 // Dropped are the results that came and do not count.

@@ -69,11 +69,7 @@ func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
 	if err != nil {
 		return err
 	}
-	var failures []proto.ErrorCount
-	for _, f := range m.Statistics.Failures {
-		failures = append(failures, proto.ErrorCount{Code: f.Code, Count: f.Count})
-	}
-	v := broker.JobView{Job: *job, Progress: proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict, Errors: failures}}
+	v := broker.JobView{Job: *job, Progress: proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict, Errors: kindsOf(m)}}
 	return verdict(&v, j)
 }
 
@@ -96,10 +92,18 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 		printFigures(tw, "all", &m.Statistics.Figures)
 	}
 	_ = tw.Flush() // the same writer as below; what fails there fails here
-	for _, f := range m.Statistics.Failures {
-		fmt.Fprint(w, "\n"+failure(f.Count, f.Code, f.Status, f.CustomID, f.Message))
+	if m.Counts.Failed > 0 {
+		fmt.Fprintln(w)
 	}
-	fmt.Fprintf(w, "\n\noutput    %s\nerrors    %s\nmanifest  %s\n", files.Output, files.Errors, files.Manifest)
+	failures(w, kindsOf(m))
+	fmt.Fprintf(w, "\noutput    %s\nerrors    %s\nmanifest  %s\n", files.Output, files.Errors, files.Manifest)
+}
+
+func kindsOf(m *aggregator.Manifest) (out []proto.ErrorCount) {
+	for _, f := range m.Statistics.Failures {
+		out = append(out, proto.ErrorCount(f))
+	}
+	return out
 }
 
 func simulated(m *aggregator.Manifest) bool {
