@@ -44,7 +44,9 @@ func TestAMessageStandsOnItsLinesOnly(t *testing.T) {
 
 // However many messages there are, some are told apart and the others are counted, and all can be taken back.
 func TestKindsAreBounded(t *testing.T) {
-	letters := func(n int) string { return string([]byte{'a' + byte(n/26/26%26), 'a' + byte(n/26%26), 'a' + byte(n%26)}) }
+	letters := func(n int) string {
+		return string([]byte{'a' + byte(n/26/26%26), 'a' + byte(n/26%26), 'a' + byte(n%26)})
+	}
 	rapid.Check(t, func(t *rapid.T) {
 		var k kinds
 		var in []*proto.Result

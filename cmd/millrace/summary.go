@@ -75,7 +75,7 @@ func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
 
 func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 	w := a.std.out
-	fmt.Fprintf(w, "\n%s  job %s: %s, %d ok, %d failed, %.1f s\n", m.Verdict, m.Job.ID, count(m.Input.Lines, "line"), m.Counts.OK, m.Counts.Failed, m.Statistics.Duration)
+	fmt.Fprintf(w, "\n%s  job %s: %s, %d ok, %d failed, %s\n", m.Verdict, m.Job.ID, count(m.Input.Lines, "line"), m.Counts.OK, m.Counts.Failed, took(&m.Statistics.Figures))
 	for _, r := range m.Reasons {
 		fmt.Fprintln(w, "  ", r)
 	}
@@ -122,6 +122,15 @@ func printFigures(tw *tabwriter.Writer, name string, f *aggregator.Figures) {
 	}
 	fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t\n", name, f.Completed, f.Failed, f.Attempts, f.InputTokens, f.OutputTokens,
 		figure(f.OutputThroughput, 1, 0), figure(f.TotalThroughput, 1, 0), steadyOut, steadyTotal, figure(f.P50MS, 1000, 3), figure(f.P95MS, 1000, 3))
+}
+
+// took prints how long it was, and how much of that the rates leave out.
+func took(f *aggregator.Figures) string {
+	s := fmt.Sprintf("%.1f s", f.Duration)
+	if f.Idle > 0 {
+		s += fmt.Sprintf(" (of which idle %.1f s, with no request at any engine; rates are over the rest)", f.Idle)
+	}
+	return s
 }
 
 // figure prints what may not be known.
