@@ -67,11 +67,22 @@ func (s *state) take(j *job, r *proto.Result, m message) error {
 	}
 	j.drop(r, fate)
 	j.touch()
+	if !r.OK && fate == fateFirst && j.spec.MaxErrors != "" {
+		s.alarm(j)
+	}
 	if !again {
 		s.m.result(r, fate)
 	}
 	s.whole(j)
 	return nil
+}
+
+// alarm makes the progress of a job due whose owner may want to halt it: with the first failures, and soon with more.
+func (s *state) alarm(j *job) {
+	if time.Since(j.shown) >= showSoon {
+		j.urgent = true
+		s.kick()
+	}
 }
 
 // keep appends a result that counts.

@@ -147,7 +147,7 @@ func TestOKReplacesErrorAndNothingElseDoes(t *testing.T) {
 	if k := kind(t, j, 0); k != "ok req-1" {
 		t.Errorf("line 0 is %q", k)
 	}
-	if j.replaced != 1 || j.drops.Duplicates != 3 || j.tally.ok != 2 || j.tally.failed != 0 || len(j.tally.errors) != 0 {
+	if j.replaced != 1 || j.drops.Duplicates != 3 || j.tally.ok != 2 || j.tally.failed != 0 || len(j.tally.errors.list()) != 0 {
 		t.Errorf("%d replaced, %+v, %d ok, %d failed, errors %v", j.replaced, j.drops, j.tally.ok, j.tally.failed, j.tally.errors)
 	}
 }

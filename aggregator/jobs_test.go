@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"millrace/proto"
 )
@@ -133,5 +134,34 @@ func TestBadSpecs(t *testing.T) {
 	}
 	if err := s.know(spec("x", 3), sight{rev: 2}, nil); !errors.Is(err, errBadJob) {
 		t.Errorf("the same id with other lines: %v", err)
+	}
+}
+
+// The owner of a job that is halted by failures hears of them soon.
+func TestFailuresThatMayHaltAreToldSoon(t *testing.T) {
+	for limit, want := range map[string]int{"": 0, "5": 1} {
+		s := openTest(t, t.TempDir())
+		v := spec("j", 5)
+		v.MaxErrors = limit
+		if err := s.know(v, sight{}, nil); err != nil {
+			t.Fatal(err)
+		}
+		st := &stream{created: 7}
+		s.moveTo(position{Stream: st.created}, false)
+		now := time.Now()
+		s.due(now.Add(-showSoon))
+		if err := s.fold(st.add(t, good("j", 0, 1))); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.due(now); len(got) != 0 {
+			t.Errorf("limit %q: an answer was told at once", limit)
+		}
+		if err := s.fold(st.add(t, bad("j", 1, proto.CodeEngineError))); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.due(now); len(got) != want || want > 0 && got[0].value.Failed != 1 {
+			t.Errorf("limit %q: told is %+v", limit, got)
+		}
+		s.close()
 	}
 }

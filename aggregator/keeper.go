@@ -188,9 +188,11 @@ type news struct {
 	value *proto.Progress
 }
 
-// How often a job's progress is put: while it changes, and while its last rate is not true any more.
+// How often a job's progress is put: while it changes, while lines fail that may halt it, and while its last rate is not
+// true any more.
 const (
 	showEvery = time.Second
+	showSoon  = 100 * time.Millisecond
 	showIdle  = 5 * time.Second
 )
 

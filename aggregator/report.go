@@ -17,7 +17,7 @@ import (
 type Report struct {
 	parts       map[partKey]*part
 	models      map[string]*hdrhistogram.Histogram
-	failures    map[errorKind]*Failure
+	failures    kinds
 	workers     map[string]int64 // attempts
 	begin       int64            // µs on the broker's clock: of the first result, less the time of its request
 	first, last time.Time        // timestamps of the first and the last result
@@ -28,6 +28,7 @@ type Report struct {
 type part struct {
 	totals
 	work     timeline // on the worker's clock
+	when     spans    // the same, and the attempts before
 	times    *hdrhistogram.Histogram
 	loadUS   int64
 	startsAt int64 // µs: where on the broker's clock the worker's clock is 0, at the latest
@@ -53,7 +54,7 @@ const (
 func (r *Report) Add(res *proto.Result, at time.Time) {
 	if r.parts == nil {
 		r.parts, r.models = map[partKey]*part{}, map[string]*hdrhistogram.Histogram{}
-		r.failures, r.workers = map[errorKind]*Failure{}, map[string]int64{}
+		r.workers = map[string]int64{}
 		r.begin, r.first, r.last = math.MaxInt64, at, at
 	}
 	us := at.UnixMicro()
@@ -71,9 +72,9 @@ func (r *Report) Add(res *proto.Result, at time.Time) {
 		r.workers[a.Worker]++
 	}
 	if !res.OK {
-		r.fail(res)
+		r.failures.add(res, 1)
 	}
-	if res.Worker != "" && p.times != nil {
+	if res.Worker != "" {
 		r.time(p, res, us)
 	}
 }
@@ -81,9 +82,9 @@ func (r *Report) Add(res *proto.Result, at time.Time) {
 func (r *Report) part(k partKey) *part {
 	p := r.parts[k]
 	if p == nil {
-		p = &part{startsAt: math.MaxInt64}
+		p = &part{startsAt: math.MaxInt64, when: spans{pause: math.MaxInt64}}
 		if len(r.parts) < maxTimed {
-			p.times = hdrhistogram.New(shortest, longest, 2)
+			p.times, p.when.pause = hdrhistogram.New(shortest, longest, 2), longPause
 		}
 		r.parts[k] = p
 	}
@@ -98,6 +99,10 @@ func (r *Report) time(p *part, res *proto.Result, us int64) {
 	start := min(max(res.StartUS, farPast), farFuture)
 	p.loadUS = max(p.loadUS, res.LoadUS)
 	p.startsAt = min(p.startsAt, us-(start+d))
+	p.when.add(start-min(tried(res), max(start, 0)), start+d)
+	if p.times == nil {
+		return
+	}
 	w := load{busy: float64(d), requests: 1}
 	if res.Usage.Counted {
 		w.prompt, w.completion = float64(res.Usage.Prompt), float64(res.Usage.Completion)
@@ -115,19 +120,14 @@ func (r *Report) time(p *part, res *proto.Result, us int64) {
 	_ = m.RecordValue(d)
 }
 
-func (r *Report) fail(res *proto.Result) {
-	k := errorKind{res.Code, res.Status}
-	f := r.failures[k]
-	if f == nil {
-		if len(r.failures) >= maxKinds {
-			k = errorKind{code: otherKind}
-		}
-		if f = r.failures[k]; f == nil {
-			f = &Failure{Code: k.code, Status: k.status, CustomID: res.CustomID, Message: res.Message}
-			r.failures[k] = f
+// tried is how long the attempts took that the worker of a result made of the line before.
+func tried(res *proto.Result) (us int64) {
+	for _, a := range res.Attempts {
+		if a.Worker == res.Worker {
+			us += min(max(a.DurationUS, 0), longest)
 		}
 	}
-	f.Count++
+	return us
 }
 
 // Drop takes in the numbers of what did not count.
@@ -166,27 +166,41 @@ func (r *Report) Close() *Statistics {
 			g = &group{times: r.models[k.model]}
 			byModel[k.model] = g
 		}
-		g.add(p)
-		all.add(p)
+		g.parts, all.parts = append(g.parts, p), append(all.parts, p)
 		if k.worker != "" {
 			s.ByWorker = append(s.ByWorker, r.worker(k, p))
 		}
 	}
 	for _, m := range slices.Sorted(maps.Keys(byModel)) {
-		s.ByModel = append(s.ByModel, ModelStatistics{Model: m, Workers: byModel[m].workers, Figures: byModel[m].figures()})
+		f := byModel[m].figures()
+		s.ByModel = append(s.ByModel, ModelStatistics{Model: m, Workers: byModel[m].workers, Figures: f})
 	}
-	for _, f := range r.failures {
-		s.Failures = append(s.Failures, *f)
+	for _, f := range r.failures.list() {
+		s.Failures = append(s.Failures, Failure(f))
 	}
-	slices.SortFunc(s.Failures, func(a, b Failure) int {
-		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Code, b.Code), cmp.Compare(a.Status, b.Status))
-	})
 	all.times = r.allTimes()
 	s.Figures = all.figures()
 	if r.parts != nil {
-		s.rates(float64(r.last.UnixMicro()-r.begin) / 1e6)
+		whole := r.last.UnixMicro() - r.begin
+		s.rates(whole, r.idle(&all.when))
 	}
 	return s
+}
+
+// idle is the idle time of the whole job. Before the first request and after the last there may be lines that their
+// owner ended.
+func (r *Report) idle(when *spans) int64 {
+	begin, end := r.begin, r.last.UnixMicro()
+	if len(when.all) == 0 {
+		when = &spans{all: []span{{begin, begin}}}
+	}
+	idle := when.idle()
+	for _, edge := range []int64{when.all[0].from - begin, end - when.all[len(when.all)-1].to} {
+		if edge >= longPause {
+			idle += edge
+		}
+	}
+	return min(idle, end-begin)
 }
 
 // Times returns the broker's timestamps of the first and the last result; nil where there is none.
@@ -213,30 +227,45 @@ func comparePart(a, b partKey) int {
 // worker figures are on the worker's own clock.
 func (r *Report) worker(k partKey, p *part) WorkerStatistics {
 	w := WorkerStatistics{Worker: k.worker, Model: k.model, LoadSeconds: seconds(p.loadUS)}
-	w.Figures = figures(p.totals, &p.work, p.times)
+	work := &p.work
+	if len(p.when.all) > 1 {
+		work = new(timeline)
+		work.merge(&p.work, p.when.at)
+	}
+	w.Figures = figures(p.totals, &p.when, work, p.times)
 	w.WorkerAttempts = r.workers[k.worker]
 	return w
 }
 
 // group is several parts, brought onto the broker's clock.
 type group struct {
-	totals
-	work    timeline
+	parts   []*part
 	times   *hdrhistogram.Histogram
-	workers int64
+	workers int64 // of parts with a timeline
+	when    spans
 }
 
-func (g *group) add(p *part) {
-	g.sum(p.totals)
-	if p.work.width > 0 {
-		g.work.merge(&p.work, p.startsAt)
-		g.workers++
+// figures sums up. Its timeline leaves out when the group was idle, so that an hour between two runs takes no buckets.
+func (g *group) figures() Figures {
+	var sum totals
+	var work timeline
+	g.when.pause = handOver
+	for _, p := range g.parts {
+		sum.sum(p.totals)
+		for _, v := range p.when.all {
+			g.when.add(v.from+p.startsAt, v.to+p.startsAt)
+		}
 	}
+	for _, p := range g.parts {
+		if p.work.width > 0 {
+			work.merge(&p.work, func(t int64) int64 { return g.when.at(t + p.startsAt) })
+			g.workers++
+		}
+	}
+	return figures(sum, &g.when, &work, g.times)
 }
 
-func (g *group) figures() Figures { return figures(g.totals, &g.work, g.times) }
-
-func figures(t totals, work *timeline, times *hdrhistogram.Histogram) Figures {
+func figures(t totals, when *spans, work *timeline, times *hdrhistogram.Histogram) Figures {
 	f := Figures{
 		Completed: t.completed, Failed: t.failed, Attempts: t.attempts, WithoutUsage: t.uncounted,
 		InputTokens: t.usage.Prompt, OutputTokens: t.usage.Completion, CachedTokens: t.usage.Cached,
@@ -247,17 +276,19 @@ func figures(t totals, work *timeline, times *hdrhistogram.Histogram) Figures {
 		f.P95MS, f.P99MS = ms(float64(times.ValueAtQuantile(95))), ms(float64(times.ValueAtQuantile(99)))
 		f.MaxMS = ms(float64(times.Max()))
 	}
-	if work.width == 0 {
-		return f
+	if len(when.all) > 0 {
+		f.rates(when.whole(), when.idle())
 	}
-	f.rates(float64(work.end-work.begin) / 1e6)
-	f.windows(work)
+	if work.width > 0 {
+		f.windows(work)
+	}
 	return f
 }
 
-func (f *Figures) rates(s float64) {
-	f.Duration = *round(s)
-	if s > 0 {
+// rates sets what is counted per second, from µs.
+func (f *Figures) rates(duration, idle int64) {
+	f.Duration, f.Idle = seconds(duration), seconds(idle)
+	if s := float64(duration-idle) / 1e6; s > 0 {
 		f.RequestThroughput = round(float64(f.Completed) / s)
 		f.OutputThroughput = round(float64(f.OutputTokens) / s)
 		f.TotalThroughput = round(float64(f.OutputTokens+f.InputTokens) / s)

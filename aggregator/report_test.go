@@ -44,7 +44,7 @@ func TestTimelineLosesNothing(t *testing.T) {
 			t.Fatalf("%d buckets, %d to %d", len(tl.buckets), tl.begin, tl.end)
 		}
 		var merged timeline
-		merged.merge(&tl, 12345)
+		merged.merge(&tl, func(t int64) int64 { return t + 12345 })
 		merged.settle()
 		var again load
 		for _, b := range merged.buckets {
@@ -120,6 +120,133 @@ func TestModelRateOfWorkersOneAfterTheOther(t *testing.T) {
 	m := r.Close().ByModel[0]
 	if m.Workers != 3 || !near(m.Steady.OutputThroughput, 1950, 0.06) || m.Windows.Plateau < 19 || m.Windows.Plateau > 21 {
 		t.Errorf("%d workers, %+v, %+v", m.Workers, m.Steady, m.Windows)
+	}
+}
+
+// A job that was interrupted and went on an hour later has the rates of the time in which it ran, and says how long it
+// did not: whether its workers ended meanwhile, or had nothing to do.
+func TestTimeBetweenRunsIsIdle(t *testing.T) {
+	begin := time.Unix(1e9, 0)
+	var once Report
+	plan(&once, "w1", begin, 100)
+	want := once.Close()
+
+	var ended Report // other workers, an hour and 119 s later
+	plan(&ended, "w1", begin, 100)
+	plan(&ended, "w2", begin.Add(time.Hour+119*time.Second), 100)
+
+	var paused Report // the same worker
+	plan(&paused, "w1", begin, 100)
+	later := func(us int64) *proto.Result {
+		res := good("j", us, 0)
+		res.Worker, res.StartUS, res.DurationUS = "w1", 5_000_000+(3600+119)*1_000_000+us, 1_000_000
+		res.Usage = proto.Usage{Counted: true, Prompt: 50, Completion: 100}
+		return res
+	}
+	for slot := range int64(10) {
+		for at := slot; at < 110+slot; at++ {
+			res := later(at * 1_000_000)
+			paused.Add(res, begin.Add(time.Duration(res.StartUS+res.DurationUS)*time.Microsecond+time.Millisecond))
+		}
+	}
+
+	for what, r := range map[string]*Report{"ended": &ended, "paused": &paused} {
+		s := r.Close()
+		all := map[string]Figures{"job": s.Figures, "model": s.ByModel[0].Figures}
+		if what == "paused" {
+			all["worker"] = s.ByWorker[0].Figures
+		}
+		for of, f := range all {
+			if !near(f.Duration, 3600+2*119, 0.001) || !near(f.Idle, 3600, 0.001) {
+				t.Errorf("%s, %s: %v s, %v s of them idle", what, of, f.Duration, f.Idle)
+			}
+			if !near(*f.OutputThroughput, *want.OutputThroughput, 0.01) || !near(*f.RequestThroughput, *want.RequestThroughput, 0.01) {
+				t.Errorf("%s, %s: %v tokens/s, want %v", what, of, *f.OutputThroughput, *want.OutputThroughput)
+			}
+			w := f.Windows
+			if !near(w.RampSeconds+w.SteadySeconds+w.DrainSeconds, 2*119, 0.01) || f.Steady.Seconds > 2*119 {
+				t.Errorf("%s, %s: windows %+v, steady %+v", what, of, w, f.Steady)
+			}
+		}
+	}
+}
+
+// What is short is a part of the work: a pause between two requests of a worker, and a worker that takes over.
+func TestShortPausesAreNotIdle(t *testing.T) {
+	var r Report
+	for i, start := range []int64{0, 31, 61, 120} { // s; each request takes 2
+		res := good("j", int64(i), 0)
+		res.Worker, res.StartUS, res.DurationUS = "w", start*1_000_000, 2_000_000
+		if start == 120 { // it waited for its second attempt, which is the one that is told
+			res.Attempts = []proto.Attempt{{Worker: "w", DurationUS: 50_000_000}}
+		}
+		r.Add(res, time.Unix(1e9+start+2, 0))
+	}
+	next := good("j", 4, 0)
+	next.Worker, next.StartUS, next.DurationUS = "w2", 0, 1_000_000
+	r.Add(next, time.Unix(1e9+122, 9e8).Add(time.Second))
+	if s := r.Close(); s.Idle != 0 || s.ByModel[0].Idle != 0 || s.ByWorker[0].Idle != 0 || !near(s.Duration, 123.9, 0.001) {
+		t.Errorf("%v s, idle %v, %v, %v", s.Duration, s.Idle, s.ByModel[0].Idle, s.ByWorker[0].Idle)
+	}
+}
+
+// Lines that their owner ended, long before or after anything ran, are no work.
+func TestEndedLinesAreIdleTime(t *testing.T) {
+	gone := func(i int64) *proto.Result {
+		return &proto.Result{Job: "j", Index: i, Code: proto.CodeCancelled, Model: testModel}
+	}
+	var r Report
+	r.Add(gone(0), time.Unix(1e9, 0))
+	r.Add(good("j", 1, 0), time.Unix(1e9+1000, 0))
+	r.Add(gone(2), time.Unix(1e9+2000, 0))
+	if s := r.Close(); s.Duration != 2000 || s.Idle != 1999.5 || *s.RequestThroughput != 2 {
+		t.Errorf("%v s, idle %v, %v per s", s.Duration, s.Idle, *s.RequestThroughput)
+	}
+	var none Report
+	none.Add(gone(0), time.Unix(1e9, 0))
+	none.Add(gone(1), time.Unix(1e9+2000, 0))
+	if s := none.Close(); s.Duration != 2000 || s.Idle != 2000 || s.RequestThroughput != nil {
+		t.Errorf("%+v", s.Figures)
+	}
+}
+
+// Whatever is added in whatever order, the same stretches are there, and the clock without the time between them holds
+// all of them and nothing else.
+func TestSpans(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		pause := rapid.Int64Range(1, 20).Draw(t, "pause")
+		in := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) span {
+			from := rapid.Int64Range(-500, 500).Draw(t, "from")
+			return span{from, from + rapid.Int64Range(0, 30).Draw(t, "long")}
+		}), 1, 40).Draw(t, "spans")
+		one, other := spans{pause: pause}, spans{pause: pause}
+		for _, v := range in {
+			one.add(v.from, v.to)
+		}
+		for _, v := range rapid.Permutation(in).Draw(t, "order") {
+			other.add(v.from, v.to)
+		}
+		if !reflect.DeepEqual(one, other) {
+			t.Fatalf("%v and %v", one.all, other.all)
+		}
+		for i, v := range one.all {
+			if v.to < v.from || i > 0 && v.from-one.all[i-1].to < pause {
+				t.Fatalf("%v, with pauses of %d", one.all, pause)
+			}
+			if got := one.at(v.to) - one.at(v.from); got != v.to-v.from {
+				t.Fatalf("%v is %d long", v, got)
+			}
+		}
+		if got := one.at(1e6); got != one.whole()-one.idle() || one.at(-1e6) != 0 {
+			t.Fatalf("%v: %d of %d, idle %d", one.all, got, one.whole(), one.idle())
+		}
+	})
+	many := spans{pause: 1}
+	for i := range int64(10 * maxSpans) {
+		many.add(10*i, 10*i+1)
+	}
+	if len(many.all) > maxSpans || many.whole() != 100*maxSpans-9 {
+		t.Errorf("%d, from %v", len(many.all), many.all[0])
 	}
 }
 

@@ -153,10 +153,7 @@ func (s *state) view(j *job, q proto.ResultsQuestion) (view, error) {
 func (s *state) points(j *job, r Record, off int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !r.OK {
-		off = -off
-	}
-	return j.at != nil && j.holds(r.Index) && j.at[r.Index] == off
+	return j.at != nil && j.holds(r.Index) && j.at[r.Index] == signed(r, off)
 }
 
 // scan gives the records of the spool one after the other.

@@ -28,10 +28,15 @@ type Figures struct {
 	CachedTokens int64 `json:"cached_tokens"`       // prompt tokens that came from the engine's prefix cache
 	WithoutUsage int64 `json:"completed_without_usage"`
 
-	Duration          float64  `json:"duration"`               // s; from the start of the first request to the end of the last
-	RequestThroughput *float64 `json:"request_throughput"`     // Completed per s of Duration
-	OutputThroughput  *float64 `json:"output_throughput"`      // completion tokens per s of Duration
-	TotalThroughput   *float64 `json:"total_token_throughput"` // prompt and completion tokens per s of Duration
+	Duration float64 `json:"duration"` // s; from the start of the first request to the end of the last
+	// Idle is how much of Duration no request was at an engine, in s: the time between two runs of a job that was
+	// interrupted, and pauses of 30 s and more. Shorter pauses of a worker that goes on afterwards are not counted, nor
+	// pauses under 1 s. Of a job in more than 4,096 pieces only the longer pauses are counted.
+	Idle float64 `json:"idle"`
+	// Rates over the time that was not idle: per s of Duration less Idle.
+	RequestThroughput *float64 `json:"request_throughput"`     // Completed
+	OutputThroughput  *float64 `json:"output_throughput"`      // completion tokens
+	TotalThroughput   *float64 `json:"total_token_throughput"` // prompt and completion tokens
 
 	// Time of a request at its engine, of the last attempts of lines that ended ok, in ms.
 	MeanMS *float64 `json:"mean_e2el_ms"`
@@ -44,7 +49,7 @@ type Figures struct {
 	Steady  *Steady  `json:"steady"`
 }
 
-// Windows divide the time from the start of the first request to the end of the last.
+// Windows divide the time from the start of the first request to the end of the last; idle time is in none of them.
 type Windows struct {
 	// Plateau is what was in flight at least during a quarter of the time in which anything was.
 	Plateau       float64 `json:"plateau"`
@@ -81,13 +86,16 @@ type WorkerStatistics struct {
 	Figures
 }
 
-// Failure is one kind of error.
+// Failure is one kind of error: a code, a status, and a message but for the numbers and ids in it. At most 10 messages of a
+// code and status are told apart; the lines with any other are one kind more.
 type Failure struct {
 	Code     string `json:"code"`
 	Status   int64  `json:"status_code"` // 0: the engine never answered
 	Count    int64  `json:"count"`
-	CustomID string `json:"custom_id"` // of the first such line in the order of the input
-	Message  string `json:"message"`   // of the same
+	CustomID string `json:"custom_id"`       // of the first such line in the order of the input
+	Message  string `json:"message"`         // of the same
+	Line     int64  `json:"line,omitempty"`  // of the same, in the input file, from 1; 0: an engine was asked
+	Mixed    bool   `json:"mixed,omitempty"` // the messages of these lines differ
 }
 
 // Dropped are the results that came and do not count.

@@ -15,19 +15,8 @@ type tally struct {
 	attempts int64
 	usage    proto.Usage
 	models   map[string]*proto.ModelProgress
-	errors   map[errorKind]*proto.ErrorCount
+	errors   kinds
 }
-
-type errorKind struct {
-	code   string
-	status int64
-}
-
-// maxKinds bounds the kinds of errors and the models that are told apart; the rest is counted under otherKind.
-const (
-	maxKinds  = 1000
-	otherKind = "other"
-)
 
 // topKinds is how many kinds of errors are told, beside those that say how a job ended.
 const topKinds = 10
@@ -44,7 +33,7 @@ func (t *tally) add(r *proto.Result, sign int64) {
 	} else {
 		t.failed += sign
 		m.Failed += sign
-		t.fail(r, sign)
+		t.errors.add(r, sign)
 	}
 	t.attempts += sign * attempts(r)
 	addUsage(&t.usage, r.Usage, sign)
@@ -66,25 +55,6 @@ func (t *tally) model(name string) *proto.ModelProgress {
 	return m
 }
 
-func (t *tally) fail(r *proto.Result, sign int64) {
-	kind := errorKind{r.Code, r.Status}
-	e := t.errors[kind]
-	if e == nil && len(t.errors) >= maxKinds && !final(r.Code) {
-		kind = errorKind{code: otherKind}
-		e = t.errors[kind]
-	}
-	if e == nil {
-		if t.errors == nil {
-			t.errors = map[errorKind]*proto.ErrorCount{}
-		}
-		e = &proto.ErrorCount{Code: kind.code, Status: kind.status, CustomID: r.CustomID, Message: r.Message}
-		t.errors[kind] = e
-	}
-	if e.Count += sign; e.Count <= 0 {
-		delete(t.errors, kind)
-	}
-}
-
 // fill writes the tally into a progress.
 func (t *tally) fill(p *proto.Progress) {
 	p.OK, p.Failed, p.Attempts, p.Usage = t.ok, t.failed, t.attempts, t.usage
@@ -92,12 +62,7 @@ func (t *tally) fill(p *proto.Progress) {
 		p.Models = append(p.Models, *m)
 	}
 	slices.SortFunc(p.Models, func(a, b proto.ModelProgress) int { return cmp.Compare(a.Model, b.Model) })
-	for _, e := range t.errors {
-		p.Errors = append(p.Errors, *e)
-	}
-	slices.SortFunc(p.Errors, func(a, b proto.ErrorCount) int {
-		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Code, b.Code), cmp.Compare(a.Status, b.Status))
-	})
+	p.Errors = t.errors.list()
 	rank := 0
 	p.Errors = slices.DeleteFunc(p.Errors, func(e proto.ErrorCount) bool {
 		rank++

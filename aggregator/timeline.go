@@ -122,15 +122,15 @@ func (t *timeline) double() {
 	t.width, t.lo, t.buckets, t.change = t.width*2, lo, half, make([]load, len(half)+1)
 }
 
-// merge adds another timeline, whose clock shows shift less than ours. What it holds of a bucket is spread evenly.
-func (t *timeline) merge(o *timeline, shift int64) {
+// merge adds another timeline, whose times are at(time) on our clock. What it holds of a bucket is spread evenly.
+func (t *timeline) merge(o *timeline, at func(int64) int64) {
 	o.settle()
 	for i, b := range o.buckets {
 		if o.idle(b) {
 			continue
 		}
-		from, to := max(o.start(i), o.begin), min(o.start(i+1), o.end)
-		t.spread(from+shift, to-from, b)
+		from, to := at(max(o.start(i), o.begin)), at(min(o.start(i+1), o.end))
+		t.spread(from, to-from, b)
 	}
 }
 

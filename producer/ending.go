@@ -28,7 +28,17 @@ func (r *run) pause(ctx context.Context) error {
 // halt drops what is queued and gives up.
 func (r *run) halt(ctx context.Context) error {
 	r.purge(ctx)
-	return fmt.Errorf("%w: %s; mend the cause and run it again to go on, or raise --max-errors (now %s)", ErrHalted, r.worst(), r.job.MaxErrors)
+	next := "the same command goes"
+	if r.o.fetch != nil {
+		next = "`millrace resume " + r.job.ID + "` goes"
+	}
+	return fmt.Errorf("%w. Lines in flight end first. `millrace results %s --errors` prints what failed. Mend the cause: %s on with the lines that have not ended; "+
+		"those that failed stay so, only a fresh run of all lines (--again) runs them once more", r.halted(), r.job.ID, next)
+}
+
+// halted says why the job is.
+func (r *run) halted() error {
+	return fmt.Errorf("%w: more than --max-errors %s; so far %s", ErrHalted, r.job.MaxErrors, r.worst())
 }
 
 // end gives every line that has no result one that says why it never ran, until all have one. Workers that still

@@ -147,14 +147,19 @@ func (r *run) save(ctx context.Context, must bool) error {
 // Reading again and again is cheap, and unlike a subscription it survives a broker that came back empty.
 const (
 	watchEvery = 250 * time.Millisecond
-	keyEvery   = 8 // times watchEvery
+	keyEvery   = 8              // times watchEvery
+	haltEvery  = watchEvery / 5 // where a job is halted when too much fails
 )
 
 // watch turns what is wanted, and what became of the job so far, into demands. Its error is ErrRemoved.
 func (r *run) watch(ctx context.Context) error {
-	for n := 1; sleep(ctx, watchEvery) == nil; n++ {
+	every, keys := watchEvery, keyEvery
+	if r.limit.set {
+		every, keys = haltEvery, keyEvery*int(watchEvery/haltEvery)
+	}
+	for n := 1; sleep(ctx, every) == nil; n++ {
 		err := r.read(ctx)
-		if err == nil && n%keyEvery == 0 {
+		if err == nil && n%keys == 0 {
 			err = r.uphold(ctx)
 		}
 		if err == nil || ctx.Err() != nil {
@@ -274,13 +279,17 @@ func (r *run) counted(p proto.Progress) (failed, ended int64) {
 func (r *run) worst() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	s := proto.Count(r.progress.Failed, "line") + " failed"
 	if len(r.progress.Errors) == 0 {
-		return fmt.Sprintf("%d lines failed", r.progress.Failed)
+		return s
 	}
-	e := r.progress.Errors[0]
-	s := fmt.Sprintf("%d lines failed, %d of them with %s", r.progress.Failed, e.Count, e.Code)
+	e := &r.progress.Errors[0]
+	s += fmt.Sprintf(", %d of them with %s", e.Count, e.Code)
 	if e.Status != 0 {
 		s += fmt.Sprintf(" (HTTP %d)", e.Status)
 	}
-	return strings.TrimSuffix(s+", such as "+e.CustomID+": "+e.Message, ": ")
+	if eg := proto.Truncate(e.Example(), 240); eg != "" {
+		s += ", such as " + eg
+	}
+	return s
 }

@@ -253,7 +253,7 @@ func (r *run) leave(err error) error {
 		r.purge(ctx) // duplicates of lines that have ended
 		r.state(proto.FeedFinished)
 	case errors.Is(err, ErrHalted):
-		r.note(noteEnd, err.Error())
+		r.note(noteEnd, r.halted().Error())
 		r.state(proto.FeedHalted)
 	case errors.Is(err, ErrChanged):
 		r.purge(ctx) // it cannot end; its requests would only stand before those of the job that follows it

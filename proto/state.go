@@ -194,6 +194,8 @@ type ErrorCount struct {
 	Count    int64
 	CustomID string // of the first line that failed so
 	Message  string // of the same
+	Line     int64  // of the same, in the input file, from 1; 0: not known
+	Mixed    bool   // the messages of these lines differ
 }
 
 func (e *ErrorCount) visit(c *codec) {
@@ -202,6 +204,8 @@ func (e *ErrorCount) visit(c *codec) {
 	c.int(&e.Count)
 	c.str(&e.CustomID)
 	c.str(&e.Message)
+	c.int(&e.Line)
+	c.bool(&e.Mixed)
 }
 
 // States of a fold.

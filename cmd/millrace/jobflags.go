@@ -39,10 +39,10 @@ func (j *jobFlags) bindInput(cmd *cobra.Command) {
 
 func (j *jobFlags) bindJob(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&j.maxErrors, "max-errors", "", "stop feeding when N lines (or P%, of at least 100) have failed")
+	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed; lines in flight still end")
 	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired")
 	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) are ok")
-	f.BoolVar(&j.again, "again", false, "a fresh run of a job that is finished")
+	f.BoolVar(&j.again, "again", false, "a fresh run of all lines of a job that is finished or was halted")
 	f.DurationVar(&j.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat before another worker gets it (default 1m)")
 	f.Int64Var(&j.window, "window", 0, "lines of the job in the queue at once (default: 20,000, or 3 times what all workers hold)")
 	if err := f.MarkHidden("window"); err != nil {

@@ -96,7 +96,7 @@ func (n *nobody) Error() string {
 	tail := fmt.Sprintf("; deleting %s forgets it", k.dir)
 	switch {
 	case !k.Finished:
-		return fmt.Sprintf("job %s was interrupted, and no process runs it; the same command continues it: millrace run %s …, with results in %s%s", k.Job, k.Input, where, tail)
+		return fmt.Sprintf("job %s was interrupted, and no process runs it; the same command continues it: millrace run %s …, with results in %s; millrace results prints what there is so far%s", k.Job, k.Input, where, tail)
 	case k.manifest() == nil:
 		return fmt.Sprintf("job %s is finished, and its files are %s%s", k.Job, where, tail)
 	}

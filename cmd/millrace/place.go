@@ -33,6 +33,7 @@ type memo struct {
 	Output   string `json:"output,omitempty"`
 	Manifest string `json:"manifest"`
 	Finished bool   `json:"finished"`
+	Halted   bool   `json:"halted,omitempty"` // and not started again since
 }
 
 const memoFile = "job.json"
@@ -48,8 +49,8 @@ func readMemo(dir string) (memo, error) {
 	return m, json.Unmarshal(b, &m)
 }
 
-// place finds the folder of the job. again takes the first run of it that is not finished. A run whose files were
-// taken away is not finished.
+// place finds the folder of the job. again takes the first run of it that is not finished, and was not halted. A run
+// whose files were taken away is not finished.
 func (a *app) place(job *proto.Job, again bool) (*place, error) {
 	base, known := job.ID, false
 	for n := int64(1); ; n++ {
@@ -63,7 +64,7 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("read the job's folder: %w", err)
 		}
-		if err != nil || !m.Finished {
+		if err != nil || !m.Finished && !m.Halted {
 			return p, nil
 		}
 		if again {
@@ -72,6 +73,9 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 		next := a.runDir(fmt.Sprintf("%s-r%d", base, n+1))
 		if exists(filepath.Join(next, memoFile)) { // the newest run is the one that counts
 			continue
+		}
+		if !m.Finished {
+			return p, nil
 		}
 		switch stand, err := filesStand(m.Manifest, job.ID); {
 		case err != nil:
@@ -121,6 +125,18 @@ func (p *place) write(m memo) error {
 
 func (p *place) remember(job *proto.Job, files aggregator.Files) error {
 	return p.write(memo{Job: job.ID, Input: job.Input, SHA256: job.SHA256, Output: files.Output, Manifest: files.Manifest})
+}
+
+// halted notes that too much failed: the same command goes on, and --again begins anew.
+func (p *place) halted(a *app) {
+	m, err := readMemo(p.dir)
+	if err == nil {
+		m.Halted = true
+		err = p.write(m)
+	}
+	if err != nil {
+		a.log.Warn("write the job's folder", "error", err)
+	}
 }
 
 // finish marks the job as finished, with the manifest that was written, and drops its queues and spools.

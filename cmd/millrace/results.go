@@ -24,7 +24,7 @@ func (a *app) resultsCommand() *cobra.Command {
 		Short: "Print results as lines of an output file, also while the job runs",
 		Long: `Print the results of a job, one JSON line each, in the order in which they came (input order once it is
 finished). While the job runs, a line that failed may still come again as ok; with --errors or --all it is printed
-both times.`,
+both times. Of a run on this machine that is stopped it prints what there is so far.`,
 		Args:              wants("JOB"),
 		ValidArgsFunction: a.completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -41,7 +41,14 @@ both times.`,
 			}
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
+			id, stopped := a.stopped(args[0])
+			if stopped && a.nobody(take) {
+				return a.stoppedResults(id, which, a.std.out)
+			}
 			conn, v, err := a.find(take, args[0])
+			if stopped && errors.Is(err, broker.ErrNoJob) {
+				return a.stoppedResults(id, which, a.std.out)
+			}
 			if err != nil {
 				return err
 			}

@@ -115,6 +115,9 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return err
 	}
 	v, err := a.runJob(take, stop, r, ds, job, p, files)
+	if errors.Is(err, producer.ErrHalted) {
+		p.halted(a)
+	}
 	if !ended(err) {
 		return err
 	}

@@ -58,6 +58,8 @@ type topError struct {
 	Count    int64  `json:"count"`
 	CustomID string `json:"custom_id"`
 	Message  string `json:"message"`
+	Line     int64  `json:"line,omitempty"`
+	Mixed    bool   `json:"mixed,omitempty"` // the messages of these lines differ
 }
 
 type workerRow struct {
@@ -96,7 +98,7 @@ func rowOfJob(v *broker.JobView) jobRow {
 		r.Models[m.Model] = m.Lines
 	}
 	for _, e := range p.Errors {
-		r.TopErrors = append(r.TopErrors, topError{e.Code, e.Status, e.Count, e.CustomID, e.Message})
+		r.TopErrors = append(r.TopErrors, topError(e))
 	}
 	return r
 }
@@ -263,7 +265,7 @@ func (j *jobRow) detail(w io.Writer) {
 		fmt.Fprintf(w, "model\t%s: %s\n", modelName(m), count(n, "line"))
 	}
 	for _, e := range j.TopErrors {
-		fmt.Fprintln(w, "error\t"+failure(e.Count, e.Code, e.Status, e.CustomID, e.Message))
+		fmt.Fprintln(w, "error\t"+failure((*proto.ErrorCount)(&e)))
 	}
 	if j.Manifest != "" {
 		fmt.Fprintf(w, "verdict\t%s\nfiles on\t%s\noutput\t%s\nerrors\t%s\nmanifest\t%s\n", j.Verdict, j.Host, j.Output, j.Errors, j.Manifest)

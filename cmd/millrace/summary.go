@@ -80,16 +80,12 @@ func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
 
 // progressOf is how far a job is whose manifest is m.
 func progressOf(m *aggregator.Manifest) *proto.Progress {
-	p := &proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict}
-	for _, f := range m.Statistics.Failures {
-		p.Errors = append(p.Errors, proto.ErrorCount{Code: f.Code, Count: f.Count})
-	}
-	return p
+	return &proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict, Errors: kindsOf(m)}
 }
 
 func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 	w := a.std.out
-	fmt.Fprintf(w, "\n%s  job %s: %s, %d ok, %d failed, %.1f s\n", m.Verdict, m.Job.ID, count(m.Input.Lines, "line"), m.Counts.OK, m.Counts.Failed, m.Statistics.Duration)
+	fmt.Fprintf(w, "\n%s  job %s: %s, %d ok, %d failed, %s\n", m.Verdict, m.Job.ID, count(m.Input.Lines, "line"), m.Counts.OK, m.Counts.Failed, took(&m.Statistics.Figures))
 	for _, r := range m.Reasons {
 		fmt.Fprintln(w, "  ", r)
 	}
@@ -97,13 +93,18 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 		fmt.Fprintln(w, "the text is simulated: no model ran, and the figures are the simulator's")
 	}
 	printFigures(w, m.Statistics)
-	for _, f := range m.Statistics.Failures {
-		fmt.Fprint(w, "\n"+failure(f.Count, f.Code, f.Status, f.CustomID, f.Message))
-	}
-	if len(m.Statistics.Failures) > 0 { // the last one has not ended its line
+	if m.Counts.Failed > 0 {
 		fmt.Fprintln(w)
 	}
+	failures(w, kindsOf(m))
 	fmt.Fprintf(w, "\noutput    %s\nerrors    %s\nmanifest  %s\n", files.Output, files.Errors, files.Manifest)
+}
+
+func kindsOf(m *aggregator.Manifest) (out []proto.ErrorCount) {
+	for _, f := range m.Statistics.Failures {
+		out = append(out, proto.ErrorCount(f))
+	}
+	return out
 }
 
 func simulated(m *aggregator.Manifest) bool {
@@ -149,6 +150,15 @@ func figures(name string, f *aggregator.Figures) []string {
 
 // unknown stands where a figure is not known.
 const unknown = "-"
+
+// took prints how long it was, and how much of that the rates leave out.
+func took(f *aggregator.Figures) string {
+	s := fmt.Sprintf("%.1f s", f.Duration)
+	if f.Idle > 0 {
+		s += fmt.Sprintf(" (of which idle %.1f s, with no request at any engine; rates are over the rest)", f.Idle)
+	}
+	return s
+}
 
 // figure prints what may not be known.
 func figure(v *float64, unit float64, digits int) string {

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
@@ -11,12 +12,7 @@ import (
 )
 
 // count says how many of a thing there are: 1 line, 20 lines.
-func count[N int | int64](n N, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return fmt.Sprintf("%d %ss", n, thing)
-}
+func count[N int | int64](n N, thing string) string { return proto.Count(n, thing) }
 
 // span prints a duration without its zeros: 10m and not 10m0s.
 func span(d time.Duration) string {
@@ -34,18 +30,36 @@ func span(d time.Duration) string {
 func modelName(m string) string { return cmp.Or(m, "(none)") }
 
 // failure describes a kind of failure by one line that failed so. Lines that no engine answered have no status.
-func failure(n int64, code string, status int64, customID, message string) string {
-	s := fmt.Sprintf("%d × %s", n, code)
-	if status != 0 {
-		s += fmt.Sprintf(" (HTTP %d)", status)
+func failure(e *proto.ErrorCount) string {
+	s := fmt.Sprintf("%d × %s", e.Count, e.Code)
+	if e.Status != 0 {
+		s += fmt.Sprintf(" (HTTP %d)", e.Status)
 	}
-	if customID != "" {
-		s += ", e.g. " + customID
+	if e.Mixed {
+		s += " with other messages"
 	}
-	if message != "" {
-		s += ": " + proto.Truncate(message, 200)
+	if eg := proto.Truncate(e.Example(), 240); eg != "" {
+		s += ", e.g. " + eg
 	}
 	return s
+}
+
+// maxFailures bounds the kinds of failures that people are shown.
+const maxFailures = 10
+
+// failures describes the most frequent kinds of failures, one a line.
+func failures(w io.Writer, all []proto.ErrorCount) {
+	for i := range all[:min(maxFailures, len(all))] {
+		fmt.Fprintln(w, failure(&all[i]))
+	}
+	if len(all) <= maxFailures {
+		return
+	}
+	n := int64(0)
+	for _, e := range all[maxFailures:] {
+		n += e.Count
+	}
+	fmt.Fprintf(w, "%d × %s more; the manifest lists them\n", n, count(len(all)-maxFailures, "kind"))
 }
 
 // asked says who paused or cancelled a job, and why; empty: nobody did.

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"millrace/aggregator"
 	"millrace/proto"
 )
 
@@ -16,9 +17,13 @@ func TestWords(t *testing.T) {
 		span(time.Hour):          "1h",
 		span(90 * time.Second):   "1m30s",
 		span(0):                  "0s",
-		failure(3, "batch_cancelled", 0, "a", ""):     "3 × batch_cancelled, e.g. a",
-		failure(1, "engine_error", 500, "a", "broke"): "1 × engine_error (HTTP 500), e.g. a: broke",
-		failure(1, "invalid_request", 0, "", "bad"):   "1 × invalid_request: bad",
+		failure(&proto.ErrorCount{Count: 3, Code: "batch_cancelled", CustomID: "a"}):                                      "3 × batch_cancelled, e.g. custom_id a",
+		failure(&proto.ErrorCount{Count: 1, Code: "engine_error", Status: 500, CustomID: "a", Message: "broke"}):          "1 × engine_error (HTTP 500), e.g. custom_id a: broke",
+		failure(&proto.ErrorCount{Count: 2, Code: "invalid_request", Message: "bad", Line: 7}):                            "2 × invalid_request, e.g. line 7: bad",
+		failure(&proto.ErrorCount{Count: 1, Code: "invalid_request", Message: "bad"}):                                     "1 × invalid_request, e.g. bad",
+		failure(&proto.ErrorCount{Count: 1, Code: "engine_error", Status: 500, Mixed: true, CustomID: "a", Message: "x"}): "1 × engine_error (HTTP 500) with other messages, e.g. custom_id a: x",
+		took(&aggregator.Figures{Duration: 12.34}):                                                                        "12.3 s",
+		took(&aggregator.Figures{Duration: 723, Idle: 600.12}):                                                            "723.0 s (of which idle 600.1 s, with no request at any engine; rates are over the rest)",
 		modelName(""): "(none)",
 		asked(&proto.Control{Want: proto.WantPause, By: "me@here", Reason: "lunch"}): "paused by me@here: lunch",
 		asked(&proto.Control{Want: proto.WantCancel, By: "me@here"}):                 "cancelled by me@here",
