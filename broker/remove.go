@@ -1,0 +1,197 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/proto"
+)
+
+// Remove forgets a job: its keys, its requests, its results at the broker and its detached input. Its output files
+// stay.
+func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
+	l, err := look(ctx, js, &v.Job)
+	if err != nil {
+		return err
+	}
+	if err := l.remove(ctx); err != nil {
+		return err
+	}
+	key := proto.JobKey(v.Job.ID) // last, so that what failed can be done again
+	if err := l.kv.Purge(ctx, key); err != nil {
+		return explain("remove "+key, err)
+	}
+	return nil
+}
+
+// Expire is Remove for a job that may have been removed and created again meanwhile, which Job.After tells: that one
+// stays, and the error is ErrNoJob. The spec goes first, if it is still the one that was looked at; then what there was
+// beside it before that.
+func Expire(ctx context.Context, js jetstream.JetStream, job *proto.Job) error {
+	l, err := look(ctx, js, job)
+	if err != nil {
+		return err
+	}
+	key := proto.JobKey(job.ID)
+	e, err := l.kv.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) { // it is removed, but perhaps not all of it
+		return l.remove(ctx)
+	}
+	if err != nil {
+		return explain("read "+key, err)
+	}
+	var have proto.Job
+	if err := have.Decode(e.Value()); err != nil {
+		return fmt.Errorf("read %s: %w", key, err)
+	}
+	if have.After != job.After {
+		return again(job)
+	}
+	if err := purgeKey(ctx, l.kv, key, e.Revision()); errors.Is(err, errChanged) {
+		return again(job)
+	} else if err != nil {
+		return err
+	}
+	return l.remove(ctx)
+}
+
+func again(job *proto.Job) error { return fmt.Errorf("%w: %s was created again", ErrNoJob, job.ID) }
+
+// leftovers is what there is of a job beside its spec, as it was when it was looked at: what a job that is created
+// again under the same id puts there later is not part of it.
+type leftovers struct {
+	js     jetstream.JetStream
+	kv     jetstream.KeyValue
+	job    *proto.Job
+	last   map[string]uint64 // of each stream that may hold messages of the job: the last sequence in it
+	keys   map[string]uint64 // of each record of the job: its revision
+	input  string            // NUID of the object that is the detached input; empty: there is none
+	inputs jetstream.ObjectStore
+}
+
+// streams gives the streams that may hold messages of a job, and under which subject.
+func (l *leftovers) streams(f func(stream, subject string) error) error {
+	for _, m := range l.job.Models {
+		if err := f(proto.RequestStream(m.Model), proto.RequestFilter(m.Model, l.job.ID)); err != nil {
+			return err
+		}
+	}
+	return f(proto.ResultStream, proto.ResultSubject(l.job.ID))
+}
+
+// object names the detached input. It may lie there before the job says so.
+func (l *leftovers) object() string { return cmp.Or(l.job.Object, l.job.ID) }
+
+func look(ctx context.Context, js jetstream.JetStream, job *proto.Job) (*leftovers, error) {
+	l := &leftovers{js: js, job: job, last: map[string]uint64{}, keys: map[string]uint64{}}
+	kv, err := js.KeyValue(ctx, proto.JobsBucket)
+	if err != nil {
+		return nil, explain("open bucket "+proto.JobsBucket, err)
+	}
+	l.kv = kv
+	err = l.streams(func(stream, _ string) error {
+		s, err := js.Stream(ctx, stream)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			return nil
+		}
+		if err != nil {
+			return explain("look at stream "+stream, err)
+		}
+		l.last[stream] = s.CachedInfo().State.LastSeq
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, key := range []string{proto.ControlKey(job.ID), proto.FeedKey(job.ID), proto.ProgressKey(job.ID)} {
+		e, err := kv.Get(ctx, key)
+		if errors.Is(err, jetstream.ErrKeyNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, explain("read "+key, err)
+		}
+		l.keys[key] = e.Revision()
+	}
+	if l.inputs, err = js.ObjectStore(ctx, proto.InputsBucket); err == nil {
+		var info *jetstream.ObjectInfo
+		if info, err = l.inputs.GetInfo(ctx, l.object()); err == nil {
+			l.input = info.NUID
+		}
+	}
+	if err != nil && !gone(err) {
+		return nil, explain("look for the input's copy", err)
+	}
+	return l, nil
+}
+
+func gone(err error) bool {
+	return errors.Is(err, jetstream.ErrObjectNotFound) || errors.Is(err, jetstream.ErrBucketNotFound)
+}
+
+// remove removes it. A record that has changed since is of a job that was created again, or of an owner that is about to
+// see that its job is gone and leaves nothing that counts for another (After).
+func (l *leftovers) remove(ctx context.Context) error {
+	err := l.streams(func(stream, subject string) error {
+		last, ok := l.last[stream]
+		if !ok {
+			return nil
+		}
+		return purge(ctx, l.js, stream, subject, jetstream.WithPurgeSequence(last+1))
+	})
+	if err != nil {
+		return err
+	}
+	if l.input != "" {
+		info, err := l.inputs.GetInfo(ctx, l.object())
+		if err == nil && info.NUID == l.input {
+			err = l.inputs.Delete(ctx, l.object())
+		}
+		if err != nil && !gone(err) {
+			return explain("remove the input's copy", err)
+		}
+	}
+	for key, revision := range l.keys {
+		if err := purgeKey(ctx, l.kv, key, revision); err != nil && !errors.Is(err, errChanged) {
+			return err
+		}
+	}
+	return nil
+}
+
+var errChanged = errors.New("it has changed meanwhile")
+
+// purgeKey removes a record if it is still what it was at a revision; else the error is errChanged.
+func purgeKey(ctx context.Context, kv jetstream.KeyValue, key string, revision uint64) error {
+	err := kv.Purge(ctx, key, jetstream.LastRevision(revision))
+	if wrong := (*jetstream.APIError)(nil); errors.As(err, &wrong) && wrong.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence {
+		return errChanged
+	}
+	if err != nil {
+		return explain("remove "+key, err)
+	}
+	return nil
+}
+
+// Purge drops the messages of one subject. A stream that is not there has none.
+func Purge(ctx context.Context, js jetstream.JetStream, stream, subject string) error {
+	return purge(ctx, js, stream, subject)
+}
+
+func purge(ctx context.Context, js jetstream.JetStream, stream, subject string, opts ...jetstream.StreamPurgeOpt) error {
+	s, err := js.Stream(ctx, stream)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil
+	}
+	if err == nil {
+		err = s.Purge(ctx, append(opts, jetstream.WithPurgeSubject(subject))...)
+	}
+	if err != nil {
+		return explain("purge "+subject, err)
+	}
+	return nil
+}

@@ -1,0 +1,124 @@
+package broker_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// racing is a broker whose jobs change right after the spec of one was read, or removed.
+type racing struct {
+	jetstream.JetStream
+	read, removed func()
+}
+
+type racingKV struct {
+	jetstream.KeyValue
+	racing
+}
+
+func (r racing) KeyValue(ctx context.Context, bucket string) (jetstream.KeyValue, error) {
+	kv, err := r.JetStream.KeyValue(ctx, bucket)
+	return racingKV{kv, r}, err
+}
+
+func (r racingKV) Get(ctx context.Context, key string) (jetstream.KeyValueEntry, error) {
+	if r.read != nil && key == proto.JobKey("j") {
+		defer r.read()
+	}
+	return r.KeyValue.Get(ctx, key)
+}
+
+func (r racingKV) Purge(ctx context.Context, key string, opts ...jetstream.KVDeleteOpt) error {
+	if r.removed != nil && key == proto.JobKey("j") {
+		defer r.removed()
+	}
+	return r.KeyValue.Purge(ctx, key, opts...)
+}
+
+// TestExpire: what expires is the job that was looked at, never one that was created again under its id, nor anything of
+// that.
+func TestExpire(t *testing.T) {
+	c := start(t, &broker.Server{})
+	d := broker.Declarer{JS: c.JS, Disk: 1 << 30}
+	must(t, d.Base(t.Context()))
+	must(t, d.Model(t.Context(), "m"))
+	kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
+	must(t, err)
+	objects, err := c.JS.ObjectStore(t.Context(), proto.InputsBucket)
+	must(t, err)
+	models := []proto.ModelLines{{Model: "m"}}
+	keys := []string{proto.JobKey("j"), proto.FeedKey("j"), proto.ControlKey("j"), proto.ProgressKey("j")}
+	subjects := map[string]string{proto.RequestStream("m"): proto.RequestSubject("m", proto.LaneNormal, "j"), proto.ResultStream: proto.ResultSubject("j")}
+	put := func(after int64) {
+		b, err := (&proto.Job{ID: "j", After: after, Models: models}).Encode()
+		must(t, err)
+		for _, key := range keys {
+			_, err := kv.Put(t.Context(), key, b)
+			must(t, err)
+		}
+		for _, subject := range subjects {
+			_, err := c.JS.Publish(t.Context(), subject, b)
+			must(t, err)
+		}
+		_, err = objects.PutBytes(t.Context(), "j", b)
+		must(t, err)
+	}
+	left := func() (n int) {
+		for _, key := range keys {
+			if _, err := kv.Get(t.Context(), key); err == nil {
+				n++
+			}
+		}
+		for name, subject := range subjects {
+			s, err := c.JS.Stream(t.Context(), name)
+			must(t, err)
+			info, err := s.Info(t.Context(), jetstream.WithSubjectFilter(subject))
+			must(t, err)
+			n += int(info.State.Subjects[subject])
+		}
+		if _, err := objects.GetInfo(t.Context(), "j"); err == nil {
+			n++
+		}
+		return n
+	}
+	const whole = 4 + 2 + 1
+	expire := func(js jetstream.JetStream, after int64) error {
+		return broker.Expire(t.Context(), js, &proto.Job{ID: "j", After: after, Models: models})
+	}
+	put(2)
+	if err := expire(c.JS, 1); !errors.Is(err, broker.ErrNoJob) || left() != whole {
+		t.Errorf("created again before: %v, %d things left", err, left())
+	}
+	if err := expire(racing{c.JS, func() { put(3) }, nil}, 2); !errors.Is(err, broker.ErrNoJob) || left() != whole+2 {
+		t.Errorf("created again after it was looked at: %v, %d things left", err, left())
+	}
+	for range 2 { // the second time it is gone
+		if err := expire(c.JS, 3); err != nil || left() != 0 {
+			t.Errorf("%v, %d things left", err, left())
+		}
+	}
+	put(4)
+	if err := expire(racing{c.JS, nil, func() { put(5) }}, 4); err != nil || left() != whole {
+		t.Errorf("created again after its spec went: %v, %d things left", err, left())
+	}
+	if err := expire(racing{c.JS, func() { put(6) }, nil}, 6); !errors.Is(err, broker.ErrNoJob) {
+		t.Errorf("%v", err)
+	}
+	must(t, kv.Purge(t.Context(), proto.JobKey("j")))
+	if err := expire(racing{c.JS, func() { put(7) }, nil}, 6); err != nil || left() != whole {
+		t.Errorf("created again while what was left of it went: %v, %d things left", err, left())
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
