@@ -254,6 +254,22 @@ func TestEmptyDisk(t *testing.T) {
 	}
 }
 
+// TestRecallEmptyDisk: the time of a job counts on where the broker has lost the record of when it began.
+func TestRecallEmptyDisk(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	r := newRun(w.owner(scanned(t, Input{Path: file(t, linesOf(1, "m"))})), nil)
+	if err := r.base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.began = time.Now().Add(-time.Hour)
+	if _, err := r.recall(t.Context()); err != nil || time.Since(r.began) < time.Hour {
+		t.Fatalf("it began %v ago, %v", time.Since(r.began), err)
+	}
+	if now, err := broker.Now(t.Context(), w.conn.JS); err != nil || now.Sub(time.Unix(0, r.feed.Since)) < time.Hour {
+		t.Errorf("others read that it began %v ago, %v", now.Sub(time.Unix(0, r.feed.Since)), err)
+	}
+}
+
 // TestRemoved: a job that was removed stays removed, though its owner lives and has its input: the owner ends.
 func TestRemoved(t *testing.T) {
 	w := newWorld(t, &broker.Server{})

@@ -214,8 +214,12 @@ func (r *run) recall(ctx context.Context) (last proto.Feed, err error) {
 	}
 	f := last
 	f.Owner, f.Note = proto.Owner{}, ""
-	if f.Since == 0 {
-		f.Since = now.UnixNano()
+	own := now // on the clock of the broker that is there now, which may be another than before
+	if !r.began.IsZero() {
+		own = now.Add(-time.Since(r.began))
+	}
+	if f.Since == 0 || own.UnixNano() < f.Since {
+		f.Since = own.UnixNano()
 	}
 	r.began = time.Now().Add(min(time.Unix(0, f.Since).Sub(now), 0))
 	r.before, r.feed = f.State, f
