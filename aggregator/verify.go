@@ -188,13 +188,13 @@ func (a *audit) compare(what string, want, got FileFacts) {
 // counts checks that the numbers in the manifest agree with each other.
 func (a *audit) counts(m *Manifest) {
 	if n := m.Files.Output.Lines; n != m.Counts.OK {
-		a.say("%d lines ended ok, the output file has %d", m.Counts.OK, n)
+		a.say("%s ended ok, the output file has %d", proto.Count(m.Counts.OK, "line"), n)
 	}
 	if n := m.Files.Errors.Lines; n != m.Counts.Failed {
-		a.say("%d lines failed, the error file has %d", m.Counts.Failed, n)
+		a.say("%s failed, the error file has %d", proto.Count(m.Counts.Failed, "line"), n)
 	}
 	if n := m.Counts.OK + m.Counts.Failed; n != m.Input.Lines {
-		a.say("the input has %d lines, %d ended", m.Input.Lines, n)
+		a.say("the input has %s, %d ended", proto.Count(m.Input.Lines, "line"), n)
 	}
 }
 
@@ -274,7 +274,7 @@ func lineBits(id string) (uint64, error) {
 // indexes checks that the ids of the lines are those of the lines 0 to n-1 of the job, each once.
 func (a *audit) indexes(job string, n int64) {
 	if n < 0 || n > maxLines {
-		a.say("the input cannot have %d lines", n)
+		a.say("the input cannot have %s", proto.Count(n, "line"))
 		return
 	}
 	slices.Sort(a.lines)
@@ -289,10 +289,10 @@ func (a *audit) indexes(job string, n int64) {
 		}
 	}
 	if missing > maxReasons {
-		a.say("%d lines of the input are missing", missing)
+		a.say("missing of the input: %s", proto.Count(missing, "line"))
 	}
 	if k := int64(len(slices.Compact(a.lines))); k != n-missing || k != int64(len(a.lines)) {
-		a.say("%d lines are there twice or are not of this job", int64(len(a.lines))-(n-missing))
+		a.say("there twice, or not of this job: %s", proto.Count(int64(len(a.lines))-(n-missing), "line"))
 	}
 }
 

@@ -24,7 +24,6 @@ func Exactly(tb testing.TB, got []*proto.Result, n int) map[int64]*proto.Result 
 	return exactly(tb, got, n)
 }
 func FreeAddr(tb testing.TB) string          { tb.Helper(); return freeAddr(tb) }
-func (w *Worker) SetGrace(d time.Duration)   { w.grace = d }
 func (w *Worker) SetRefusal(d time.Duration) { w.refusal = d }
 
 // Close lets go of idle connections at once; a test ends with none.
