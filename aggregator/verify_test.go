@@ -39,7 +39,7 @@ func TestVerifyNoticesEveryTampering(t *testing.T) {
 			edit(t, to.Output, func(s string) string {
 				return string(proto.AppendLine(nil, good("k", 1, 1))) + s[len(firstLine(s)):]
 			})
-		}, "are not of this job"},
+		}, "or not of this job"},
 		"two custom_ids are swapped with one": {func(t *testing.T, to Files) {
 			edit(t, to.Output, func(s string) string { return strings.Replace(s, `"id-2"`, `"id-1"`, 1) })
 		}, `custom_id "id-1" is there 2 times`},
