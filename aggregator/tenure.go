@@ -74,7 +74,7 @@ func (t *tenure) hold(ctx context.Context) error {
 func (t *tenure) keepLease(ctx context.Context, cancel context.CancelCauseFunc) {
 	lost := func(err error) {
 		t.holding.Store(false)
-		t.log.Warn("the lease of the aggregator is lost", "error", err)
+		t.log.Warn("the lease of the aggregator is lost", "error", broker.Plain(err))
 		signal(t.silent)
 	}
 	if err := t.lease.Keep(ctx, lost, func() {}); err != nil {
@@ -428,6 +428,7 @@ func (s said) warn(log *slog.Logger, what string, err error) {
 	if errors.Is(err, context.Canceled) {
 		return // it was told to stop
 	}
+	err = broker.Plain(err)
 	text := err.Error()
 	if i := strings.IndexByte(text, '\n'); i > 0 {
 		text = text[:i]

@@ -53,7 +53,16 @@ var (
 	ErrUnreachable = errors.New("broker unreachable")                 // no broker answers
 	ErrAccess      = errors.New("cannot use")                         // a file of Access cannot be used
 	ErrClosed      = errors.New("connection to the broker is closed") // for good
+	ErrAway        = errors.New("no connection to the broker")        // at the moment; it mends itself
 )
+
+// Plain is err as people are told of it: ErrAway instead of what the client says of calls while the connection is away.
+func Plain(err error) error {
+	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrConnectionReconnecting) || errors.Is(err, nats.ErrDisconnected) {
+		return ErrAway
+	}
+	return err
+}
 
 // Closed says why the connection is closed for good: somebody called Close, or the broker that came back refuses us. It
 // is nil as long as the connection is open or mends itself.

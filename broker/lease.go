@@ -185,7 +185,7 @@ func (l *Lease) Keep(ctx context.Context, lost func(error), regained func()) err
 				continue
 			}
 			silent = true
-			lost(fmt.Errorf("lease %s not renewed for nearly %s: %w", l.Key, l.ttl(), cmp.Or(problem, errUnanswered)))
+			lost(fmt.Errorf("lease %s not renewed for nearly %s: %w", l.Key, l.ttl(), Plain(cmp.Or(problem, errUnanswered))))
 		}
 	}
 }

@@ -220,7 +220,7 @@ func (a *Adopter) adopt(ctx context.Context, kv jetstream.KeyValue, id string) t
 		err = a.forget(ctx, job)
 	}
 	if err != nil && ctx.Err() == nil && !errors.Is(err, broker.ErrLeaseHeld) {
-		a.Log.Warn("job not adopted, trying again", "job", id, "error", err)
+		a.Log.Warn("job not adopted, trying again", "job", id, "error", broker.Plain(err))
 	}
 	switch {
 	case errors.Is(err, ErrJudged):

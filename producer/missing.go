@@ -54,7 +54,7 @@ func (r *run) answer(ctx context.Context, from int64) (*proto.MissingAnswer, err
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		r.note(noteAggregator, err.Error())
+		r.note(noteAggregator, text(err))
 		if err := sleep(ctx, time.Second); err != nil {
 			return nil, err
 		}

@@ -40,7 +40,7 @@ func text(err error) string {
 	if err == nil {
 		return ""
 	}
-	return err.Error()
+	return broker.Plain(err).Error()
 }
 
 // staff notes what the workers of each model may have in flight, and returns what is missing.

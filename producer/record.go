@@ -30,6 +30,9 @@ const (
 	noteKinds
 )
 
+// noteAway is the reason while the connection is away. Nothing is known of the aggregator and the workers then.
+var noteAway = broker.ErrAway.Error() + "; trying again"
+
 // record renders what is written under the lease.
 func (r *run) record(owner proto.Owner) ([]byte, error) {
 	f := r.snapshot()
@@ -50,6 +53,9 @@ func (r *run) snapshot() proto.Feed {
 	}
 	var notes []string
 	for k := range noteKinds {
+		if k != noteEnd && k != noteBroker && r.notes[noteBroker] == noteAway {
+			continue
+		}
 		if s := r.notes[k]; s != "" {
 			notes = append(notes, s)
 		}

@@ -100,7 +100,11 @@ func (r *run) lost(err error, stop context.CancelCauseFunc) {
 	r.mu.Lock()
 	r.unheld = true
 	r.mu.Unlock()
-	r.note(noteBroker, "the broker does not answer: "+err.Error())
+	if errors.Is(err, broker.ErrAway) {
+		r.note(noteBroker, noteAway)
+	} else {
+		r.note(noteBroker, "the broker does not answer: "+err.Error())
+	}
 }
 
 func (r *run) regained() {
@@ -335,7 +339,11 @@ func (r *run) retry(ctx context.Context, doing string, f func(context.Context) e
 // trouble notes a failure that is tried again.
 func (r *run) trouble(doing string, err error) {
 	r.log.Debug(doing, "error", err)
-	r.note(noteBroker, fmt.Sprintf("%s: %v; trying again", doing, err))
+	if errors.Is(broker.Plain(err), broker.ErrAway) {
+		r.note(noteBroker, noteAway)
+	} else {
+		r.note(noteBroker, fmt.Sprintf("%s: %v; trying again", doing, err))
+	}
 }
 
 func permanent(err error) bool {

@@ -48,7 +48,7 @@ func (b *beat) run(ctx context.Context) {
 	for {
 		err := b.write(ctx)
 		if err != nil && ctx.Err() == nil && !failing {
-			b.log.Warn("cannot say that this worker is here, trying on", "error", err)
+			b.log.Warn("cannot say that this worker is here, trying on", "error", broker.Plain(err))
 		}
 		failing = err != nil
 		select {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -56,7 +57,7 @@ func (c *control) run(ctx context.Context) {
 		}
 		if err.Error() != said && ctx.Err() == nil {
 			said = err.Error()
-			c.log.Warn("cannot watch the controls of jobs, trying on", "error", err)
+			c.log.Warn("cannot watch the controls of jobs, trying on", "error", broker.Plain(err))
 		}
 		select {
 		case <-ctx.Done():

@@ -199,7 +199,7 @@ func (o *outbox) tryLater(m *nats.Msg, code jetstream.ErrorCode, err error) {
 	p.waits = true
 	if !o.quiet {
 		o.quiet = true
-		o.log.Warn("a result could not be stored, trying on", "subject", m.Subject, "error", err)
+		o.log.Warn("a result could not be stored, trying on", "subject", m.Subject, "error", broker.Plain(err))
 	}
 	o.waiting.Add(1)
 	if p.retry && code == codeStoreFailed { // the queue is full: the line goes back as it is

@@ -371,7 +371,7 @@ func (q *queues) show(models []string, wrong map[string]error) {
 	q.wrong.Store(&wrong)
 	trouble := q.trouble()
 	if trouble != said && trouble != "" {
-		q.log.Warn("cannot declare all queues, trying on", "error", errors.Join(slices.Collect(maps.Values(wrong))...))
+		q.log.Warn("cannot declare all queues, trying on", "error", broker.Plain(errors.Join(slices.Collect(maps.Values(wrong))...)))
 	}
 	if changed || trouble != said {
 		q.changed()
