@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -227,9 +228,20 @@ type serverLog struct {
 }
 
 func (l serverLog) Noticef(f string, v ...any) { l.s.Log.Debug("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Warnf(f string, v ...any)   { l.s.Log.Warn("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Debugf(f string, v ...any)  {}
-func (l serverLog) Tracef(f string, v ...any)  {}
+func (l serverLog) Warnf(f string, v ...any) {
+	text := fmt.Sprintf(f, v...)
+	if rebuilt.MatchString(text) {
+		l.s.Log.Debug("nats: " + text)
+		return
+	}
+	l.s.Log.Warn("nats: " + text)
+}
+func (l serverLog) Debugf(f string, v ...any) {}
+func (l serverLog) Tracef(f string, v ...any) {}
+
+// rebuilt matches what nats-server says at its start of indexes that are older than their stream, as after each kill: it
+// makes them anew from the messages, and nothing is lost.
+var rebuilt = regexp.MustCompile(`^Filestore \[[^]]*\] (Stream state outdated|Stream state detected prior state|Recovering [a-zA-Z ]* state from index errored: prior state file)`)
 
 // Fatalf gives the reason to Start, which returns it; later there is nobody to say it but the log.
 func (l serverLog) Fatalf(f string, v ...any) {

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"millrace/broker"
+	"millrace/proto"
 )
 
 // TestStartSaysWhy: a server that cannot start says at once what is in its way and what to do, and leaves nothing
@@ -65,4 +66,37 @@ func TestStartEnds(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	start(t, &broker.Server{Dir: dir})
+}
+
+// TestStartAfterKill: what nats-server rebuilds after a kill is no warning.
+func TestStartAfterKill(t *testing.T) {
+	dir, killed := t.TempDir(), filepath.Join(t.TempDir(), "killed")
+	publish := func(c *broker.Conn) {
+		for range 10 {
+			if _, err := c.JS.Publish(t.Context(), proto.ResultSubject("j"), []byte("x")); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	first := &broker.Server{Dir: dir}
+	c := start(t, first)
+	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	publish(c)
+	c.Close()
+	first.Stop() // it writes its indexes
+	publish(start(t, &broker.Server{Dir: dir}))
+	if err := os.CopyFS(killed, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	var log strings.Builder
+	second := &broker.Server{Dir: killed, Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
+	if err := second.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	second.Stop()
+	if !strings.Contains(log.String(), "Stream state outdated") || strings.Contains(log.String(), "WARN") {
+		t.Errorf("log:\n%s", log.String())
+	}
 }
