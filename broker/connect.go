@@ -69,6 +69,12 @@ func closed(nc *nats.Conn) error {
 	return ErrClosed
 }
 
+// Away says whether err is only that the connection is not there at the moment. Its text is nats.go's, and tells a user
+// nothing.
+func Away(err error) bool {
+	return errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrConnectionReconnecting) || errors.Is(err, nats.ErrDisconnected)
+}
+
 // While returns a context that ends with ctx, and with Closed as its cause when the connection is closed for good.
 // stop lets go of it.
 func (c *Conn) While(ctx context.Context) (_ context.Context, stop func()) {
@@ -170,7 +176,7 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 			}
 		}),
 		nats.ReconnectHandler(func(*nats.Conn) {
-			log.Info("broker connection is back")
+			log.Warn("broker connection is back") // whoever was told of the loss is told of this
 			select {
 			case back <- struct{}{}:
 			default:

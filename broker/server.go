@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -227,9 +228,21 @@ type serverLog struct {
 }
 
 func (l serverLog) Noticef(f string, v ...any) { l.s.Log.Debug("nats: " + fmt.Sprintf(f, v...)) }
-func (l serverLog) Warnf(f string, v ...any)   { l.s.Log.Warn("nats: " + fmt.Sprintf(f, v...)) }
 func (l serverLog) Debugf(f string, v ...any)  {}
 func (l serverLog) Tracef(f string, v ...any)  {}
+
+// Warnf passes over that a stream's index is made anew from its messages: so it is after every kill, and nothing is lost.
+func (l serverLog) Warnf(f string, v ...any) {
+	text := fmt.Sprintf(f, v...)
+	level := slog.LevelWarn
+	if strings.HasPrefix(text, "Filestore [") && stale.MatchString(text) {
+		level = slog.LevelDebug
+	}
+	l.s.Log.Log(context.Background(), level, "nats: "+text)
+}
+
+// stale matches what nats-server says of an index that is older than the messages it is of.
+var stale = regexp.MustCompile(`Stream state (outdated|detected prior state)|state is outdated; attempting to recover|Recovering .* state from index errored: prior state file`)
 
 // Fatalf gives the reason to Start, which returns it; later there is nobody to say it but the log.
 func (l serverLog) Fatalf(f string, v ...any) {

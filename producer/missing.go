@@ -54,7 +54,7 @@ func (r *run) answer(ctx context.Context, from int64) (*proto.MissingAnswer, err
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		r.note(noteAggregator, err.Error())
+		r.note(noteAggregator, text(err))
 		if err := sleep(ctx, time.Second); err != nil {
 			return nil, err
 		}
@@ -93,6 +93,9 @@ func (r *run) quiet(ctx context.Context) error {
 	var since time.Time
 	for {
 		quiet, err := r.silent(ctx)
+		if err == nil {
+			r.reached()
+		}
 		switch {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)

@@ -36,8 +36,9 @@ func (r *run) notice(ctx context.Context) {
 	}
 }
 
+// text is what to note of err. That the broker is away is noted by others.
 func text(err error) string {
-	if err == nil {
+	if err == nil || broker.Away(err) {
 		return ""
 	}
 	return err.Error()

@@ -22,7 +22,8 @@ const saveEvery = 250 * time.Millisecond
 type noteKind int
 
 const (
-	noteEnd noteKind = iota
+	noteEnd  noteKind = iota
+	noteAway          // not in the record: whoever reads it there has a broker
 	noteBroker
 	noteAggregator
 	noteWorkers
@@ -32,13 +33,13 @@ const (
 
 // record renders what is written under the lease.
 func (r *run) record(owner proto.Owner) ([]byte, error) {
-	f := r.snapshot()
+	f := r.snapshot(noteAway)
 	f.Owner = owner
 	return f.Encode()
 }
 
-// snapshot is how far the job is now.
-func (r *run) snapshot() proto.Feed {
+// snapshot is how far the job is now, without notes of those kinds.
+func (r *run) snapshot(without ...noteKind) proto.Feed {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	f := r.feed
@@ -50,7 +51,7 @@ func (r *run) snapshot() proto.Feed {
 	}
 	var notes []string
 	for k := range noteKinds {
-		if s := r.notes[k]; s != "" {
+		if s := r.notes[k]; s != "" && !slices.Contains(without, k) {
 			notes = append(notes, s)
 		}
 	}
