@@ -58,7 +58,7 @@ var (
 
 // Plain is err as people are told of it: ErrAway instead of what the client says of calls while the connection is away.
 func Plain(err error) error {
-	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrConnectionReconnecting) || errors.Is(err, nats.ErrDisconnected) {
+	if Away(err) {
 		return ErrAway
 	}
 	return err
@@ -76,6 +76,12 @@ func closed(nc *nats.Conn) error {
 		return fmt.Errorf("%w: %w%s", ErrClosed, err, remedy(err))
 	}
 	return ErrClosed
+}
+
+// Away says whether err is only that the connection is not there at the moment.
+func Away(err error) bool {
+	return errors.Is(err, ErrAway) || errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrConnectionReconnecting) ||
+		errors.Is(err, nats.ErrDisconnected)
 }
 
 // While returns a context that ends with ctx, and with Closed as its cause when the connection is closed for good.
@@ -179,7 +185,7 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 			}
 		}),
 		nats.ReconnectHandler(func(*nats.Conn) {
-			log.Info("broker connection is back")
+			log.Warn("broker connection is back") // whoever was told of the loss is told of this
 			select {
 			case back <- struct{}{}:
 			default:

@@ -241,7 +241,7 @@ func (l serverLog) Tracef(f string, v ...any) {}
 
 // rebuilt matches what nats-server says at its start of indexes that are older than their stream, as after each kill: it
 // makes them anew from the messages, and nothing is lost.
-var rebuilt = regexp.MustCompile(`^Filestore \[[^]]*\] (Stream state outdated|Stream state detected prior state|Recovering [a-zA-Z ]* state from index errored: prior state file)`)
+var rebuilt = regexp.MustCompile(`^Filestore \[[^]]*\] (Stream state outdated|Stream state detected prior state|[a-zA-Z ]* state is outdated; attempting to recover|Recovering [a-zA-Z ]* state from index errored: prior state file)`)
 
 // Fatalf gives the reason to Start, which returns it; later there is nobody to say it but the log.
 func (l serverLog) Fatalf(f string, v ...any) {

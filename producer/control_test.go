@@ -7,6 +7,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -215,6 +216,47 @@ func TestBrokerRestarts(t *testing.T) {
 	w.work("m", okay)
 	if err := s.end(); err != nil || a.folded() != 300 {
 		t.Errorf("%d folded, %v", a.folded(), err)
+	}
+}
+
+// TestBrokerAway: that the broker is away is said in words of ours, not in its record, and not any more when it is back.
+func TestBrokerAway(t *testing.T) {
+	w := tcpWorld(t)
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(30, "m"))}))
+	o.LeaseTTL = time.Second
+	var mu sync.Mutex
+	var notes []string
+	o.Report = func(f proto.Feed) {
+		mu.Lock()
+		defer mu.Unlock()
+		notes = append(notes, f.Note)
+	}
+	last := func() string {
+		mu.Lock()
+		defer mu.Unlock()
+		return notes[len(notes)-1]
+	}
+	w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 30 })
+	w.restart(func(string) {
+		until(t, "it is said that the broker is away", func() bool { return strings.Contains(last(), awayNote) })
+	})
+	until(t, "it is not said any more", func() bool {
+		note := w.feed(o.Job.ID).Note
+		if strings.Contains(note, awayNote) {
+			t.Fatalf("the record says %q", note)
+		}
+		return !strings.Contains(last(), awayNote)
+	})
+	w.work("m", okay)
+	if err := s.end(); err != nil {
+		t.Error(err)
+	}
+	for _, n := range notes {
+		if strings.Contains(n, "outbound") {
+			t.Errorf("note %q", n)
+		}
 	}
 }
 

@@ -93,6 +93,9 @@ func (r *run) quiet(ctx context.Context) error {
 	var since time.Time
 	for {
 		quiet, err := r.silent(ctx)
+		if err == nil {
+			r.reached()
+		}
 		switch {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)

@@ -36,11 +36,12 @@ func (r *run) notice(ctx context.Context) {
 	}
 }
 
+// text is what to note of err. That the broker is away is noted by others.
 func text(err error) string {
-	if err == nil {
+	if err == nil || broker.Away(err) {
 		return ""
 	}
-	return broker.Plain(err).Error()
+	return err.Error()
 }
 
 // staff notes what the workers of each model may have in flight, and returns what is missing.

@@ -22,7 +22,8 @@ const saveEvery = 250 * time.Millisecond
 type noteKind int
 
 const (
-	noteEnd noteKind = iota
+	noteEnd  noteKind = iota
+	noteAway          // not in the record: whoever reads it there has a broker
 	noteBroker
 	noteAggregator
 	noteWorkers
@@ -30,18 +31,15 @@ const (
 	noteKinds
 )
 
-// noteAway is the reason while the connection is away. Nothing is known of the aggregator and the workers then.
-var noteAway = broker.ErrAway.Error() + "; trying again"
-
 // record renders what is written under the lease.
 func (r *run) record(owner proto.Owner) ([]byte, error) {
-	f := r.snapshot()
+	f := r.snapshot(noteAway)
 	f.Owner = owner
 	return f.Encode()
 }
 
-// snapshot is how far the job is now.
-func (r *run) snapshot() proto.Feed {
+// snapshot is how far the job is now, without notes of those kinds.
+func (r *run) snapshot(without ...noteKind) proto.Feed {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	f := r.feed
@@ -52,11 +50,12 @@ func (r *run) snapshot() proto.Feed {
 		f.Enqueued += r.first[i]
 	}
 	var notes []string
+	away := r.notes[noteAway] != "" && !slices.Contains(without, noteAway) // nothing is known of the others then
 	for k := range noteKinds {
-		if k != noteEnd && k != noteBroker && r.notes[noteBroker] == noteAway {
+		if away && (k == noteAggregator || k == noteWorkers) {
 			continue
 		}
-		if s := r.notes[k]; s != "" {
+		if s := r.notes[k]; s != "" && !slices.Contains(without, k) {
 			notes = append(notes, s)
 		}
 	}

@@ -96,21 +96,31 @@ func (r *run) lost(err error, stop context.CancelCauseFunc) {
 		stop(err)
 		return
 	}
-	r.log.Warn("lease not renewed, feeding stops", "error", err)
 	r.mu.Lock()
 	r.unheld = true
 	r.mu.Unlock()
-	if errors.Is(err, broker.ErrAway) {
-		r.note(noteBroker, noteAway)
-	} else {
-		r.note(noteBroker, "the broker does not answer: "+err.Error())
+	if broker.Away(err) {
+		r.log.Warn("the broker is away, feeding stops until it is back")
+		r.note(noteAway, awayNote)
+		return
 	}
+	r.log.Warn("lease not renewed, feeding stops", "error", err)
+	r.note(noteAway, "the broker does not answer: "+err.Error())
 }
 
 func (r *run) regained() {
 	r.mu.Lock()
 	r.unheld = false
 	r.mu.Unlock()
+	r.log.Warn("the lease is renewed again, feeding goes on")
+	r.reached()
+}
+
+const awayNote = "the broker is away; trying again"
+
+// reached notes that the broker did what it was asked.
+func (r *run) reached() {
+	r.note(noteAway, "")
 	r.note(noteBroker, "")
 }
 
@@ -243,7 +253,7 @@ func (r *run) finished() error {
 func (r *run) leave(err error) error {
 	defer r.unmeasure()
 	if errors.Is(err, broker.ErrLeaseLost) {
-		return fmt.Errorf("job %s: %w", r.job.ID, err)
+		return fmt.Errorf("feed job %s: %w", r.job.ID, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout) // ours may be over
 	defer cancel()
@@ -274,7 +284,7 @@ func (r *run) left(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	return fmt.Errorf("job %s: %w", r.job.ID, err)
+	return fmt.Errorf("feed job %s: %w", r.job.ID, err)
 }
 
 // vanish removes the requests and the record of a job that was removed, where sending and a renewal of the lease put them
@@ -322,7 +332,7 @@ func (r *run) retry(ctx context.Context, doing string, f func(context.Context) e
 		cancel()
 		switch {
 		case err == nil:
-			r.note(noteBroker, "")
+			r.reached()
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
@@ -339,11 +349,11 @@ func (r *run) retry(ctx context.Context, doing string, f func(context.Context) e
 // trouble notes a failure that is tried again.
 func (r *run) trouble(doing string, err error) {
 	r.log.Debug(doing, "error", err)
-	if errors.Is(broker.Plain(err), broker.ErrAway) {
-		r.note(noteBroker, noteAway)
-	} else {
-		r.note(noteBroker, fmt.Sprintf("%s: %v; trying again", doing, err))
+	if broker.Away(err) {
+		r.note(noteAway, awayNote)
+		return
 	}
+	r.note(noteBroker, fmt.Sprintf("%s: %v; trying again", doing, err))
 }
 
 func permanent(err error) bool {

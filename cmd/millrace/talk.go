@@ -53,8 +53,11 @@ func (t *talk) see(v broker.JobView) {
 	t.speed.Store(speed)
 	if n, unsure := note(&v), t.unsure(&v); n != t.note && !unsure {
 		t.note = n
-		if n != "" {
+		switch {
+		case n != "":
 			t.line(n)
+		case v.State() == broker.StateRunning:
+			t.line("it goes on")
 		}
 	}
 	if t.bar != nil {

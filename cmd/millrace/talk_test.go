@@ -43,3 +43,17 @@ func TestTalkOfItself(t *testing.T) {
 		}
 	}
 }
+
+// TestTalkTakesBack: what was in the way is not left standing when it is gone.
+func TestTalkTakesBack(t *testing.T) {
+	var said bytes.Buffer
+	talk := (&app{std: stdio{err: &said}}).newTalk(proto.Job{ID: "j", Lines: 1})
+	v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}, Note: "the queue of m is full"}}
+	talk.see(v)
+	v.Feed.Note = ""
+	talk.see(v)
+	talk.see(v)
+	if got := said.String(); got != "j: the queue of m is full\nj: it goes on\n" {
+		t.Errorf("says %q", got)
+	}
+}
