@@ -179,16 +179,7 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 	return v, err
 }
 
-// Find reads the job whose id or name is what, or the only one whose id begins so.
-func Find(ctx context.Context, js jetstream.JetStream, what string) (JobView, error) {
-	all, err := Jobs(ctx, js)
-	if err != nil {
-		return JobView{}, err
-	}
-	return Choose(all, what)
-}
-
-// Choose is Find among jobs that were read.
+// Choose finds, among jobs that were read, the one whose id or name is what, or the only one whose id begins so.
 func Choose(all []JobView, what string) (JobView, error) {
 	var begin []JobView
 	var ids []string

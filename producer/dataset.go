@@ -57,16 +57,8 @@ func (d *Dataset) invalid() group {
 	return group{}
 }
 
-// Path is the file that the lines are read from: the input, or its plain copy.
-func (d *Dataset) Path() string {
-	if d.src.laid != "" {
-		return d.src.laid
-	}
-	return d.in.Path
-}
-
 // Close lets go of the files. The plain copy of an input that cannot be read twice stays where its job has not ended,
-// so that it can be continued: the copy at Path is the same job.
+// so that it can be continued: that copy is the same job.
 func (d *Dataset) Close() error {
 	d.drop()
 	return d.src.close()
@@ -136,11 +128,8 @@ func (d *Dataset) text(r record, w *scratch) ([]byte, error) {
 	return text, nil
 }
 
-// Line reads line i again, counted from 0 over the lines that count. Its error is a LineProblem for a line that is
-// not valid, and ErrChanged where the file was edited.
-func (d *Dataset) Line(i int64) (proto.Line, error) { return d.line(i, new(scratch)) }
-
-// line is Line in memory that the returned line points into.
+// line reads line i again, counted from 0 over the lines that count, in memory that the returned line points into. Its
+// error is a LineProblem for a line that is not valid, and ErrChanged where the file was edited.
 func (d *Dataset) line(i int64, w *scratch) (proto.Line, error) {
 	r, err := d.table.near(i, &w.rows)
 	if err != nil {

@@ -2,6 +2,7 @@ package producer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -175,7 +176,7 @@ func TestForms(t *testing.T) {
 		t.Errorf("%d lines, %d invalid, %d bytes", d.Lines, d.Invalid, d.Bytes)
 	}
 	for i, want := range []string{a, b} {
-		l, err := d.Line(int64(i))
+		l, err := d.line(int64(i), new(scratch))
 		if err != nil || !strings.Contains(want, string(l.Body)) || l.Model != "m" {
 			t.Errorf("line %d: %+v, %v", i, l, err)
 		}
@@ -341,10 +342,10 @@ func TestCompressed(t *testing.T) {
 		}
 		in := Input{Path: name, Dir: t.TempDir()}
 		d := scanned(t, in)
-		if d.Job().ID != plain.Job().ID || d.SHA256 != plain.SHA256 || d.Path() == name {
-			t.Errorf("%s: job %s read from %s, want %s", how, d.Job().ID, d.Path(), plain.Job().ID)
+		if d.Job().ID != plain.Job().ID || d.SHA256 != plain.SHA256 || readFrom(d) == name {
+			t.Errorf("%s: job %s read from %s, want %s", how, d.Job().ID, readFrom(d), plain.Job().ID)
 		}
-		if l, err := d.Line(19); err != nil || l.CustomID != "id-19" {
+		if l, err := d.line(19, new(scratch)); err != nil || l.CustomID != "id-19" {
 			t.Errorf("%s: %+v, %v", how, l, err)
 		}
 		d.Close()
@@ -367,7 +368,7 @@ func TestStdin(t *testing.T) {
 		}
 		d.Close()
 		// What is left of a job that has not ended continues it.
-		again := scanned(t, Input{Path: d.Path(), Dir: in.Dir})
+		again := scanned(t, Input{Path: readFrom(d), Dir: in.Dir})
 		if again.Job().ID != d.Job().ID {
 			t.Errorf("job %s, was %s", again.Job().ID, d.Job().ID)
 		}
@@ -415,16 +416,16 @@ func TestEdited(t *testing.T) {
 	if err := os.WriteFile(name, []byte(strings.Replace(text, "of 1", "of 9", 1)), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.Line(0); err != nil {
+	if _, err := d.line(0, new(scratch)); err != nil {
 		t.Error(err)
 	}
-	if _, err := d.Line(1); !errors.Is(err, ErrChanged) || !strings.Contains(err.Error(), "line 2") {
+	if _, err := d.line(1, new(scratch)); !errors.Is(err, ErrChanged) || !strings.Contains(err.Error(), "line 2") {
 		t.Errorf("error %v", err)
 	}
 	if err := os.Truncate(name, 5); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.Line(2); !errors.Is(err, ErrChanged) {
+	if _, err := d.line(2, new(scratch)); !errors.Is(err, ErrChanged) {
 		t.Errorf("error %v", err)
 	}
 	job := d.Job()
@@ -483,3 +484,6 @@ func TestScanStops(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 }
+
+// readFrom is the file that the lines are read from: the input, or its plain copy.
+func readFrom(d *Dataset) string { return cmp.Or(d.src.laid, d.in.Path) }
