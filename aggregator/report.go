@@ -19,7 +19,7 @@ type Report struct {
 	models      map[string]*hdrhistogram.Histogram
 	failures    kinds
 	workers     map[string]int64 // attempts
-	begin       int64            // µs on the broker's clock: of the first result, less the time of its request
+	begin       int64            // µs on the broker's clock: where the first request began at the latest; see whole
 	first, last time.Time        // timestamps of the first and the last result
 	dropped     Dropped
 }
@@ -181,26 +181,27 @@ func (r *Report) Close() *Statistics {
 	all.times = r.allTimes()
 	s.Figures = all.figures()
 	if r.parts != nil {
-		whole := r.last.UnixMicro() - r.begin
-		s.rates(whole, r.idle(&all.when))
+		s.rates(r.whole(&all.when))
 	}
 	return s
 }
 
-// idle is the idle time of the whole job. Before the first request and after the last there may be lines that their
-// owner ended.
-func (r *Report) idle(when *spans) int64 {
+// whole is the time of the whole job, and how much of it was idle. It begins with the first request, also where the
+// first results came late: the spans of the workers tell then. Before the first request and after the last there may be
+// lines that their owner ended.
+func (r *Report) whole(when *spans) (duration, idle int64) {
 	begin, end := r.begin, r.last.UnixMicro()
 	if len(when.all) == 0 {
 		when = &spans{all: []span{{begin, begin}}}
 	}
-	idle := when.idle()
-	for _, edge := range []int64{when.all[0].from - begin, end - when.all[len(when.all)-1].to} {
+	first, last := when.all[0].from, when.all[len(when.all)-1].to
+	begin, idle = min(begin, first), when.idle()
+	for _, edge := range []int64{first - begin, end - last} {
 		if edge >= longPause {
 			idle += edge
 		}
 	}
-	return min(idle, end-begin)
+	return end - begin, min(idle, end-begin)
 }
 
 // Times returns the broker's timestamps of the first and the last result; nil where there is none.
@@ -288,6 +289,7 @@ func figures(t totals, when *spans, work *timeline, times *hdrhistogram.Histogra
 // rates sets what is counted per second, from µs.
 func (f *Figures) rates(duration, idle int64) {
 	f.Duration, f.Idle = seconds(duration), seconds(idle)
+	f.RequestThroughput, f.OutputThroughput, f.TotalThroughput = nil, nil, nil
 	if s := float64(duration-idle) / 1e6; s > 0 {
 		f.RequestThroughput = round(float64(f.Completed) / s)
 		f.OutputThroughput = round(float64(f.OutputTokens) / s)

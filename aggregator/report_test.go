@@ -210,6 +210,40 @@ func TestEndedLinesAreIdleTime(t *testing.T) {
 	}
 }
 
+// A job whose first results came late, as from a worker that lost its broker, begins with its first request: what was idle
+// is a part of its duration.
+func TestLateResultsAreIdleInside(t *testing.T) {
+	for _, c := range []struct {
+		name                       string
+		away, next, lines          int64 // s: results of 10 lines that ran from 0 to 5 come at away; lines run from next, one a second
+		duration, idle, throughput float64
+	}{
+		{"most after", 100, 100, 300, 400, 95, 1.016},
+		{"away for longer than at work", 300, 300, 100, 400, 295, 1.048},
+		{"no pause of work", 300, 5, 300, 305, 0, 1.016},
+		{"nothing after", 300, 0, 0, 5, 0, 2}, // nothing tells that they came late
+	} {
+		var r Report
+		add := func(i, start, long, at int64) {
+			res := good("j", i, 0)
+			res.Worker, res.StartUS, res.DurationUS = "w", start*1_000_000, long*1_000_000
+			r.Add(res, time.Unix(1e9+at, 0))
+		}
+		for i := range int64(10) {
+			add(i, 0, 5, c.away)
+		}
+		for i := range c.lines {
+			add(10+i, c.next+i, 1, max(c.next+i+1, c.away))
+		}
+		s := r.Close()
+		for of, f := range map[string]Figures{"job": s.Figures, "model": s.ByModel[0].Figures} {
+			if f.Duration != c.duration || f.Idle != c.idle || *f.RequestThroughput != c.throughput {
+				t.Errorf("%s, %s: %v s, idle %v, %v per s", c.name, of, f.Duration, f.Idle, *f.RequestThroughput)
+			}
+		}
+	}
+}
+
 // Whatever is added in whatever order, the same stretches are there, and the clock without the time between them holds
 // all of them and nothing else.
 func TestSpans(t *testing.T) {
