@@ -12,7 +12,8 @@ import (
 )
 
 // Remove forgets a job: its keys, its requests, its results at the broker and its detached input. Its output files
-// stay.
+// stay. What somebody wants of the job while it is removed goes with it: nobody can create the job again as long as its
+// spec is there, so no record beside it is another one's.
 func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	l, err := look(ctx, js, &v.Job)
 	if err != nil {
@@ -21,11 +22,17 @@ func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	if err := l.remove(ctx); err != nil {
 		return err
 	}
-	key := proto.JobKey(v.Job.ID) // last, so that what failed can be done again
-	if err := l.kv.Purge(ctx, key); err != nil {
-		return explain("remove "+key, err)
+	for _, key := range append(records(v.Job.ID), proto.JobKey(v.Job.ID)) { // the spec last, so that what failed can be done again
+		if err := l.kv.Purge(ctx, key); err != nil {
+			return explain("remove "+key, err)
+		}
 	}
 	return nil
+}
+
+// records are the keys of a job beside its spec. What is wanted comes last: in Remove somebody may still say it.
+func records(id string) []string {
+	return []string{proto.FeedKey(id), proto.ProgressKey(id), proto.ControlKey(id)}
 }
 
 // Expire is Remove for a job that may have been removed and created again meanwhile, which Job.After tells: that one
@@ -39,7 +46,7 @@ func Expire(ctx context.Context, js jetstream.JetStream, job *proto.Job) error {
 	key := proto.JobKey(job.ID)
 	e, err := l.kv.Get(ctx, key)
 	if errors.Is(err, jetstream.ErrKeyNotFound) { // it is removed, but perhaps not all of it
-		return l.remove(ctx)
+		return l.expire(ctx)
 	}
 	if err != nil {
 		return explain("read "+key, err)
@@ -56,7 +63,7 @@ func Expire(ctx context.Context, js jetstream.JetStream, job *proto.Job) error {
 	} else if err != nil {
 		return err
 	}
-	return l.remove(ctx)
+	return l.expire(ctx)
 }
 
 func again(job *proto.Job) error { return fmt.Errorf("%w: %s was created again", ErrNoJob, job.ID) }
@@ -107,7 +114,7 @@ func look(ctx context.Context, js jetstream.JetStream, job *proto.Job) (*leftove
 	if err != nil {
 		return nil, err
 	}
-	for _, key := range []string{proto.ControlKey(job.ID), proto.FeedKey(job.ID), proto.ProgressKey(job.ID)} {
+	for _, key := range records(job.ID) {
 		e, err := kv.Get(ctx, key)
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
 			continue
@@ -133,8 +140,7 @@ func gone(err error) bool {
 	return errors.Is(err, jetstream.ErrObjectNotFound) || errors.Is(err, jetstream.ErrBucketNotFound)
 }
 
-// remove removes it. A record that has changed since is of a job that was created again, or of an owner that is about to
-// see that its job is gone and leaves nothing that counts for another (After).
+// remove removes the requests, the results and the input.
 func (l *leftovers) remove(ctx context.Context) error {
 	err := l.streams(func(stream, subject string) error {
 		last, ok := l.last[stream]
@@ -154,6 +160,16 @@ func (l *leftovers) remove(ctx context.Context) error {
 		if err != nil && !gone(err) {
 			return explain("remove the input's copy", err)
 		}
+	}
+	return nil
+}
+
+// expire is remove for a job whose spec is gone, with the records as they were. One that has changed since stays: it is
+// of a job that was created again, or of an owner that is about to see that its job is gone and leaves nothing that
+// counts for another (After). Control has no After: what was wanted of the job after it was looked at stays as well.
+func (l *leftovers) expire(ctx context.Context) error {
+	if err := l.remove(ctx); err != nil {
+		return err
 	}
 	for key, revision := range l.keys {
 		if err := purgeKey(ctx, l.kv, key, revision); err != nil && !errors.Is(err, errChanged) {

@@ -11,10 +11,10 @@ import (
 	"millrace/proto"
 )
 
-// racing is a broker whose jobs change right after the spec of one was read, or removed.
+// racing is a broker whose jobs change right after the spec of one was read, or removed, or after a look at its records.
 type racing struct {
 	jetstream.JetStream
-	read, removed func()
+	read, removed, looked func()
 }
 
 type racingKV struct {
@@ -30,6 +30,9 @@ func (r racing) KeyValue(ctx context.Context, bucket string) (jetstream.KeyValue
 func (r racingKV) Get(ctx context.Context, key string) (jetstream.KeyValueEntry, error) {
 	if r.read != nil && key == proto.JobKey("j") {
 		defer r.read()
+	}
+	if r.looked != nil && key == proto.ControlKey("j") {
+		defer r.looked()
 	}
 	return r.KeyValue.Get(ctx, key)
 }
@@ -95,7 +98,7 @@ func TestExpire(t *testing.T) {
 	if err := expire(c.JS, 1); !errors.Is(err, broker.ErrNoJob) || left() != whole {
 		t.Errorf("created again before: %v, %d things left", err, left())
 	}
-	if err := expire(racing{c.JS, func() { put(3) }, nil}, 2); !errors.Is(err, broker.ErrNoJob) || left() != whole+2 {
+	if err := expire(racing{JetStream: c.JS, read: func() { put(3) }}, 2); !errors.Is(err, broker.ErrNoJob) || left() != whole+2 {
 		t.Errorf("created again after it was looked at: %v, %d things left", err, left())
 	}
 	for range 2 { // the second time it is gone
@@ -104,15 +107,48 @@ func TestExpire(t *testing.T) {
 		}
 	}
 	put(4)
-	if err := expire(racing{c.JS, nil, func() { put(5) }}, 4); err != nil || left() != whole {
+	if err := expire(racing{JetStream: c.JS, removed: func() { put(5) }}, 4); err != nil || left() != whole {
 		t.Errorf("created again after its spec went: %v, %d things left", err, left())
 	}
-	if err := expire(racing{c.JS, func() { put(6) }, nil}, 6); !errors.Is(err, broker.ErrNoJob) {
+	if err := expire(racing{JetStream: c.JS, read: func() { put(6) }}, 6); !errors.Is(err, broker.ErrNoJob) {
 		t.Errorf("%v", err)
 	}
 	must(t, kv.Purge(t.Context(), proto.JobKey("j")))
-	if err := expire(racing{c.JS, func() { put(7) }, nil}, 6); err != nil || left() != whole {
+	if err := expire(racing{JetStream: c.JS, read: func() { put(7) }}, 6); err != nil || left() != whole {
 		t.Errorf("created again while what was left of it went: %v, %d things left", err, left())
+	}
+}
+
+// TestRemoveWhileWanted: what is wanted of a job while it is removed is removed with it, and is not wanted of the next job of
+// that id.
+func TestRemoveWhileWanted(t *testing.T) {
+	for name, before := range map[string]bool{"the first word": false, "another word": true} {
+		t.Run(name, func(t *testing.T) {
+			c := start(t, &broker.Server{})
+			must(t, (&broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()))
+			kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
+			must(t, err)
+			job := proto.Job{ID: "j"}
+			b, err := job.Encode()
+			must(t, err)
+			_, err = kv.Put(t.Context(), proto.JobKey("j"), b)
+			must(t, err)
+			cancel := func() { must(t, broker.Want(t.Context(), c.JS, "j", proto.Control{Want: proto.WantCancel})) }
+			if before {
+				cancel()
+			}
+			wanted := 0
+			js := racing{JetStream: c.JS, looked: func() { wanted++; cancel() }}
+			must(t, broker.Remove(t.Context(), js, broker.JobView{Job: job}))
+			keys, err := kv.ListKeys(t.Context())
+			must(t, err)
+			for key := range keys.Keys() {
+				t.Errorf("%s is left", key)
+			}
+			if wanted != 1 {
+				t.Errorf("wanted %d times", wanted)
+			}
+		})
 	}
 }
 
