@@ -59,6 +59,9 @@ func (g *gate) believe(ctx context.Context, d *doubt, most time.Duration) bool {
 
 // elsewhere leaves a line whose error is still in doubt to another ready worker of its model, and says whether there is one
 // that has not failed it before. The attempt is charged, since the history tells the other one of ours; once is enough.
+// Where no attempt is left (--max-attempts 1) the line is left to others uncharged, since an engine that has answered
+// nothing may fail any line. Two workers that know nothing of each other's failure may so hand it on until it is stubborn:
+// a line that is wrong ends later for that, and one that is right does not fail.
 func (s *session) elsewhere(o *outcome) bool {
 	ours := false
 	for i := range o.req.Attempts {
@@ -70,7 +73,7 @@ func (s *session) elsewhere(o *outcome) bool {
 	if s.gate.trusted() || o.stubborn() || !s.beat.others(s.stopped, o.queue.model) {
 		return false
 	}
-	if ours {
+	if ours || s.last(o) {
 		s.giveBack(o.line, o.pause(s.refusal), "doubted")
 		return true
 	}

@@ -152,6 +152,55 @@ func TestDoubtElsewhere(t *testing.T) {
 	r.settled(0)
 }
 
+// TestDoubtOfLastAttempt: a line that has one attempt is left to another worker uncharged, so that it does not have two,
+// and ends there; or by the worker that has it when it was given back 30 times.
+func TestDoubtOfLastAttempt(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		of   int // attempts of the worker; 0: those of the line
+	}{{"of the worker", 1}, {"of the line", 0}} {
+		t.Run(c.name, func(t *testing.T) {
+			r, f, well := newRig(t), newFake(t), newFake(t)
+			f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+			r.rival()
+			reqs := requests(3)
+			for _, q := range reqs {
+				if c.of == 0 {
+					q.MaxAttempts = 1
+				}
+			}
+			r.send(reqs...)
+			w := r.start(f.engine(), func(w *Worker) {
+				w.grace, w.refusal, w.MaxAttempts = time.Millisecond, time.Millisecond, c.of
+			})
+			f.enter(9)
+			w.leave()
+			w.end(t)
+			r.start(well.engine())
+			for _, res := range exactly(t, r.wait(3), 3) {
+				if !res.OK || len(res.Attempts) != 0 {
+					t.Errorf("result %+v", res)
+				}
+			}
+			r.settled(0)
+		})
+	}
+	t.Run("wrong", func(t *testing.T) {
+		r, f := newRig(t), newFake(t)
+		f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
+		r.rival()
+		r.send(request(0))
+		for range 25 { // that many times it was given back before
+			r.settled(1)
+		}
+		r.start(f.engine(), func(w *Worker) { w.grace, w.refusal, w.MaxAttempts = time.Millisecond, time.Millisecond, 1 })
+		if res := exactly(t, r.wait(1), 1)[0]; res.OK || res.Status != 400 || len(res.Attempts) != 0 {
+			t.Errorf("result %+v", res)
+		}
+		r.settled(0)
+	})
+}
+
 // TestDoubtOfTwo: few lines that two workers fail, neither of which has answered one well, end.
 func TestDoubtOfTwo(t *testing.T) {
 	r := newRig(t)

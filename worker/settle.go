@@ -270,11 +270,7 @@ func (s *session) refused(p *parcel) {
 
 // retry charges an attempt: the line goes back to its queue with its history, or ends by it.
 func (s *session) retry(o *outcome) {
-	most := o.req.MaxAttempts
-	if most <= 0 {
-		most = int64(s.MaxAttempts)
-	}
-	if int64(len(o.req.Attempts))+1 >= most || o.class == classTimeout && o.timeouts() > 0 {
+	if s.last(o) || o.class == classTimeout && o.timeouts() > 0 {
 		s.fail(o)
 		return
 	}
@@ -292,6 +288,15 @@ func (s *session) retry(o *outcome) {
 		s.metrics.retries.WithLabelValues(o.code).Inc()
 		s.resend(o.line, next, func() { s.publish(o.line, s.result(o)) })
 	})
+}
+
+// last says whether the line has no attempt left after this one.
+func (s *session) last(o *outcome) bool {
+	most := o.req.MaxAttempts
+	if most <= 0 {
+		most = int64(s.MaxAttempts)
+	}
+	return int64(len(o.req.Attempts))+1 >= most
 }
 
 // charged is a line's request with this attempt in its history.
