@@ -371,11 +371,22 @@ func (q *queues) show(models []string, wrong map[string]error) {
 	q.wrong.Store(&wrong)
 	trouble := q.trouble()
 	if trouble != said && trouble != "" {
-		q.log.Warn("cannot declare all queues, trying on", "error", broker.Plain(errors.Join(slices.Collect(maps.Values(wrong))...)))
+		q.log.Warn("cannot declare all queues, trying on", "error", inWords(wrong))
 	}
 	if changed || trouble != said {
 		q.changed()
 	}
+}
+
+// inWords is what is wrong, as people are told of it. That the connection is away is said once, and hides nothing else.
+func inWords(wrong map[string]error) error {
+	var all []error
+	for _, m := range slices.Sorted(maps.Keys(wrong)) {
+		if err := broker.Plain(wrong[m]); !errors.Is(errors.Join(all...), err) {
+			all = append(all, err)
+		}
+	}
+	return errors.Join(all...)
 }
 
 // gone says whether an error means that a stream is not there, or its consumer.

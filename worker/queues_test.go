@@ -2,6 +2,9 @@ package worker
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"log/slog"
 	"net/http"
 	"slices"
 	"strings"
@@ -9,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -90,6 +96,18 @@ func TestOneQueueFailsLater(t *testing.T) {
 	r.says(proto.EngineReady, `belongs to model "another"`, "m")
 	r.send(request(2))
 	exactly(t, r.wait(3), 3)
+}
+
+// TestTroubleOfSome: what is wrong with one queue is told, also where another one waits for the connection.
+func TestTroubleOfSome(t *testing.T) {
+	away := fmt.Errorf("look up stream: %w", nats.ErrConnectionReconnecting)
+	var log strings.Builder
+	q := newQueues(nil, 0, slog.New(slog.NewTextHandler(&log, nil)))
+	q.changed = func() {}
+	q.show(nil, map[string]error{"a": away, "b": errors.New("belongs to another"), "c": away})
+	if got := log.String(); !strings.Contains(got, "belongs to another") || strings.Count(got, broker.ErrAway.Error()) != 1 {
+		t.Errorf("%s", got)
+	}
 }
 
 // TestModelLeaves: what is held of a model that its engine does not serve any more is acknowledged after the
