@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -175,6 +176,42 @@ func TestHalt(t *testing.T) {
 	w.work("m", okay)
 	if err := w.run(w.owner(scanned(t, in))).end(); err != nil {
 		t.Errorf("run again: %v", err)
+	}
+}
+
+// TestPace: the records of a job are read often only while more and more lines fail, and few more of them would halt it.
+func TestPace(t *testing.T) {
+	all := func(d time.Duration, n int) []time.Duration { return slices.Repeat([]time.Duration{d}, n) }
+	for _, c := range []struct {
+		name   string
+		most   string // --max-errors
+		failed []int64
+		want   []time.Duration
+	}{
+		{"no limit", "", []int64{0, 5, 10, 15}, all(watchEvery, 4)},
+		{"nothing fails", "10", []int64{0, 0, 0, 0}, all(watchEvery, 4)},
+		{"few fail", "100", []int64{10, 20, 30, 40}, all(watchEvery, 4)},
+		{"few of all fail", "50%", []int64{100, 200, 240}, all(watchEvery, 3)},
+		{"many of all fail", "50%", []int64{100, 260}, []time.Duration{watchEvery, haltEvery}},
+		{"more and more fail", "10", []int64{0, 6, 7, 8, 9, 10}, append(all(watchEvery, 1), all(haltEvery, 5)...)},
+		{"no more fail", "10", []int64{6, 6, 6, 6, 6, 6}, append(all(haltEvery, quick), all(watchEvery, 2)...)},
+		{"it is halted", "10", []int64{0, 11, 12}, all(watchEvery, 3)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var r run
+			var err error
+			if r.limit, err = parseThreshold(c.most); err != nil {
+				t.Fatal(err)
+			}
+			var p pace
+			for i, failed := range c.failed {
+				r.progress = proto.Progress{OK: 1000 - failed, Failed: failed}
+				r.want = r.judge(proto.Control{}, r.progress)
+				if got := p.next(r.nearHalt()); got != c.want[i] {
+					t.Errorf("look %d: %v, want %v", i, got, c.want[i])
+				}
+			}
+		})
 	}
 }
 

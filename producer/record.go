@@ -152,19 +152,55 @@ func (r *run) save(ctx context.Context, must bool) error {
 // Reading again and again is cheap, and unlike a subscription it survives a broker that came back empty.
 const (
 	watchEvery = 250 * time.Millisecond
-	keyEvery   = 8              // times watchEvery
-	haltEvery  = watchEvery / 5 // where a job is halted when too much fails
+	keyEvery   = 8 * watchEvery
+	haltEvery  = watchEvery / 5 // where a job is likely to be halted soon
 )
+
+// pace is how soon control and progress are read again: soon after lines failed, if as many more would halt the job.
+type pace struct {
+	failed int64
+	soon   int // looks that are due after haltEvery
+}
+
+// quick is how many looks follow soon: for longer than the aggregator takes to tell of more lines that failed.
+const quick = 4
+
+// next is told how many lines have failed, and whether as many more would halt the job.
+func (p *pace) next(failed int64, near bool) time.Duration {
+	switch moved := failed != p.failed; {
+	case !near:
+		p.soon = 0
+	case moved:
+		p.soon = quick
+	}
+	p.failed = failed
+	if p.soon == 0 {
+		return watchEvery
+	}
+	p.soon--
+	return haltEvery
+}
+
+// nearHalt is how many lines have failed, and whether as many more would halt the job.
+func (r *run) nearHalt() (failed int64, near bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	failed, ended := r.failures(r.progress)
+	return failed, r.want < wantHalt && r.limit.reached(2*failed, ended)
+}
 
 // watch turns what is wanted, and what became of the job so far, into demands. Its error is ErrRemoved.
 func (r *run) watch(ctx context.Context) error {
-	every, keys := watchEvery, keyEvery
-	if r.limit.set {
-		every, keys = haltEvery, keyEvery*int(watchEvery/haltEvery)
-	}
-	for n := 1; sleep(ctx, every) == nil; n++ {
+	var p pace
+	p.failed, _ = r.nearHalt()
+	for since := time.Duration(0); ; {
+		every := p.next(r.nearHalt())
+		if sleep(ctx, every) != nil {
+			return nil
+		}
 		err := r.read(ctx)
-		if err == nil && n%keys == 0 {
+		if since += every; err == nil && since >= keyEvery {
+			since = 0
 			err = r.uphold(ctx)
 		}
 		if err == nil || ctx.Err() != nil {
@@ -177,7 +213,6 @@ func (r *run) watch(ctx context.Context) error {
 			r.log.Debug("restore the job's keys", "error", err)
 		}
 	}
-	return nil
 }
 
 // uphold looks whether the job's key is there. Its error is ErrRemoved where a later job goes by the same id, which the
