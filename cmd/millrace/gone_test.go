@@ -63,7 +63,7 @@ func TestKillBrokerStaysAway(t *testing.T) {
 	for _, role := range []*proc{agg, w1, w2, p} {
 		role.says("broker connection lost")
 	}
-	p.says("lease not renewed, feeding stops")
+	p.says("feeding stops")
 	if os.Getenv("MILLRACE_KILLS") != "" {
 		<-time.After(time.Minute)
 	}
