@@ -100,9 +100,9 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 	}
 	lock, err := broker.LockDir(p.dir)
 	if errors.Is(err, broker.ErrInUse) {
-		return a.watchRun(take, &job, p.dir, &r.jobFlags)
+		lock, err = a.watchRun(take, &job, p.dir, &r.jobFlags)
 	}
-	if err != nil {
+	if err != nil || lock == nil {
 		return err
 	}
 	defer lock.Unlock()
