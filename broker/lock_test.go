@@ -64,3 +64,34 @@ func TestLockBeside(t *testing.T) {
 		t.Error("two held it at once")
 	}
 }
+
+// TestShareDir: those who share a folder do so with each other, and with nobody who wants it alone.
+func TestShareDir(t *testing.T) {
+	dir := t.TempDir()
+	if l, err := broker.LockDir(dir); err != nil {
+		t.Fatal(err)
+	} else if _, err := broker.ShareDir(dir); !errors.Is(err, broker.ErrInUse) {
+		t.Errorf("shared with one who has it alone: %v", err)
+	} else {
+		l.Unlock()
+	}
+	var shared []*broker.Lock
+	for range 2 {
+		l, err := broker.ShareDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shared = append(shared, l)
+	}
+	for _, l := range shared {
+		if _, err := broker.LockDir(dir); !errors.Is(err, broker.ErrInUse) {
+			t.Errorf("taken while it is shared: %v", err)
+		}
+		l.Unlock()
+	}
+	l, err := broker.LockDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Unlock()
+}

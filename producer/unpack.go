@@ -128,6 +128,8 @@ func (c *capped) Read(p []byte) (int, error) {
 		return 0, badFile("it unpacks to more than %s times its size (%s bytes so far); unpack it yourself if that is right", commas(maxRatio), commas(c.n))
 	case err == nil, errors.Is(err, io.EOF), c.packed == nil, c.packed.err != nil:
 		return n, err
+	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
+		return n, badFile("the zstd data needs more than %d MB of memory to be unpacked, as after `zstd --long=31`; unpack it yourself (zstd -d --long=31) and give the plain file", zstdMemory>>20)
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		return n, badFile("the %s data ends too early, after %s whole lines: the file is cut off; copy or make it again", c.how, commas(c.lines))
 	}

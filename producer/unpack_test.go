@@ -24,6 +24,8 @@ func TestBadFiles(t *testing.T) {
 		"flipped.zst":      {flip("zst"), "the zstd data is damaged, found after "},
 		"head.gz":          {string(pack(t, "gz", text)[:7]), "the gzip data cannot be read"},
 		"tail.gz":          {string(pack(t, "gz", text)) + "some other text, longer", "the gzip data is damaged, found after 2,000 whole lines"},
+		"wide.zst":         {wide(text[:1000], 31), "the zstd data needs more than 256 MB of memory to be unpacked, as after `zstd --long=31`; unpack it yourself (zstd -d --long=31)"},
+		"wider.zst":        {wide(text[:1000], 29), "the zstd data needs more than 256 MB"},
 		"other.gz":         {"BZh91AY", "by its name it is gzip, by its content it is not"},
 		"other.zst":        {"<html>", "by its name it is zstd, by its content it is not"},
 	} {
@@ -49,4 +51,10 @@ func TestBadFiles(t *testing.T) {
 			t.Errorf("%s: %d lines", name, d.Lines)
 		}
 	}
+}
+
+// wide is text as zstd data of one plain block, whose head wants a window of 1 << log bytes.
+func wide(text string, log int) string {
+	block := uint32(len(text))<<3 | 1 // the last one
+	return string(zstdMagic) + string([]byte{0, byte(log-10) << 3, byte(block), byte(block >> 8), byte(block >> 16)}) + text
 }

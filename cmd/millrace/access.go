@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -15,6 +16,8 @@ import (
 // natsFlags say how to reach the broker.
 type natsFlags struct {
 	url, token, tokenFile, creds, cert, key, ca string
+
+	usual string // where a broker is that nobody named; empty: defaultNATS
 }
 
 const defaultNATS = "nats://127.0.0.1:4222"
@@ -38,7 +41,7 @@ func (n *natsFlags) access() (acc broker.Access, given bool, err error) {
 	}
 	given = acc.URL != ""
 	if !given {
-		acc.URL = defaultNATS
+		acc.URL = n.usually()
 	}
 	if n.tokenFile != "" {
 		b, err := os.ReadFile(n.tokenFile)
@@ -49,6 +52,8 @@ func (n *natsFlags) access() (acc broker.Access, given bool, err error) {
 	}
 	return acc, given, nil
 }
+
+func (n *natsFlags) usually() string { return cmp.Or(n.usual, defaultNATS) }
 
 // connect reaches the broker, waiting for it up to wait.
 func (a *app) connect(ctx context.Context, role string, wait time.Duration) (*broker.Conn, error) {

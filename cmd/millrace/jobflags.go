@@ -143,8 +143,9 @@ func scanFolder(parent string) (dir string, lock *broker.Lock, err error) {
 
 // sweepScans removes what killed processes left.
 func sweepScans(parent string) {
-	dirs, _ := filepath.Glob(filepath.Join(parent, "*")) // the pattern is well formed
-	for _, d := range dirs {
+	dirs, _ := os.ReadDir(parent) // the next command tries again
+	for _, e := range dirs {
+		d := filepath.Join(parent, e.Name())
 		if l, err := broker.LockDir(d); err == nil {
 			_ = os.RemoveAll(d) // the next command tries again
 			l.Unlock()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -18,22 +19,48 @@ import (
 // kept is what the folder of a `millrace run` that is over tells without its broker.
 type kept struct {
 	memo
-	dir  string
-	when time.Time // its memo was written
+	dir   string
+	when  time.Time // its memo was written
+	later string    // the fresh run for which this one, which was halted, was given up; empty: it was not
 }
 
 // kept lists the runs whose folders are here, the newest first.
 func (a *app) kept() (all []kept) {
-	dirs, _ := filepath.Glob(filepath.Join(a.runDir(""), "*")) // a bracket in the path: nothing is listed
-	for _, d := range dirs {
+	dirs, _ := os.ReadDir(a.runDir("")) // where there is none, nothing is kept
+	for _, e := range dirs {
+		d := a.runDir(e.Name())
 		m, err := readMemo(d)
 		st, serr := os.Stat(filepath.Join(d, memoFile))
-		if err == nil && serr == nil {
-			all = append(all, kept{m, d, st.ModTime()})
+		if err != nil || serr != nil {
+			continue
 		}
+		k := kept{memo: m, dir: d, when: st.ModTime()}
+		if next := nextRun(m.Job); m.Halted && !m.Finished && exists(filepath.Join(a.runDir(next), memoFile)) {
+			k.later = next
+		}
+		all = append(all, k)
 	}
 	slices.SortFunc(all, func(x, y kept) int { return cmp.Or(y.when.Compare(x.when), strings.Compare(x.Job, y.Job)) })
 	return all
+}
+
+// nextRun is the id of the run that --again would make of the job after this one.
+func nextRun(id string) string {
+	if at := strings.LastIndex(id, "-r"); at > 0 {
+		if n, err := strconv.Atoi(id[at+len("-r"):]); err == nil {
+			return fmt.Sprintf("%s-r%d", id[:at], n+1)
+		}
+	}
+	return id + "-r2"
+}
+
+// verify compares the files of a finished run with its manifest, as long as they are its own.
+func (k *kept) verify() ([]string, error) {
+	if _, err := manifestOf(k.Manifest, k.Job); err != nil {
+		return nil, fmt.Errorf("verify job %s: %w", k.Job, err)
+	}
+	_, reasons, err := aggregator.Verify(k.Manifest)
+	return reasons, err
 }
 
 // manifest reads that of a finished run; nil: there is none where it was.
@@ -49,6 +76,10 @@ func (k *kept) manifest() *aggregator.Manifest {
 func (k *kept) state() (state, where string) {
 	m := k.manifest()
 	switch {
+	case k.later != "":
+		return "given up", "for " + k.later
+	case !k.Finished && k.Halted:
+		return "halted", cmp.Or(k.Output, k.Manifest)
 	case !k.Finished:
 		return "interrupted", cmp.Or(k.Output, k.Manifest)
 	case m == nil:
@@ -65,7 +96,7 @@ type nobody struct {
 	job  string // that was asked for; empty: none
 }
 
-// askedFor finds the run that was asked for: by its id, or as the only one whose id begins so.
+// askedFor finds the run that was asked for: by its id, or as the only one whose id begins so and that was not given up.
 func (n *nobody) askedFor() *kept {
 	var found []*kept
 	for i := range n.runs {
@@ -73,7 +104,7 @@ func (n *nobody) askedFor() *kept {
 		if k.Job == n.job {
 			return k
 		}
-		if n.job != "" && strings.HasPrefix(k.Job, n.job) {
+		if n.job != "" && strings.HasPrefix(k.Job, n.job) && k.later == "" {
 			found = append(found, k)
 		}
 	}
@@ -95,6 +126,10 @@ func (n *nobody) Error() string {
 	state, where := k.state()
 	tail := fmt.Sprintf("; deleting %s forgets it", k.dir)
 	switch {
+	case k.later != "":
+		return fmt.Sprintf("job %s was given up for a fresh run of all its lines, %s; millrace results %s prints what there is of it%s", k.Job, k.later, k.Job, tail)
+	case !k.Finished && k.Halted:
+		return fmt.Sprintf("job %s was halted, too many lines failed; millrace results %s --errors prints them. Mend the cause: the same command goes on with the lines that have not ended, and with --again it runs all lines anew: millrace run %s …, with results in %s%s", k.Job, k.Job, k.Input, where, tail)
 	case !k.Finished:
 		return fmt.Sprintf("job %s was interrupted, and no process runs it; the same command continues it: millrace run %s …, with results in %s; millrace results prints what there is so far%s", k.Job, k.Input, where, tail)
 	case k.manifest() == nil:
@@ -114,7 +149,7 @@ func (n *nobody) list() string {
 		return ""
 	}
 	var b strings.Builder
-	fmt.Fprintln(&b, "Runs that are kept there; the same command continues one that was interrupted, and shows one that is finished:")
+	fmt.Fprintln(&b, "Runs that are kept there; the same command continues one that was interrupted or halted, and shows one that is finished:")
 	tw := tabwriter.NewWriter(&b, 0, 4, 2, ' ', 0)
 	for _, k := range n.runs[:min(keptMost, len(n.runs))] {
 		state, where := k.state()

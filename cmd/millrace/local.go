@@ -71,7 +71,7 @@ func (a *app) control(ctx context.Context) (*brokers, error) {
 		if b := a.runs(ctx); len(b.conns) > 0 {
 			return b, nil
 		}
-		if !listens(ctx, defaultNATS) {
+		if !listens(ctx, a.nats.usually()) {
 			return nil, &nobody{data: a.data, runs: a.kept()}
 		}
 	}
@@ -157,7 +157,7 @@ func (a *app) lookup(ctx context.Context, what string) (*brokers, broker.JobView
 		return nil, broker.JobView{}, nobodyHas(what, err)
 	}
 	v, err := b.choose(ctx, what)
-	if errors.Is(err, broker.ErrNoJob) && b.runs && listens(ctx, defaultNATS) {
+	if errors.Is(err, broker.ErrNoJob) && b.runs && listens(ctx, a.nats.usually()) {
 		usual, _, _ := a.nats.access() // it was resolved before
 		if c, cerr := a.connectTo(ctx, usual, "control", controlWait); cerr == nil {
 			b = &brokers{conns: []*broker.Conn{c}}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,6 +23,11 @@ func (r *runFlags) files(input string) (aggregator.Files, error) {
 			name = "stdin.jsonl"
 		}
 		out = trimKnown(name) + ".results.jsonl"
+	}
+	for _, end := range []string{".errors.jsonl", ".manifest.json"} {
+		if base, ok := strings.CutSuffix(out, end); ok {
+			return aggregator.Files{}, usagef("-o %s ends as what is written beside the output of -o %s.jsonl; give another -o", out, base)
+		}
 	}
 	out, err := filepath.Abs(out)
 	if err != nil {
@@ -59,15 +65,13 @@ func usable(f *aggregator.Files, input string) error {
 // be, and another run that writes there is the error.
 func (a *app) take(f aggregator.Files, job *proto.Job, named bool) (aggregator.Files, *broker.Lock, error) {
 	who := fmt.Sprintf("job %s (process %d, --data %s)", job.ID, os.Getpid(), a.data)
-	lock, err := broker.LockBeside(f.Manifest, who)
-	var held *broker.Holder
-	switch {
-	case errors.As(err, &held) && named:
-		return f, nil, usagef("%s is being written by %s; give another -o, or run this again when that one has ended", f.Output, held.Who)
-	case errors.As(err, &held):
-		return a.aside(f, job, "is being written by "+held.Who, who)
-	case err != nil:
-		return f, nil, fmt.Errorf("hold %s: %w", f.Output, err)
+	lock, err := hold(&f, who)
+	var taken *takenError
+	if errors.As(err, &taken) && !named {
+		return a.aside(f, job, taken.why, who)
+	}
+	if err != nil {
+		return f, nil, err
 	}
 	m, err := aggregator.ReadManifest(f.Manifest) // now that nobody else writes there
 	if err != nil {
@@ -92,15 +96,37 @@ func (a *app) take(f aggregator.Files, job *proto.Job, named bool) (aggregator.F
 func (a *app) aside(f aggregator.Files, job *proto.Job, why, who string) (aggregator.Files, *broker.Lock, error) {
 	base := filepath.Join(filepath.Dir(f.Output), job.ID+".results")
 	next := filesOf(base, base+".jsonl")
-	fmt.Fprintf(a.std.err, "note: %s %s; those of this one go to %s\n", f.Output, why, next.Output)
-	lock, err := broker.LockBeside(next.Manifest, who)
+	lock, err := hold(&next, who)
 	if err != nil {
-		return next, nil, usagef("%s is being written by another run (%w); give -o", next.Output, err)
+		return next, nil, err
 	}
+	fmt.Fprintf(a.std.err, "note: %s %s; those of this one go to %s\n", f.Output, why, next.Output)
 	if m, err := aggregator.ReadManifest(next.Manifest); err == nil {
 		next.Over = m.Job.ID
 	}
 	return next, lock, nil
+}
+
+// hold locks the files of a run. That somebody else has them, or nobody can, is a takenError.
+func hold(f *aggregator.Files, who string) (*broker.Lock, error) {
+	lock, err := broker.LockBeside(f.Manifest, who)
+	var held *broker.Holder
+	switch {
+	case errors.As(err, &held):
+		return nil, coded{&takenError{f.Output, "is being written by " + cmp.Or(held.Who, "another run"), "or run this again when that one has ended"}, exitUsage}
+	case errors.Is(err, fs.ErrPermission):
+		return nil, coded{&takenError{f.Output, "cannot be locked: " + err.Error(), "in a folder of yours"}, exitUsage}
+	case err != nil:
+		return nil, fmt.Errorf("hold %s: %w", f.Output, err)
+	}
+	return lock, nil
+}
+
+// takenError says why the files of a run cannot be ours, and what to do beside giving others.
+type takenError struct{ path, why, hint string }
+
+func (e *takenError) Error() string {
+	return fmt.Sprintf("%s %s; give another -o, %s", e.path, e.why, e.hint)
 }
 
 // manifestOf reads the manifest of a job that was written to path. It is an error that another job's lies there by now.

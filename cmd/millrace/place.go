@@ -158,30 +158,22 @@ func (p *place) finish(a *app, manifest string) {
 
 // nameOlder tells of the newest job of the same file whose content was another, and of which something ran.
 func (a *app) nameOlder(job *proto.Job) {
-	dirs, _ := filepath.Glob(filepath.Join(a.data, "run", "*")) // the pattern is well formed
-	var newest time.Time
-	older := ""
-	for _, d := range dirs {
-		m, err := readMemo(d)
-		if err != nil || m.Input != job.Input || m.SHA256 == job.SHA256 || job.Input == "-" {
+	for _, k := range a.kept() { // the newest first
+		if k.Input != job.Input || k.SHA256 == job.SHA256 || job.Input == "-" {
 			continue
 		}
-		if !m.Finished && !aggregator.Began(filepath.Join(d, "aggregate"), m.Job) {
-			continue
+		if k.Finished || aggregator.Began(filepath.Join(k.dir, "aggregate"), k.Job) {
+			fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", k.Job, filepath.Base(job.Input))
+			return
 		}
-		if st, err := os.Stat(filepath.Join(d, memoFile)); err == nil && st.ModTime().After(newest) {
-			newest, older = st.ModTime(), m.Job
-		}
-	}
-	if older != "" {
-		fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", older, filepath.Base(job.Input))
 	}
 }
 
-// watchRun follows a job that another process of this machine runs, to its end or to that of the process.
-func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFlags) error {
+// watchRun follows a job that another process of this machine runs, to its end or to that of the process. Where the
+// folder comes free and nobody ran the job, as when its results were read, the job is the caller's, with the lock.
+func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFlags) (*broker.Lock, error) {
 	said := 0
-	for {
+	for n := 1; ; n++ {
 		if e, err := readEndpoint(dir); err == nil { // else the process is starting, or about to end
 			if said != e.PID {
 				said = e.PID
@@ -190,28 +182,36 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFl
 			v, err := a.watchAt(ctx, e, job)
 			switch {
 			case ctx.Err() != nil:
-				return context.Cause(ctx)
+				return nil, context.Cause(ctx)
 			case err != nil:
-				return err
+				return nil, err
 			case v.State() == broker.StateFinished:
-				return a.finish(ctx, nil, &v, j)
+				return nil, a.finish(ctx, nil, &v, j)
 			}
 		}
 		// Its broker ends before the process has written down how the job ended: that is known when the process is gone.
 		lock, err := broker.LockDir(dir)
 		if err == nil {
-			lock.Unlock()
-			if m, err := readMemo(dir); err == nil && m.Finished {
-				return a.showFinished(job, m.Manifest, j)
+			m, merr := readMemo(dir)
+			finished := merr == nil && m.Finished
+			if !finished && said == 0 {
+				return lock, nil
 			}
-			return fmt.Errorf("the process that ran job %s is gone; the same command continues", job.ID)
+			lock.Unlock()
+			if finished {
+				return nil, a.showFinished(job, m.Manifest, j)
+			}
+			return nil, fmt.Errorf("the process that ran job %s is gone; the same command continues", job.ID)
 		}
 		if !errors.Is(err, broker.ErrInUse) {
-			return err
+			return nil, err
+		}
+		if n == 10 && said == 0 { // about a second; one that starts is quicker
+			fmt.Fprintf(a.std.err, "job %s is in use by another process; waiting for it\n", job.ID)
 		}
 		select {
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -46,8 +47,11 @@ both times. Of a run on this machine that is stopped it prints what there is so 
 				return a.stoppedResults(id, which, a.std.out)
 			}
 			conn, v, err := a.find(take, args[0])
-			if stopped && errors.Is(err, broker.ErrNoJob) {
-				return a.stoppedResults(id, which, a.std.out)
+			if err != nil && stopped && take.Err() == nil {
+				// The broker at the usual place, which nobody named, has no such job or does not let us in.
+				if serr := a.stoppedResults(id, which, a.std.out); !errors.Is(serr, broker.ErrInUse) {
+					return serr
+				}
 			}
 			if err != nil {
 				return err
@@ -178,12 +182,13 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 		return nil, err
 	}
 	conn, v, err := a.find(ctx, what)
+	if err != nil && ctx.Err() == nil {
+		if k := a.keptRun(what); k != nil && k.Finished {
+			return k.verify()
+		}
+	}
 	var n *nobody
 	if errors.As(err, &n) {
-		if k := n.askedFor(); k != nil && k.Finished {
-			_, reasons, err := aggregator.Verify(k.Manifest)
-			return reasons, err
-		}
 		return nil, fmt.Errorf("%s is no file here: %w", what, err)
 	}
 	if errors.Is(err, broker.ErrUnreachable) {
@@ -212,9 +217,15 @@ func manifestAt(path string) (string, error) {
 	if err != nil || !st.IsDir() {
 		return path, err
 	}
-	names, err := filepath.Glob(filepath.Join(path, "*manifest.json"))
+	entries, err := os.ReadDir(path)
 	if err != nil {
 		return "", fmt.Errorf("look for a manifest: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), "manifest.json") {
+			names = append(names, filepath.Join(path, e.Name()))
+		}
 	}
 	if len(names) != 1 {
 		return "", fmt.Errorf("%s holds %d manifests; name one", path, len(names))

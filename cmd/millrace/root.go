@@ -113,6 +113,9 @@ func fromEnv(fs *pflag.FlagSet, env func(string) (string, bool)) error {
 		if f.Value.Type() == "stringArray" { // several, with commas
 			values = strings.Split(v, ",")
 		}
+		if f.Name == "engine" {
+			values = splitEngines(v)
+		}
 		for _, v := range values {
 			if e := fs.Set(f.Name, strings.TrimSpace(v)); e != nil {
 				err = usagef("environment variable %s: %w", name, e)

@@ -51,7 +51,7 @@ aggregator and producer in this one process. The same command again continues wh
 			if len(r.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000, or --engine sim to try without one")
 			}
-			if err := r.engineFlags.check("sim"); err != nil {
+			if err := r.engineFlags.check(simEngine); err != nil {
 				return err
 			}
 			r.once(a.std.err)
@@ -100,9 +100,9 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 	}
 	lock, err := broker.LockDir(p.dir)
 	if errors.Is(err, broker.ErrInUse) {
-		return a.watchRun(take, &job, p.dir, &r.jobFlags)
+		lock, err = a.watchRun(take, &job, p.dir, &r.jobFlags)
 	}
-	if err != nil {
+	if err != nil || lock == nil {
 		return err
 	}
 	defer lock.Unlock()
@@ -242,13 +242,13 @@ func (a *app) startAggregator(srv *broker.Server, job proto.Job, p *place, files
 // returns, which is never nil, stops the simulated ones: after the workers, which finish what they have in flight.
 func (a *app) engines(ctx context.Context, r *runFlags, job *proto.Job) (stop func(), err error) {
 	stop = func() {}
-	if slices.Contains(r.urls, "sim") {
+	if slices.Contains(r.urls, simEngine) {
 		var urls []string
 		urls, stop, err = a.simulate(ctx, job)
 		if err != nil {
 			return stop, err
 		}
-		r.urls = append(slices.DeleteFunc(r.urls, func(u string) bool { return u == "sim" }), urls...)
+		r.urls = append(slices.DeleteFunc(r.urls, func(u string) bool { return u == simEngine }), urls...)
 		fmt.Fprintln(a.std.err, "note: --engine sim answers with simulated text; no model runs")
 	}
 	return stop, a.served(ctx, r, job)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"sync"
 
 	"millrace/aggregator"
 	"millrace/broker"
@@ -13,31 +14,48 @@ import (
 
 // nobody says that there is no broker to ask for a job: neither of a run on this machine nor at the usual place.
 func (a *app) nobody(ctx context.Context) bool {
-	return len(a.endpoints(ctx)) == 0 && !listens(ctx, defaultNATS)
+	return len(a.endpoints(ctx)) == 0 && !listens(ctx, a.nats.usually())
 }
 
 // stopped finds a `millrace run` on this machine that is not finished, by its id or the beginning of one, unless a broker
 // was named. It may be running.
 func (a *app) stopped(what string) (id string, ok bool) {
-	if _, named, err := a.nats.access(); named || err != nil {
-		return "", false
-	}
-	k := (&nobody{runs: a.kept(), job: what}).askedFor()
+	k := a.keptRun(what)
 	if k == nil || k.Finished {
 		return "", false
 	}
 	return k.Job, true
 }
 
-// stoppedResults writes to w what is there of a run that is stopped.
+// keptRun finds a `millrace run` on this machine by its id or the beginning of one, unless a broker was named. It may be
+// running.
+func (a *app) keptRun(what string) *kept {
+	if _, named, err := a.nats.access(); named || err != nil {
+		return nil
+	}
+	return (&nobody{runs: a.kept(), job: what}).askedFor()
+}
+
+// stoppedResults writes to w what is there of a run that is stopped. It keeps the run from starting until the first line
+// is written, so not for as long as somebody reads. By then it is known what counts, which lies in a file that is open;
+// a run that starts only appends to it, or removes it.
 func (a *app) stoppedResults(id, which string, w io.Writer) error {
 	if which == proto.WhichManifest {
 		return fmt.Errorf("job %s is not finished; its command goes on with it", id)
 	}
-	lock, err := broker.LockDir(a.runDir(id)) // it cannot start meanwhile
+	lock, err := broker.ShareDir(a.runDir(id))
 	if err != nil {
 		return err
 	}
-	defer lock.Unlock()
-	return aggregator.Stopped(filepath.Join(a.runDir(id), "aggregate"), id, which, w)
+	unlock := sync.OnceFunc(lock.Unlock)
+	defer unlock()
+	first := writerFunc(func(b []byte) (int, error) {
+		unlock()
+		return w.Write(b)
+	})
+	return aggregator.Stopped(filepath.Join(a.runDir(id), "aggregate"), id, which, first)
 }
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }

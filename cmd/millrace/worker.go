@@ -79,9 +79,7 @@ func (e *engineFlags) check(known ...string) error {
 	}
 	var all []string
 	for _, list := range e.urls {
-		for u := range strings.SplitSeq(list, ",") {
-			all = append(all, strings.TrimSpace(u))
-		}
+		all = append(all, splitEngines(list)...)
 	}
 	e.urls = all
 	for _, u := range e.urls {
@@ -93,6 +91,25 @@ func (e *engineFlags) check(known ...string) error {
 		}
 	}
 	return nil
+}
+
+// splitEngines takes a list with commas apart. A password may hold commas, too: where there is one, another engine begins
+// only where that can be told.
+func splitEngines(list string) (all []string) {
+	begins := func(s string) bool {
+		lower := strings.ToLower(s)
+		return strings.HasPrefix(lower, "http://") || strings.HasPrefix(lower, "https://") || s == simEngine || s == nullEngine
+	}
+	end := len(list)
+	for at := end - 1; at >= 0; at-- {
+		if part := strings.TrimSpace(list[at+1 : end]); list[at] == ',' && (begins(part) || !strings.Contains(list, "@")) {
+			all = append(all, part)
+			end = at
+		}
+	}
+	all = append(all, strings.TrimSpace(list[:end]))
+	slices.Reverse(all)
+	return all
 }
 
 // once drops engines that were given before in other words, and says so: two workers beside one GPU would each think that
@@ -160,9 +177,17 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 // nullEngine is an engine inside the process that answers at once; it measures what lies around an engine.
 const nullEngine = "null:"
 
+// simEngine is what `millrace run` takes for a simulated one.
+const simEngine = "sim"
+
 func newEngineClient(u, key string, models []string) (worker.Engine, error) {
 	if u == nullEngine {
 		return &worker.Null{Models: models}, nil
+	}
+	if at := strings.LastIndexByte(u, '@'); at >= 0 {
+		if p, err := url.Parse(u); err != nil || p.User == nil { // what is said of it could show a part of the password
+			return nil, fmt.Errorf("engine URL \"…%s\": it cannot be read; give it like http://USER:PASSWORD@HOST:PORT, with %%2F for /, %%23 for #, %%25 for %% in user and password", u[at:])
+		}
 	}
 	return worker.NewHTTP(u, key)
 }

@@ -71,3 +71,43 @@ func TestServedInterrupted(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// TestEnginePassword: a password with a comma is whole, and no part of one that cannot be read is shown.
+func TestEnginePassword(t *testing.T) {
+	for _, c := range []struct{ given, want, wrong string }{
+		{"http://user:sec,ret@h:9", "http://user:sec,ret@h:9", ""},
+		{"http://user:sec,ret@h:9,HTTPS://g,sim, null:", "http://user:sec,ret@h:9 HTTPS://g sim null:", ""},
+		{"http://user:sec,sim,ret@h:9", "http://user:sec,sim,ret@h:9", ""},
+		{"sim,http://a:sec@h,http://b:ret@h", "sim http://a:sec@h http://b:ret@h", ""},
+		{"http://a:1,http://b:1 ,sim", "http://a:1 http://b:1 sim", ""},
+		{"http://user:sec/ret@h:9", "", `engine URL "…@h:9": it cannot be read`},
+		{"http://user:sec%zzret@h:9", "", `engine URL "…@h:9": it cannot be read`},
+		{"http://user:1/secret@h:9", "", `engine URL "…@h:9": it cannot be read`},
+		{"http://user:sec#ret@h:9", "", `engine URL "…@h:9": it cannot be read`},
+		{"http://user:sec,ret@h:99999", "", "port 99999 is not between"},
+		{"user:sec,ret@h:9", "", "@h:9"},
+		{"http://user:sec,ret@h:9,gpu2:8000", "", `"…@h:9,gpu2:8000": it cannot be read`},
+	} {
+		byEnv := new(app).workerCommand()
+		if err := fromEnv(byEnv.Flags(), func(name string) (string, bool) { return c.given, name == "MILLRACE_ENGINE" }); err != nil {
+			t.Fatal(err)
+		}
+		fromFlags, err := byEnv.Flags().GetStringArray("engine")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, urls := range [][]string{{c.given}, fromFlags} {
+			e := engineFlags{urls: urls}
+			err := e.check(simEngine)
+			switch {
+			case c.wrong == "" && err != nil:
+				t.Errorf("%s: %v", c.given, err)
+			case c.wrong == "" && strings.Join(e.urls, " ") != c.want:
+				t.Errorf("%s: %q", c.given, e.urls)
+			case c.wrong == "":
+			case err == nil || !strings.Contains(err.Error(), c.wrong) || strings.Contains(err.Error(), "sec") || strings.Contains(err.Error(), "ret"):
+				t.Errorf("%s: error %v", c.given, err)
+			}
+		}
+	}
+}
