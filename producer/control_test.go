@@ -143,6 +143,30 @@ func TestExpireCounts(t *testing.T) {
 	}
 }
 
+// TestSinceAtAnotherBroker: when a job began is told on the clock of the broker that is there, not of one before it.
+func TestSinceAtAnotherBroker(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "m")), LifetimeMS: time.Hour.Milliseconds()}))
+	r := newRun(o, nil)
+	if err := r.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	began := r.feed.Since
+	for _, wrong := range []time.Duration{-10 * time.Hour, 10 * time.Hour} {
+		r.feed.Since = began + wrong.Nanoseconds() // as a broker with another clock said
+		if err := r.restore(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		now, err := broker.Now(t.Context(), w.conn.JS)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if age := now.Sub(time.Unix(0, r.feed.Since)); age < 0 || age > time.Since(r.began)+time.Minute {
+			t.Errorf("a clock that was %v off: it began %v ago", wrong, age)
+		}
+	}
+}
+
 // TestHalt: too many failures stop the job, with the commonest as the reason; run again, it may fail as often again.
 func TestHalt(t *testing.T) {
 	w := newWorld(t, &broker.Server{})

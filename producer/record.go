@@ -201,7 +201,7 @@ func (r *run) watch(ctx context.Context) error {
 		err := r.read(ctx)
 		if since += every; err == nil && since >= keyEvery {
 			since = 0
-			err = r.uphold(ctx)
+			err = errors.Join(r.uphold(ctx), r.date(ctx))
 		}
 		if err == nil || ctx.Err() != nil {
 			continue
@@ -231,7 +231,23 @@ func (r *run) uphold(ctx context.Context) error {
 func (r *run) restore(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	return r.base(ctx)
+	if err := r.base(ctx); err != nil {
+		return err
+	}
+	return r.date(ctx)
+}
+
+// date says anew when the job began, on the clock of the broker that is there now: it may have taken the place of another
+// one, whose clock says nothing on it. What has passed since then our own clock knows.
+func (r *run) date(ctx context.Context) error {
+	now, err := broker.Now(ctx, r.o.Conn.JS)
+	if err != nil || now.IsZero() {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.feed.Since = now.Add(-time.Since(r.began)).UnixNano()
+	return nil
 }
 
 // look is the first reading, which is waited for.

@@ -112,7 +112,7 @@ type Feed struct {
 	// What had failed, and ended, when a halted job was started again: it does not count towards --max-errors any more.
 	BasisFailed int64
 	BasisEnded  int64
-	Since       int64 // when its first owner began, Unix ns on the broker's clock; 0: not known
+	Since       int64 // when its first owner began, Unix ns on the clock of the broker it is at; 0: not known
 	After       int64 // of the job it speaks of
 }
 

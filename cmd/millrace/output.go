@@ -49,6 +49,8 @@ func usable(f *aggregator.Files, input string) error {
 		case err != nil:
 		case st.IsDir():
 			return usagef("%s is a folder; give a file, such as -o %s", name, filepath.Join(name, "results.jsonl"))
+		case !st.Mode().IsRegular() || strings.HasPrefix(name, "/dev/"): // a device would be replaced by a file
+			return usagef("%s is no regular file; give another -o", name)
 		case inErr == nil && os.SameFile(st, in):
 			return usagef("%s is the input; give another -o", name)
 		}
