@@ -253,7 +253,7 @@ func (r *run) finished() error {
 func (r *run) leave(err error) error {
 	defer r.unmeasure()
 	if errors.Is(err, broker.ErrLeaseLost) {
-		return fmt.Errorf("feed job %s: %w", r.job.ID, err)
+		return fmt.Errorf("job %s: %w", r.job.ID, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout) // ours may be over
 	defer cancel()
@@ -284,7 +284,7 @@ func (r *run) left(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	return fmt.Errorf("feed job %s: %w", r.job.ID, err)
+	return fmt.Errorf("job %s: %w", r.job.ID, err)
 }
 
 // vanish removes the requests and the record of a job that was removed, where sending and a renewal of the lease put them
