@@ -28,6 +28,7 @@ type JobView struct {
 const (
 	StateRunning   = "running"
 	StateOrphaned  = "orphaned" // nobody owns its input at the moment
+	StateWaiting   = "waiting"  // the same of an input that lies with the broker: an aggregator adopts it
 	StatePaused    = "paused"
 	StateHalted    = "halted"
 	StateCancelled = "cancelled"
@@ -48,11 +49,15 @@ func (v *JobView) State() string {
 		return StateHalted
 	case v.Control.Want == proto.WantPause:
 		return StatePaused
-	case v.Feed.Owner.ID == "", v.Silent > DefaultLeaseTTL:
-		return StateOrphaned
+	case v.owned():
+		return StateRunning
+	case v.Job.Object != "":
+		return StateWaiting
 	}
-	return StateRunning
+	return StateOrphaned
 }
+
+func (v *JobView) owned() bool { return v.Feed.Owner.ID != "" && v.Silent <= DefaultLeaseTTL }
 
 // Ended counts the lines that have a result.
 func (v *JobView) Ended() int64 { return v.Progress.OK + v.Progress.Failed }
@@ -62,8 +67,11 @@ func (v *JobView) Note() string {
 	if v.Progress.Note != "" {
 		return v.Progress.Note
 	}
-	if v.State() == StateOrphaned {
+	switch v.State() {
+	case StateOrphaned:
 		return "no process runs it; run the command that created it again"
+	case StateWaiting:
+		return "handed over; an aggregator goes on with it, `millrace serve` or `millrace aggregate`"
 	}
 	return v.Feed.Note
 }

@@ -32,7 +32,7 @@ func (r *run) halt(ctx context.Context) error {
 	if r.o.fetch != nil {
 		next = "`millrace resume " + r.job.ID + "` goes"
 	}
-	return fmt.Errorf("%w. Lines in flight end first. `millrace results %s --errors` prints what failed. Mend the cause: %s on with the lines that have not ended; "+
+	return fmt.Errorf("%w. Lines in flight end first. `millrace results %s --errors` prints what failed. Mend the cause: %s on with the lines that have not ended, and --max-errors counts anew from there; "+
 		"those that failed stay so, only a fresh run of all lines (--again) runs them once more", r.halted(), r.job.ID, next)
 }
 

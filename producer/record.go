@@ -336,6 +336,9 @@ func (r *run) worst() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := proto.Count(r.progress.Failed, "line") + " failed"
+	if n := r.feed.BasisFailed; n > 0 {
+		s += fmt.Sprintf(" (%d of them before it was started again, which do not count)", n)
+	}
 	if len(r.progress.Errors) == 0 {
 		return s
 	}

@@ -56,8 +56,8 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 				return err
 			}
 			fmt.Fprintf(a.std.err, "%s: told job %s (%d of %s ended)\n", verb, v.Job.ID, v.Ended(), count(v.Job.Lines, "line"))
-			if v.State() == broker.StateOrphaned {
-				fmt.Fprintln(a.std.err, "no process runs this job at the moment; it takes effect when its command is run again")
+			if s := unheard(v.State(), want); s != "" {
+				fmt.Fprintln(a.std.err, s)
 			}
 			return nil
 		},
@@ -65,6 +65,19 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 	cmd.Flags().StringVar(&reason, "reason", "", "for people: shown by status, by jobs, and by the command that runs the job")
 	a.natsFlags(cmd)
 	return cmd
+}
+
+// unheard says when what is wanted of a job takes effect that no process runs; empty: one does.
+func unheard(state, want string) string {
+	switch {
+	case state == broker.StateWaiting:
+		return "no process runs this job at the moment; it takes effect when an aggregator goes on with it"
+	case state == broker.StateOrphaned && want == proto.WantCancel:
+		return "no process runs this job at the moment; it takes effect when an aggregator sees it, or when its command is run again"
+	case state == broker.StateOrphaned:
+		return "no process runs this job at the moment; it takes effect when its command is run again"
+	}
+	return ""
 }
 
 // me is who is asking, for people.

@@ -39,7 +39,7 @@ func (j *jobFlags) bindInput(cmd *cobra.Command) {
 
 func (j *jobFlags) bindJob(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed; lines in flight still end")
+	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed, counted anew when a halted job is started again; lines in flight still end")
 	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired")
 	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) are ok")
 	f.BoolVar(&j.again, "again", false, "a fresh run of all lines of a job that is finished or was halted")

@@ -73,7 +73,7 @@ func (t *talk) see(v broker.JobView) {
 // unsure says whether nobody seems to feed the job because its owner, this process most often, is about to; or because the
 // owner in this process, where the broker was away, is about to renew its lease.
 func (t *talk) unsure(v *broker.JobView) bool {
-	orphaned := v.State() == broker.StateOrphaned
+	orphaned := v.State() == broker.StateOrphaned || v.State() == broker.StateWaiting
 	t.fed = t.fed || !orphaned
 	if orphaned && t.self != "" && v.Feed.Owner.ID == t.self {
 		return true
