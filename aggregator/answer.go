@@ -169,7 +169,7 @@ func (s *service) verify(b []byte) (encoder, error) {
 		a.Error = errUnfinished.Error()
 		return a, nil
 	}
-	_, reasons, err := verify(s.ctx, done.Manifest)
+	_, reasons, err := VerifyContext(s.ctx, done.Manifest)
 	if err != nil {
 		a.Error = elsewhere(err, done, s.t.s.host).Error()
 		return a, nil

@@ -27,10 +27,11 @@ import (
 // cached and wasted tokens, attempts, the parts of models and workers beyond their sums, engines, and the input, which
 // is not read: its SHA-256 in the manifest is that of its plain lines.
 func Verify(manifest string) (*Manifest, []string, error) {
-	return verify(context.Background(), manifest)
+	return VerifyContext(context.Background(), manifest)
 }
 
-func verify(ctx context.Context, manifest string) (*Manifest, []string, error) {
+// VerifyContext is Verify, broken off when ctx ends; the error is its cause then.
+func VerifyContext(ctx context.Context, manifest string) (*Manifest, []string, error) {
 	m, err := ReadManifest(manifest)
 	if err != nil {
 		return nil, nil, err

@@ -114,6 +114,9 @@ func (a *app) rmCommand() *cobra.Command {
 func (a *app) remove(ctx context.Context, job string, force bool) error {
 	conn, v, err := a.find(ctx, job)
 	if err != nil {
+		if k := a.keptRun(job); k != nil && ctx.Err() == nil {
+			return a.forget(k, force)
+		}
 		return err
 	}
 	defer conn.Close()

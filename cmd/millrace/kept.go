@@ -14,6 +14,7 @@ import (
 
 	"millrace/aggregator"
 	"millrace/broker"
+	"millrace/proto"
 )
 
 // kept is what the folder of a `millrace run` that is over tells without its broker.
@@ -88,54 +89,69 @@ func (k *kept) state() (state, where string) {
 	return shown(broker.StateFinished, outcome(progressOf(m))), m.Paths(k.Manifest).Output
 }
 
+// keptRun finds a `millrace run` on this machine by its id, its name or the beginning of its id, unless a broker was
+// named. It may be running.
+func (a *app) keptRun(what string) *kept {
+	if _, named, err := a.nats.access(); named || err != nil {
+		return nil
+	}
+	k, _ := chooseKept(a.kept(), what)
+	return k
+}
+
+// chooseKept finds a run as one at a broker is found. Those that were given up are found by their whole id alone.
+func chooseKept(runs []kept, what string) (*kept, error) {
+	at := map[string]*kept{}
+	var views []broker.JobView
+	for i := range runs {
+		k := &runs[i]
+		if k.later == "" || k.Job == what {
+			at[k.Job] = k
+			views = append(views, broker.JobView{Job: proto.Job{ID: k.Job, Name: k.Name}})
+		}
+	}
+	v, err := broker.Choose(views, what)
+	return at[v.Job.ID], err
+}
+
+// over is the error of a command for a run that no process has any more. It is broker.ErrUnreachable.
+type over struct{ *kept }
+
+func (k *over) Error() string {
+	state, where := k.state()
+	again := fmt.Sprintf("millrace run %s …, with results in %s; millrace rm --force %s forgets it", k.Input, where, k.Job)
+	switch {
+	case k.later != "":
+		return fmt.Sprintf("job %s was given up for a fresh run of all its lines, %s; millrace results %s prints what there is of it; millrace rm --force %s forgets it", k.Job, k.later, k.Job, k.Job)
+	case !k.Finished && k.Halted:
+		return fmt.Sprintf("job %s was halted, too many lines failed; millrace results %s --errors prints them. Mend the cause: the same command goes on with the lines that have not ended, and with --again it runs all lines anew: %s", k.Job, k.Job, again)
+	case !k.Finished:
+		return fmt.Sprintf("job %s was interrupted, and no process runs it; millrace results %s prints what there is so far; the same command continues it: %s", k.Job, k.Job, again)
+	case k.manifest() == nil:
+		return fmt.Sprintf("job %s is finished, and its files are %s; the same command with --again runs all lines anew, millrace rm %s forgets it", k.Job, where, k.Job)
+	}
+	return fmt.Sprintf("job %s is %s, and no process has it any more; its results are %s, its manifest %s; millrace rm %s forgets it", k.Job, state, where, k.Manifest, k.Job)
+}
+
+func (k *over) Unwrap() error { return broker.ErrUnreachable }
+
 // nobody is the error of a command that asks or tells, where no run is at work and no broker at the usual place. It is
 // broker.ErrUnreachable.
 type nobody struct {
-	data string
-	runs []kept
-	job  string // that was asked for; empty: none
-}
-
-// askedFor finds the run that was asked for: by its id, or as the only one whose id begins so and that was not given up.
-func (n *nobody) askedFor() *kept {
-	var found []*kept
-	for i := range n.runs {
-		k := &n.runs[i]
-		if k.Job == n.job {
-			return k
-		}
-		if n.job != "" && strings.HasPrefix(k.Job, n.job) && k.later == "" {
-			found = append(found, k)
-		}
-	}
-	if len(found) != 1 {
-		return nil
-	}
-	return found[0]
+	data   string
+	runs   []kept
+	wanted error // why none of the runs is the one that was asked for; nil: none was
 }
 
 func (n *nobody) Error() string {
-	k := n.askedFor()
-	if k == nil {
-		s := fmt.Sprintf("no `millrace run` is at work with --data %s, and no broker answers at %s; --nats names another", n.data, defaultNATS)
-		if len(n.runs) == 0 {
-			s += "; no runs are kept there"
-		}
-		return s
+	s := fmt.Sprintf("no `millrace run` is at work with --data %s, and no broker answers at %s; --nats names another", n.data, defaultNATS)
+	if len(n.runs) == 0 {
+		s += "; no runs are kept there"
 	}
-	state, where := k.state()
-	tail := fmt.Sprintf("; deleting %s forgets it", k.dir)
-	switch {
-	case k.later != "":
-		return fmt.Sprintf("job %s was given up for a fresh run of all its lines, %s; millrace results %s prints what there is of it%s", k.Job, k.later, k.Job, tail)
-	case !k.Finished && k.Halted:
-		return fmt.Sprintf("job %s was halted, too many lines failed; millrace results %s --errors prints them. Mend the cause: the same command goes on with the lines that have not ended, and with --again it runs all lines anew: millrace run %s …, with results in %s%s", k.Job, k.Job, k.Input, where, tail)
-	case !k.Finished:
-		return fmt.Sprintf("job %s was interrupted, and no process runs it; the same command continues it: millrace run %s …, with results in %s; millrace results prints what there is so far%s", k.Job, k.Input, where, tail)
-	case k.manifest() == nil:
-		return fmt.Sprintf("job %s is finished, and its files are %s%s", k.Job, where, tail)
+	if n.wanted != nil {
+		return fmt.Sprintf("%v (%s)", n.wanted, s)
 	}
-	return fmt.Sprintf("job %s is %s, and no process has it any more; its results are %s, its manifest %s%s", k.Job, state, where, k.Manifest, tail)
+	return s
 }
 
 func (n *nobody) Unwrap() error { return broker.ErrUnreachable }
@@ -143,9 +159,9 @@ func (n *nobody) Unwrap() error { return broker.ErrUnreachable }
 // keptMost is how many runs are listed.
 const keptMost = 20
 
-// list tells of the runs that are kept, where not one of them was asked for.
+// list tells of the runs that are kept, where none of them was asked for.
 func (n *nobody) list() string {
-	if len(n.runs) == 0 || n.askedFor() != nil {
+	if len(n.runs) == 0 || n.wanted != nil {
 		return ""
 	}
 	var b strings.Builder
@@ -162,11 +178,16 @@ func (n *nobody) list() string {
 	return b.String()
 }
 
-// nobodyHas is the error of a command for job, where err is that nobody is there.
+// nobodyHas is the error of a command for a job, where err is that nobody is there.
 func nobodyHas(job string, err error) error {
 	var n *nobody
-	if errors.As(err, &n) {
-		n.job = job
+	if !errors.As(err, &n) {
+		return err
 	}
-	return err
+	k, wanted := chooseKept(n.runs, job)
+	if k != nil {
+		return &over{k}
+	}
+	n.wanted = wanted
+	return n
 }

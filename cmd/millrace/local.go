@@ -23,6 +23,8 @@ type endpoint struct {
 	URL   string `json:"url"`
 	Token string `json:"token"`
 	PID   int    `json:"pid"`
+
+	Output string `json:"output"` // where its results go
 }
 
 func endpointFile(dir string) string { return filepath.Join(dir, "endpoint.json") }
@@ -165,6 +167,9 @@ func (a *app) lookup(ctx context.Context, what string) (*brokers, broker.JobView
 				err = nil
 			}
 		}
+	}
+	if k := a.keptRun(what); k != nil && errors.Is(err, broker.ErrNoJob) {
+		err = &over{k}
 	}
 	return b, v, err
 }

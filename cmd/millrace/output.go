@@ -77,21 +77,36 @@ func (a *app) take(f aggregator.Files, job *proto.Job, named bool) (aggregator.F
 	}
 	m, err := aggregator.ReadManifest(f.Manifest) // now that nobody else writes there
 	if err != nil {
-		if exists(f.Output) {
-			fmt.Fprintf(a.std.err, "note: %s is there; it is written over when this job is finished\n", f.Output)
-		}
+		a.sayOver(f, aggregator.Files{})
 		return f, lock, nil
 	}
 	f.Over = m.Job.ID
 	if family(m.Job.ID, m.Job.Again) == family(job.ID, job.Again) {
+		a.sayOver(f, m.Paths(f.Manifest))
 		return f, lock, nil
 	}
 	if !named {
 		lock.Unlock()
 		return a.aside(f, job, "holds the results of job "+m.Job.ID, who)
 	}
-	fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; they are written over when this job is finished\n", f.Output, m.Job.ID)
+	fmt.Fprintf(a.std.err, "note: %s holds the results of job %s; they are written over when this job is finished\n", m.Paths(f.Manifest).Output, m.Job.ID)
+	a.sayOver(f, m.Paths(f.Manifest))
 	return f, lock, nil
+}
+
+// sayOver says which files will be written over that are none of known.
+func (a *app) sayOver(f, known aggregator.Files) {
+	var there []string
+	for _, name := range []string{f.Output, f.Errors, f.Manifest} {
+		if exists(name) && name != known.Output && name != known.Errors && name != known.Manifest {
+			there = append(there, name)
+		}
+	}
+	if len(there) == 1 {
+		fmt.Fprintf(a.std.err, "note: %s there; it is written over when this job is finished\n", are(there))
+	} else if len(there) > 1 {
+		fmt.Fprintf(a.std.err, "note: %s there; they are written over when this job is finished\n", are(there))
+	}
 }
 
 // aside takes files that are named by the job, beside those that are another's.
@@ -144,7 +159,7 @@ func manifestOf(path, job string) (*aggregator.Manifest, error) {
 type replacedError struct{ path, by string }
 
 func (e *replacedError) Error() string {
-	return fmt.Sprintf("its files are gone, %s is the manifest of job %s; the same command with another -o runs it again", e.path, e.by)
+	return fmt.Sprintf("its files are gone, %s is the manifest of job %s; the same command with another -o and --again runs all lines anew", e.path, e.by)
 }
 
 // family is the id of a job's first run.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,13 +23,14 @@ import (
 // place is the folder of one job of `millrace run`.
 type place struct {
 	dir      string
-	finished string // manifest of a run that is finished; empty: it is not
+	finished string // manifest of a run that is finished, where it was written; empty: it is not
 	known    bool   // the job was run before
 }
 
 // memo is what stays in the folder of a job: enough to find its files again.
 type memo struct {
 	Job      string `json:"job"`
+	Name     string `json:"name,omitempty"`
 	Input    string `json:"input"`
 	SHA256   string `json:"sha256"`
 	Output   string `json:"output,omitempty"`
@@ -49,67 +52,45 @@ func readMemo(dir string) (memo, error) {
 	return m, json.Unmarshal(b, &m)
 }
 
-// place finds the folder of the job. again takes the first run of it that is not finished, and was not halted. A run
-// whose files were taken away is not finished.
+// place finds the folder of the job: that of its newest run. again takes another one when that is finished, or was halted.
 func (a *app) place(job *proto.Job, again bool) (*place, error) {
-	base, known := job.ID, false
-	for n := int64(1); ; n++ {
-		if n > 1 {
-			job.ID, job.Again = fmt.Sprintf("%s-r%d", base, n), n-1
-		}
-		p := &place{dir: a.runDir(job.ID)}
-		m, err := readMemo(p.dir)
-		known = known || err == nil
-		p.known = known
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("read the job's folder: %w", err)
-		}
-		if err != nil || !m.Finished && !m.Halted {
-			return p, nil
-		}
-		if again {
-			continue
-		}
-		next := a.runDir(fmt.Sprintf("%s-r%d", base, n+1))
-		if exists(filepath.Join(next, memoFile)) { // the newest run is the one that counts
-			continue
-		}
-		if !m.Finished {
-			return p, nil
-		}
-		switch stand, err := filesStand(m.Manifest, job.ID); {
-		case err != nil:
-			return nil, err
-		case stand:
-			p.finished = m.Manifest
-			return p, nil
-		}
-		fmt.Fprintf(a.std.err, "note: job %s is finished, but its files are gone from %s; it is run again\n", job.ID, filepath.Dir(m.Manifest))
-		if err := os.RemoveAll(p.dir); err != nil {
-			return nil, fmt.Errorf("clear the job's folder: %w", err)
-		}
-		return p, nil
+	base, n := job.ID, a.newestRun(job.ID)
+	job.ID, job.Again = runID(base, n), n-1
+	p := &place{dir: a.runDir(job.ID)}
+	m, err := readMemo(p.dir)
+	switch p.known = err == nil; {
+	case errors.Is(err, os.ErrNotExist): // the first
+	case err != nil:
+		return nil, fmt.Errorf("read the job's folder: %w", err)
+	case again && (m.Finished || m.Halted):
+		job.ID, job.Again = runID(base, n+1), n
+		p.dir = a.runDir(job.ID)
+	case m.Finished:
+		p.finished = m.Manifest
 	}
+	return p, nil
 }
 
-// filesStand says whether the manifest of a finished run and the files that it names are where they were written. The
-// error says that they are, but are not what was written; it does not look into them, as verify does.
-func filesStand(manifest, job string) (bool, error) {
-	m, err := aggregator.ReadManifest(manifest)
-	if err != nil || m.Job.ID != job {
-		return false, nil
+// runID is the id of the nth run of a job, the first of which is base.
+func runID(base string, n int64) string {
+	if n == 1 {
+		return base
 	}
-	files := m.Paths(manifest)
-	for name, is := range map[string]int64{files.Output: m.Files.Output.Bytes, files.Errors: m.Files.Errors.Bytes} {
-		st, err := os.Stat(name)
-		if err != nil {
-			return false, nil
-		}
-		if st.Size() != is {
-			return false, fmt.Errorf("job %s is finished, but %s has %d bytes and not %d as when it was written; `millrace verify %s` tells more, --again runs the job anew", job, name, st.Size(), is, manifest)
+	return fmt.Sprintf("%s-r%d", base, n)
+}
+
+// newestRun is the number of the newest run of a job that is kept; 1 where none is.
+func (a *app) newestRun(base string) int64 {
+	newest := int64(1)
+	dirs, _ := os.ReadDir(a.runDir("")) // where there is none, nothing is kept
+	for _, d := range dirs {
+		after, ok := strings.CutPrefix(d.Name(), base+"-r")
+		n, err := strconv.ParseInt(after, 10, 64)
+		if ok && err == nil && n > newest && exists(filepath.Join(a.runDir(d.Name()), memoFile)) {
+			newest = n
 		}
 	}
-	return true, nil
+	return newest
 }
 
 func (p *place) write(m memo) error {
@@ -124,7 +105,7 @@ func (p *place) write(m memo) error {
 }
 
 func (p *place) remember(job *proto.Job, files aggregator.Files) error {
-	return p.write(memo{Job: job.ID, Input: job.Input, SHA256: job.SHA256, Output: files.Output, Manifest: files.Manifest})
+	return p.write(memo{Job: job.ID, Name: job.Name, Input: job.Input, SHA256: job.SHA256, Output: files.Output, Manifest: files.Manifest})
 }
 
 // halted notes that too much failed: the same command goes on, and --again begins anew.
@@ -170,11 +151,15 @@ func (a *app) nameOlder(job *proto.Job) {
 }
 
 // watchRun follows a job that another process of this machine runs, to its end or to that of the process. Where the
-// folder comes free and nobody ran the job, as when its results were read, the job is the caller's, with the lock.
-func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFlags) (*broker.Lock, error) {
+// folder comes free and nobody ran the job, as when its results were read, the job is the caller's, with the lock. output
+// is where the caller wants the results; empty: wherever they are.
+func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, j *jobFlags) (*broker.Lock, error) {
 	said := 0
 	for n := 1; ; n++ {
 		if e, err := readEndpoint(dir); err == nil { // else the process is starting, or about to end
+			if output != "" && e.Output != output {
+				return nil, usagef("job %s is run by process %d, with results in %s; watch that with -o %s, or give this one another --name", job.ID, e.PID, e.Output, e.Output)
+			}
 			if said != e.PID {
 				said = e.PID
 				fmt.Fprintf(a.std.err, "job %s is run by process %d; watching it\n", job.ID, e.PID)
@@ -199,7 +184,7 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir string, j *jobFl
 			}
 			lock.Unlock()
 			if finished {
-				return nil, a.showFinished(job, m.Manifest, j)
+				return nil, a.showFinished(ctx, job, m.Manifest, output, j)
 			}
 			return nil, fmt.Errorf("the process that ran job %s is gone; the same command continues", job.ID)
 		}

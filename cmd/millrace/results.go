@@ -25,7 +25,7 @@ func (a *app) resultsCommand() *cobra.Command {
 		Short: "Print results as lines of an output file, also while the job runs",
 		Long: `Print the results of a job, one JSON line each, in the order in which they came (input order once it is
 finished). While the job runs, a line that failed may still come again as ok; with --errors or --all it is printed
-both times. Of a run on this machine that is stopped it prints what there is so far.`,
+both times. Of a run on this machine that no process has any more it prints what there is.`,
 		Args:              wants("JOB"),
 		ValidArgsFunction: a.completeJobs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -42,15 +42,15 @@ both times. Of a run on this machine that is stopped it prints what there is so 
 			}
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
-			id, stopped := a.stopped(args[0])
-			if stopped && a.nobody(take) {
-				return a.stoppedResults(id, which, a.std.out)
+			k := a.keptRun(args[0])
+			if k != nil && a.nobody(take) {
+				return a.keptResults(k, which, a.std.out)
 			}
 			conn, v, err := a.find(take, args[0])
-			if err != nil && stopped && take.Err() == nil {
+			if err != nil && k != nil && take.Err() == nil {
 				// The broker at the usual place, which nobody named, has no such job or does not let us in.
-				if serr := a.stoppedResults(id, which, a.std.out); !errors.Is(serr, broker.ErrInUse) {
-					return serr
+				if kerr := a.keptResults(k, which, a.std.out); !errors.Is(kerr, broker.ErrInUse) {
+					return kerr
 				}
 			}
 			if err != nil {
@@ -188,7 +188,8 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 		}
 	}
 	var n *nobody
-	if errors.As(err, &n) {
+	var gone *over
+	if errors.As(err, &n) || errors.As(err, &gone) {
 		return nil, fmt.Errorf("%s is no file here: %w", what, err)
 	}
 	if errors.Is(err, broker.ErrUnreachable) {

@@ -89,24 +89,26 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 	if err != nil {
 		return err
 	}
+	wanted := ""
+	if r.output != "" {
+		wanted = files.Output
+	}
 	if p.finished != "" {
-		if r.output != "" && files.Manifest != p.finished {
-			return usagef("job %s is finished, and its manifest is %s; copy its files from there, or say --again to run it anew", job.ID, p.finished)
-		}
-		return a.showFinished(&job, p.finished, &r.jobFlags)
+		return a.showFinished(take, &job, p.finished, wanted, &r.jobFlags)
 	}
 	if !p.known {
 		a.nameOlder(&job)
 	}
 	lock, err := broker.LockDir(p.dir)
 	if errors.Is(err, broker.ErrInUse) {
-		lock, err = a.watchRun(take, &job, p.dir, &r.jobFlags)
+		lock, err = a.watchRun(take, &job, p.dir, wanted, &r.jobFlags)
 	}
 	if err != nil || lock == nil {
 		return err
 	}
 	defer lock.Unlock()
-	files, held, err := a.take(files, &job, r.output != "")
+	_ = os.Remove(endpointFile(p.dir)) // of a process that was killed; one that stays leads nowhere
+	files, held, err := a.take(files, &job, wanted != "")
 	if err != nil {
 		return err
 	}
@@ -154,7 +156,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	}
 	defer srv.Stop()
 	reg.MustRegister(srv.Metrics())
-	if err := (endpoint{URL: srv.URL(), Token: srv.Token, PID: os.Getpid()}).write(p.dir); err != nil {
+	if err := (endpoint{URL: srv.URL(), Token: srv.Token, PID: os.Getpid(), Output: files.Output}).write(p.dir); err != nil {
 		return v, err
 	}
 	defer os.Remove(endpointFile(p.dir)) // one that stays leads nowhere

@@ -17,23 +17,12 @@ func (a *app) nobody(ctx context.Context) bool {
 	return len(a.endpoints(ctx)) == 0 && !listens(ctx, a.nats.usually())
 }
 
-// stopped finds a `millrace run` on this machine that is not finished, by its id or the beginning of one, unless a broker
-// was named. It may be running.
-func (a *app) stopped(what string) (id string, ok bool) {
-	k := a.keptRun(what)
-	if k == nil || k.Finished {
-		return "", false
+// keptResults writes to w what the files of a run hold that is finished, or what is there of one that is stopped.
+func (a *app) keptResults(k *kept, which string, w io.Writer) error {
+	if k.Finished {
+		return finishedResults(k, which, w)
 	}
-	return k.Job, true
-}
-
-// keptRun finds a `millrace run` on this machine by its id or the beginning of one, unless a broker was named. It may be
-// running.
-func (a *app) keptRun(what string) *kept {
-	if _, named, err := a.nats.access(); named || err != nil {
-		return nil
-	}
-	return (&nobody{runs: a.kept(), job: what}).askedFor()
+	return a.stoppedResults(k.Job, which, w)
 }
 
 // stoppedResults writes to w what is there of a run that is stopped. It keeps the run from starting until the first line

@@ -59,25 +59,6 @@ func (a *app) manifest(ctx context.Context, conn *broker.Conn, v *broker.JobView
 	return aggregator.ParseManifest(b.Bytes())
 }
 
-// showFinished prints a run that had finished before.
-func (a *app) showFinished(job *proto.Job, manifest string, j *jobFlags) error {
-	m, err := manifestOf(manifest, job.ID)
-	if err != nil {
-		return fmt.Errorf("job %s is finished, but %w", job.ID, err)
-	}
-	fmt.Fprintf(a.std.err, "job %s is %s; --again makes a fresh run\n", job.ID, shown(broker.StateFinished, outcome(progressOf(m))))
-	files := m.Paths(manifest)
-	if a.json {
-		err = a.printJSON(m)
-	} else {
-		a.printManifest(m, files)
-	}
-	if err != nil {
-		return err
-	}
-	return verdict(&broker.JobView{Job: *job, Progress: *progressOf(m)}, j)
-}
-
 // progressOf is how far a job is whose manifest is m.
 func progressOf(m *aggregator.Manifest) *proto.Progress {
 	return &proto.Progress{State: proto.FoldDone, OK: m.Counts.OK, Failed: m.Counts.Failed, Verdict: m.Verdict, Errors: kindsOf(m)}
