@@ -3,6 +3,7 @@ package broker
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/user"
@@ -78,7 +79,7 @@ func LockBeside(path, who string) (*Lock, error) {
 		}
 		l, err := lockFile(f, syscall.LOCK_EX, who)
 		switch {
-		case errors.Is(err, syscall.ENOLCK), errors.Is(err, syscall.ENOTSUP), errors.Is(err, syscall.ENOSYS):
+		case noLocks(err):
 			_ = os.Remove(name) // nobody can hold it
 			return nil, nil
 		case errors.Is(err, syscall.EBADF) && !ours: // as of NFS, which wants the right to write
@@ -94,7 +95,80 @@ func LockBeside(path, who string) (*Lock, error) {
 		l.f.Close() // its holder removed it between our opening and our locking it, or we did
 		time.Sleep(time.Millisecond)
 	}
-	return nil, fmt.Errorf("lock %s: it was taken away %d times, each time right after it was made", name, lockTries)
+	return nil, errTaken(name)
+}
+
+// LockFor takes a folder that is there together with all others who take it for the same purpose, by a hidden file in it
+// that goes with the last of them. Others are told who took it first. Where the file system knows no locks nothing is held,
+// and the Lock is nil.
+func LockFor(dir, purpose, who string) (*Lock, error) {
+	name := filepath.Join(dir, ".millrace.lock")
+	for range lockTries {
+		f, ours, err := openLock(name)
+		if err != nil {
+			return nil, err
+		}
+		l := &Lock{f: f, remove: true}
+		err = l.share(ours, purpose+"\n"+who+"\n")
+		switch {
+		case noLocks(err):
+			f.Close()
+			_ = os.Remove(name) // nobody can hold it
+			return nil, nil
+		case errors.Is(err, syscall.EWOULDBLOCK), err == nil && !l.stands():
+			f.Close() // another writes into it, or removed it
+			time.Sleep(time.Millisecond)
+			continue
+		case err == nil:
+			err = l.isFor(purpose)
+		}
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		return l, nil
+	}
+	return nil, errTaken(name)
+}
+
+// share locks the file together with others, and writes text into it where there are none.
+func (l *Lock) share(ours bool, text string) error {
+	if flock(int(l.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
+		if !ours && os.Remove(l.f.Name()) != nil { // else it goes on telling of its dead holder
+			return barred(l.f.Name(), fs.ErrPermission)
+		}
+		if ours {
+			if err := errors.Join(l.f.Truncate(0), second(l.f.WriteAt([]byte(text), 0))); err != nil {
+				return fmt.Errorf("write lock file: %w", err)
+			}
+		}
+	}
+	return flock(int(l.f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
+}
+
+func second(_ int, err error) error { return err }
+
+// isFor is nil where that is what the file says, and a Holder where it says something else.
+func (l *Lock) isFor(purpose string) error {
+	text := make([]byte, 4096)
+	n, err := l.f.ReadAt(text, 0)
+	if err != nil && err != io.EOF {
+		return fmt.Errorf("read lock file: %w", err)
+	}
+	is, who, _ := strings.Cut(string(text[:n]), "\n")
+	if is != purpose {
+		return &Holder{strings.TrimSpace(who)}
+	}
+	return nil
+}
+
+// noLocks says that the file system has none.
+func noLocks(err error) bool {
+	return errors.Is(err, syscall.ENOLCK) || errors.Is(err, syscall.ENOTSUP) || errors.Is(err, syscall.ENOSYS)
+}
+
+func errTaken(name string) error {
+	return fmt.Errorf("lock %s: it was taken away %d times, each time right after it was made", name, lockTries)
 }
 
 // lockTries bounds how often a hidden file is made anew.
@@ -173,7 +247,7 @@ func (l *Lock) Unlock() {
 	if l == nil {
 		return
 	}
-	if l.remove {
+	if l.remove && flock(int(l.f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil { // nobody shares it
 		_ = os.Remove(l.f.Name()) // one that stays is taken over
 	}
 	l.f.Close()

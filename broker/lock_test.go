@@ -95,3 +95,57 @@ func TestShareDir(t *testing.T) {
 	}
 	l.Unlock()
 }
+
+// TestLockFor: a folder is shared by those who take it for the same purpose, one after the other or at once; the file goes
+// with the last of them, and what a dead one left says nothing.
+func TestLockFor(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, ".millrace.lock")
+	if err := os.WriteFile(file, []byte("another purpose, longer than ours\na dead one\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	first, err := broker.LockFor(dir, "one", "process a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := broker.LockFor(dir, "one", "process b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Unlock()
+	var held *broker.Holder
+	if _, err := broker.LockFor(dir, "two", "process c"); !errors.As(err, &held) || held.Who != "process a" {
+		t.Errorf("shared for another purpose: %v", err)
+	}
+	second.Unlock()
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the lock's file: %v", err)
+	}
+	var mu sync.Mutex
+	has, mixed := map[string]int{}, false
+	var wg sync.WaitGroup
+	for i := range 8 {
+		purpose := []string{"one", "two"}[i%2]
+		wg.Go(func() {
+			for n := 0; n < 50; {
+				l, err := broker.LockFor(dir, purpose, "x")
+				if err != nil {
+					continue
+				}
+				mu.Lock()
+				has[purpose]++
+				mixed = mixed || has["one"] > 0 && has["two"] > 0
+				mu.Unlock()
+				mu.Lock()
+				has[purpose]--
+				mu.Unlock()
+				l.Unlock()
+				n++
+			}
+		})
+	}
+	wg.Wait()
+	if mixed {
+		t.Error("two purposes at once")
+	}
+}

@@ -100,6 +100,11 @@ func (a *app) aggregate(ctx context.Context, conn *broker.Conn, g *aggregateFlag
 	if err != nil {
 		return fmt.Errorf("find the output folder: %w", err)
 	}
+	lock, err := a.lockOutput(ctx, conn, output)
+	if err != nil {
+		return orStopped(ctx, err)
+	}
+	defer lock.Unlock()
 	agg := &aggregator.Aggregator{
 		Conn: conn, Self: broker.Self(), Dir: filepath.Join(a.data, "aggregate"), SharedDisk: shared, Log: a.log,
 		Registry: reg, KeepFor: g.keepFor, Program: programVersion(),
@@ -111,6 +116,48 @@ func (a *app) aggregate(ctx context.Context, conn *broker.Conn, g *aggregateFlag
 	adopter := &producer.Adopter{Conn: conn, Self: broker.Self(), Dir: filepath.Join(a.data, "aggregate", "inputs"), Log: a.log, Registry: reg, AckWait: g.ackWait}
 	ready()
 	return orStopped(ctx, together(ctx, agg.Run, func(ctx context.Context) error { return a.adopt(ctx, adopter) }))
+}
+
+// lockOutput takes the folder for results, together with all other aggregators of the same broker: jobs of another one may
+// go by the same ids. A broker is known by when its stream of results was made.
+func (a *app) lockOutput(ctx context.Context, conn *broker.Conn, dir string) (*broker.Lock, error) {
+	ctx, stop := conn.While(ctx)
+	defer stop()
+	made, err := resultsMade(ctx, conn)
+	for said := false; err != nil; said = true {
+		if !said {
+			a.log.Warn("the broker cannot be asked for its results; trying again", "error", broker.Plain(err))
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(folderWait):
+			made, err = resultsMade(ctx, conn)
+		}
+	}
+	host, _ := os.Hostname() // only shown
+	lock, err := broker.LockFor(dir, made.UTC().Format(time.RFC3339Nano), fmt.Sprintf("process %d on %s, --data %s", os.Getpid(), host, a.data))
+	var held *broker.Holder
+	if errors.As(err, &held) {
+		return nil, usagef("results of another broker go to %s (%s); give another --output. Where it is the same broker, with a disk that was emptied, restart that process", dir, held.Who)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("hold the output folder: %w", err)
+	}
+	return lock, nil
+}
+
+func resultsMade(ctx context.Context, conn *broker.Conn) (made time.Time, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if err := (broker.Declarer{JS: conn.JS}).Base(ctx); err != nil {
+		return made, err
+	}
+	s, err := conn.JS.Stream(ctx, proto.ResultStream)
+	if err != nil {
+		return made, fmt.Errorf("look up the results: %w", err)
+	}
+	return s.CachedInfo().Created, nil
 }
 
 // adopt runs the adopter once its folder is ours. Another process on this disk may be waited for, as it is for the
