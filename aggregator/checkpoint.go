@@ -43,10 +43,11 @@ type jobMark struct {
 
 // dropped counts results that do not count.
 type dropped struct {
-	Duplicates int64       `json:"duplicates"`  // their line had ended before
-	Wasted     proto.Usage `json:"wasted"`      // usage of these
-	Late       int64       `json:"late"`        // they came after the files were final
-	LateWasted proto.Usage `json:"late_wasted"` // usage of these
+	Duplicates int64       `json:"duplicates"`       // their line had ended before
+	Wasted     proto.Usage `json:"wasted"`           // usage of these
+	Late       int64       `json:"late"`             // they came after the files were final
+	LateWasted proto.Usage `json:"late_wasted"`      // usage of these
+	Models     losses      `json:"models,omitempty"` // Duplicates and Wasted by model
 }
 
 const checkpointMagic = "millrace checkpoint 1 "

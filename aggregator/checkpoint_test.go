@@ -18,7 +18,8 @@ func someCheckpoint() *checkpoint {
 		position: position{Stream: 1754000000123456789, Seq: 77, Time: 1754000000223456789},
 		High:     position{Stream: 1754000000123456789, Seq: 99, Time: 1754000000323456789},
 		Jobs: []jobMark{
-			{ID: "a-1", Length: 1234, First: 3, Drops: dropped{Duplicates: 2, Wasted: proto.Usage{Counted: true, Prompt: 9}, Late: 1}},
+			{ID: "a-1", Length: 1234, First: 3, Drops: dropped{Duplicates: 2, Wasted: proto.Usage{Counted: true, Prompt: 9}, Late: 1,
+				Models: losses{"m": {Duplicates: 2, Wasted: proto.Usage{Counted: true, Prompt: 9}}}}},
 			{ID: "b_2"},
 		},
 	}

@@ -161,7 +161,9 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 func (s *state) droppedOf(j *job) Dropped {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return newDropped(j.drops.Duplicates, j.replaced, j.wasted())
+	d := newDropped(j.drops.Duplicates, j.replaced, j.wasted())
+	d.models(j.drops.Models, j.undoneOf)
+	return d
 }
 
 func (s *state) enginesOf(j *job) []*proto.Worker {

@@ -101,6 +101,7 @@ func (j *job) drop(r *proto.Result, fate fate) {
 	case fateDuplicate:
 		j.drops.Duplicates++
 		addUsage(&j.drops.Wasted, r.Usage, 1)
+		j.drops.Models.add(r.Model, loss{Duplicates: 1, Wasted: r.Usage})
 	case fateLate:
 		j.drops.Late++
 		addUsage(&j.drops.LateWasted, r.Usage, 1)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -149,6 +150,12 @@ func TestOKReplacesErrorAndNothingElseDoes(t *testing.T) {
 	}
 	if j.replaced != 1 || j.drops.Duplicates != 3 || j.tally.ok != 2 || j.tally.failed != 0 || len(j.tally.errors.list()) != 0 {
 		t.Errorf("%d replaced, %+v, %d ok, %d failed, errors %v", j.replaced, j.drops, j.tally.ok, j.tally.failed, j.tally.errors)
+	}
+	// By model, and after a restart, it is the same.
+	save(t, s)
+	s = reopen(t, s)
+	if j := s.job("j"); !reflect.DeepEqual(j.drops.Models, losses{testModel: {Duplicates: 3, Wasted: j.drops.Wasted}}) || j.undoneOf[testModel].Replaced != 1 {
+		t.Errorf("%+v and %+v by model", j.drops, j.undoneOf)
 	}
 }
 

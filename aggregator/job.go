@@ -34,7 +34,8 @@ type job struct {
 
 	replaced int64       // errors that an ok replaced
 	undone   proto.Usage // usage of these
-	drops    dropped     // unlike the two above, not to be had from the spool
+	undoneOf losses      // the two above by model
+	drops    dropped     // unlike the three above, not to be had from the spool
 	first    uint64      // sequence of the job's first result in the present stream; 0: none yet, or not known
 	durable  int64       // bytes of the spool that a checkpoint counts
 	seal     int64       // of the spool, see newSeal; 0: made by an older program
@@ -296,6 +297,7 @@ func (j *job) undo(r *proto.Result) error {
 	j.tally.add(old, -1)
 	j.replaced++
 	addUsage(&j.undone, old.Usage, 1)
+	j.undoneOf.add(old.Model, loss{Replaced: 1, Wasted: old.Usage})
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -57,16 +58,18 @@ func (s *state) snapshot(workers func(id string) *proto.Worker) (*saved, error) 
 // take adds a job to the checkpoint.
 func (v *saved) take(j *job) error {
 	j.unsaved = false
+	drops := j.drops
+	drops.Models = maps.Clone(drops.Models) // it is written while more are dropped
 	if j.finished != nil {
 		if j.drops.Late > 0 {
-			v.Jobs = append(v.Jobs, jobMark{ID: j.spec.ID, Drops: j.drops})
+			v.Jobs = append(v.Jobs, jobMark{ID: j.spec.ID, Drops: drops})
 		}
 		return nil
 	}
 	if err := j.spool.flush(); err != nil {
 		return err
 	}
-	v.Jobs = append(v.Jobs, jobMark{ID: j.spec.ID, Length: j.spool.flushed, First: j.first, Drops: j.drops})
+	v.Jobs = append(v.Jobs, jobMark{ID: j.spec.ID, Length: j.spool.flushed, First: j.first, Drops: drops})
 	v.jobs[j] = j.spool.flushed
 	if j.spool.flushed != j.durable {
 		v.sync = append(v.sync, j.spool.file)

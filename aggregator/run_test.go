@@ -39,6 +39,9 @@ func TestAJobFromItsFirstResultToItsManifest(t *testing.T) {
 	if m.Counts.OK != 20 || m.Statistics.Dropped.Duplicates != 1 || m.Statistics.Dropped.Replaced != 1 {
 		t.Errorf("%+v %+v", m.Counts, m.Statistics.Dropped)
 	}
+	if d := m.Statistics.Dropped; d.WastedTokens == 0 || fmt.Sprint(d.ByModel) != fmt.Sprint([]ModelLosses{{testModel, d.Losses}}) {
+		t.Errorf("by model: %+v", d)
+	}
 	var v proto.VerifyAnswer
 	r.ask(proto.SubjectVerify, &proto.VerifyQuestion{Job: "j"}, &v)
 	if !v.Known || !v.Valid || v.Error != "" {

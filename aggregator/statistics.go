@@ -1,6 +1,11 @@
 package aggregator
 
-import "millrace/proto"
+import (
+	"maps"
+	"slices"
+
+	"millrace/proto"
+)
 
 // Statistics are the figures of a finished job, as they stand in its manifest. They speak of the results that count,
 // one per line, but for Dropped. Tokens are those that the engine itself counted and sent with its answers.
@@ -98,8 +103,20 @@ type Failure struct {
 	Mixed    bool   `json:"mixed,omitempty"` // the messages of these lines differ
 }
 
-// Dropped are the results that came and do not count.
+// Dropped are the results that came and do not count, of the job and of each model that has any.
 type Dropped struct {
+	Losses
+	ByModel []ModelLosses `json:"by_model,omitempty"`
+}
+
+// ModelLosses are those of a model.
+type ModelLosses struct {
+	Model string `json:"model"`
+	Losses
+}
+
+// Losses are results that came and do not count.
+type Losses struct {
 	Duplicates int64 `json:"duplicates"` // their line had ended before
 	Replaced   int64 `json:"replaced"`   // errors of lines that ended ok after all
 	// WastedTokens were counted by engines for these; input_tokens holds cached ones too.
@@ -109,9 +126,26 @@ type Dropped struct {
 }
 
 func newDropped(duplicates, replaced int64, wasted proto.Usage) Dropped {
-	return Dropped{
-		Duplicates: duplicates, Replaced: replaced,
-		WastedInputTokens: wasted.Prompt, WastedOutputTokens: wasted.Completion,
-		WastedTokens: wasted.Prompt + wasted.Completion,
+	return Dropped{Losses: newLosses(loss{duplicates, replaced, wasted})}
+}
+
+func newLosses(l loss) Losses {
+	return Losses{
+		Duplicates: l.Duplicates, Replaced: l.Replaced,
+		WastedInputTokens: l.Wasted.Prompt, WastedOutputTokens: l.Wasted.Completion,
+		WastedTokens: l.Wasted.Prompt + l.Wasted.Completion,
+	}
+}
+
+// models tells the losses by model.
+func (d *Dropped) models(parts ...losses) {
+	var all losses
+	for _, part := range parts {
+		for _, model := range slices.Sorted(maps.Keys(part)) {
+			all.add(model, part[model])
+		}
+	}
+	for _, model := range slices.Sorted(maps.Keys(all)) {
+		d.ByModel = append(d.ByModel, ModelLosses{model, newLosses(all[model])})
 	}
 }

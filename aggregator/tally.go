@@ -70,6 +70,29 @@ func (t *tally) fill(p *proto.Progress) {
 	})
 }
 
+// losses are what came of each model and does not count. Its zero value is ready.
+type losses map[string]loss
+
+type loss struct {
+	Duplicates int64       `json:"duplicates"`
+	Replaced   int64       `json:"replaced,omitempty"`
+	Wasted     proto.Usage `json:"wasted"`
+}
+
+func (l *losses) add(model string, o loss) {
+	if *l == nil {
+		*l = losses{}
+	}
+	if _, ok := (*l)[model]; !ok && len(*l) >= maxKinds {
+		model = otherKind
+	}
+	v := (*l)[model]
+	v.Duplicates += o.Duplicates
+	v.Replaced += o.Replaced
+	addUsage(&v.Wasted, o.Wasted, 1)
+	(*l)[model] = v
+}
+
 // attempts counts the charged tries of a line that ended with r: those in its history, and its last one where an
 // engine was asked at all. A line that its owner ended (invalid, cancelled, expired) was not tried again for that.
 func attempts(r *proto.Result) int64 {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"text/tabwriter"
 
 	"millrace/aggregator"
@@ -74,6 +75,9 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 		fmt.Fprintln(w, "the text is simulated: no model ran, and the figures are the simulator's")
 	}
 	printFigures(w, m.Statistics)
+	if s := repeats(&m.Statistics.Dropped.Losses); s != "" {
+		fmt.Fprintln(w, s)
+	}
 	if m.Counts.Failed > 0 {
 		fmt.Fprintln(w)
 	}
@@ -127,6 +131,25 @@ func figures(name string, f *aggregator.Figures) []string {
 	}
 	return []string{name, fmt.Sprint(f.Completed), fmt.Sprint(f.Failed), fmt.Sprint(f.Attempts), fmt.Sprint(f.InputTokens), fmt.Sprint(f.OutputTokens),
 		figure(f.OutputThroughput, 1, 0), figure(f.TotalThroughput, 1, 0), steadyOut, steadyTotal, figure(f.P50MS, 1000, 3), figure(f.P95MS, 1000, 3)}
+}
+
+// repeats says what came and does not count, with its tokens; empty: nothing.
+func repeats(l *aggregator.Losses) string {
+	var parts []string
+	if l.Duplicates > 0 {
+		parts = append(parts, count(l.Duplicates, "result")+" of lines that had ended before")
+	}
+	if l.Replaced > 0 {
+		parts = append(parts, count(l.Replaced, "error")+" of lines that ended ok after all")
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	s := "not counted above: " + strings.Join(parts, ", ")
+	if l.WastedTokens > 0 {
+		s += fmt.Sprintf(", with %d prompt and %d output tokens", l.WastedInputTokens, l.WastedOutputTokens)
+	}
+	return s
 }
 
 // unknown stands where a figure is not known.
