@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"os"
 	"strings"
 	"time"
@@ -33,7 +32,7 @@ func (a *app) natsFlags(cmd *cobra.Command) {
 	f.StringVar(&n.ca, "tls-ca", "", "certificates to trust, PEM")
 }
 
-// access resolves the flags. given says that the user named a broker.
+// access resolves the flags, and looks into the files that they name. given says that the user named a broker.
 func (n *natsFlags) access() (acc broker.Access, given bool, err error) {
 	acc = broker.Access{URL: n.url, Token: n.token, Creds: n.creds, TLSCert: n.cert, TLSKey: n.key, TLSCA: n.ca}
 	if acc.URL == "" {
@@ -44,13 +43,13 @@ func (n *natsFlags) access() (acc broker.Access, given bool, err error) {
 		acc.URL = n.usually()
 	}
 	if n.tokenFile != "" {
-		b, err := os.ReadFile(n.tokenFile)
+		b, err := broker.ReadFile("--token-file", n.tokenFile, "the file with the broker's token")
 		if err != nil {
-			return acc, given, coded{fmt.Errorf("read token file: %w", err), exitUsage}
+			return acc, given, err
 		}
 		acc.Token = strings.TrimSpace(string(b))
 	}
-	return acc, given, nil
+	return acc, given, acc.Check()
 }
 
 func (n *natsFlags) usually() string { return cmp.Or(n.usual, defaultNATS) }

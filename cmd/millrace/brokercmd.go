@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -127,15 +128,27 @@ func (b *brokerFlags) check() error {
 	if err := checkSync(b.sync); err != nil {
 		return err
 	}
-	for flag, addr := range map[string]string{"--addr": b.addr, "--monitor-addr": b.monitor} {
-		if _, _, err := net.SplitHostPort(addr); err != nil && addr != "" {
-			return usagef("%s is %q, must be HOST:PORT", flag, addr)
+	if err := checkAddr("--addr", b.addr); err != nil {
+		return err
+	}
+	if b.monitor != "" {
+		if err := checkAddr("--monitor-addr", b.monitor); err != nil {
+			return err
 		}
 	}
-	if b.addr == "" {
-		return usagef("--addr is empty, must be HOST:PORT")
-	}
 	return checkAckWait(b.ackWait)
+}
+
+// checkAddr refuses what cannot be listened on. An empty HOST is all addresses of this machine, port 0 any free one.
+func checkAddr(flag, addr string) error {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return usagef("%s is %q, must be HOST:PORT", flag, addr)
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return usagef("%s is %q, its port must be a number up to 65535", flag, addr)
+	}
+	return nil
 }
 
 func checkSync(s string) error {

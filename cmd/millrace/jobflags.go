@@ -54,12 +54,12 @@ func (j *jobFlags) bindJob(cmd *cobra.Command) {
 func (j *jobFlags) check() error {
 	if j.maxErrors != "" {
 		if _, _, err := number(j.maxErrors); err != nil {
-			return usagef("--max-errors: %w", err)
+			return usagef("--max-errors is %w", err)
 		}
 	}
 	if j.failUnder != "" {
 		if _, _, err := number(j.failUnder); err != nil {
-			return usagef("--fail-under: %w", err)
+			return usagef("--fail-under is %w", err)
 		}
 	}
 	switch {
@@ -88,7 +88,7 @@ func number(s string) (n float64, percent bool, err error) {
 	t, percent := strings.CutSuffix(strings.TrimSpace(s), "%")
 	n, err = strconv.ParseFloat(strings.TrimSpace(t), 64)
 	if err != nil || !(n >= 0 && n <= math.MaxInt64) || percent && n > 100 || !percent && n != math.Trunc(n) {
-		return 0, false, fmt.Errorf("%q is neither a number nor a percentage", s)
+		return 0, false, fmt.Errorf("%q, must be a number of lines, such as 100, or a percentage up to 100%%", s)
 	}
 	return n, percent, nil
 }
@@ -116,12 +116,26 @@ func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int
 		clean()
 		return nil, nil, err
 	}
-	return ds, func() {
+	closeAll := func() {
 		if err := ds.Close(); err != nil {
 			a.log.Warn("close the input", "error", err)
 		}
 		clean()
-	}, nil
+	}
+	if err := j.reachable(ds.Lines); err != nil {
+		closeAll()
+		return nil, nil, err
+	}
+	return ds, closeAll, nil
+}
+
+// reachable refuses a --fail-under that so many lines cannot reach.
+func (j *jobFlags) reachable(lines int64) error {
+	n, percent, _ := number(j.failUnder) // checked before; none is 0
+	if !percent && n > float64(lines) {
+		return usagef("--fail-under is %s, but there are only %s; give a smaller number, or a percentage", j.failUnder, count(lines, "line"))
+	}
+	return nil
 }
 
 // scanFolder makes a locked folder in parent, and removes those that killed processes left there.
@@ -159,7 +173,7 @@ func (a *app) scanProgress() func(bytes, lines int64) {
 	return func(bytes, lines int64) {
 		if time.Since(last) > 5*time.Second {
 			last = time.Now()
-			fmt.Fprintf(a.std.err, "reading the input: %s, %d MB\n", count(lines, "line"), bytes>>20)
+			fmt.Fprintf(a.std.err, "reading the input: %s, %s\n", count(lines, "line"), broker.Size(bytes))
 		}
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
+
+	"millrace/broker"
 )
 
 func (a *app) metricsFlag(cmd *cobra.Command) {
@@ -33,9 +35,12 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 		}
 		return reg, func() {}, nil
 	}
+	if err := checkAddr("--metrics-addr", a.metrics); err != nil {
+		return nil, nil, err
+	}
 	ln, err := net.Listen("tcp", a.metrics)
 	if err != nil {
-		return nil, nil, coded{fmt.Errorf("serve metrics: %w; choose another --metrics-addr", err), exitFailure}
+		return nil, nil, broker.ListenError(a.metrics, "--metrics-addr", err)
 	}
 	srv := &http.Server{Handler: watched(reg, a.pprof), ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: time.Minute}
 	over := make(chan struct{})

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"time"
 
@@ -61,6 +63,10 @@ OpenAI-compatible servers. Every line ends as exactly one line of the output or 
 	root.SetErr(a.std.err)
 	root.SetIn(a.std.in)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		var bad *pflag.InvalidValueError
+		if errors.As(err, &bad) {
+			return usagef("--%s is %s", bad.GetFlag().Name, misfit(bad))
+		}
 		return usagef("%w; see `%s --help`", err, cmd.CommandPath())
 	})
 	pf := root.PersistentFlags()
@@ -117,12 +123,35 @@ func fromEnv(fs *pflag.FlagSet, env func(string) (string, bool)) error {
 			values = splitEngines(v)
 		}
 		for _, v := range values {
-			if e := fs.Set(f.Name, strings.TrimSpace(v)); e != nil {
+			var bad *pflag.InvalidValueError
+			switch e := fs.Set(f.Name, strings.TrimSpace(v)); {
+			case errors.As(e, &bad):
+				err = usagef("environment variable %s is %s", name, misfit(bad))
+			case e != nil:
 				err = usagef("environment variable %s: %w", name, e)
 			}
 		}
 	})
 	return err
+}
+
+// misfit says what a flag was given, and what it takes.
+func misfit(bad *pflag.InvalidValueError) string {
+	takes, kind := "another value", bad.GetFlag().Value.Type()
+	switch kind {
+	case "duration":
+		takes = "a time such as 30s, 10m or 1h30m"
+	case "int", "int64":
+		takes = "a whole number"
+	case "uint64":
+		takes = "a whole number, not negative"
+	case "bool":
+		takes = "true or false"
+	}
+	if errors.Is(bad, strconv.ErrRange) {
+		takes += ", not that large"
+	}
+	return fmt.Sprintf("%q, must be %s", bad.GetValue(), takes)
 }
 
 func envName(f *pflag.Flag) string {

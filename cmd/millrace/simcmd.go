@@ -2,13 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"time"
 
-	"github.com/go-json-experiment/json"
 	"github.com/spf13/cobra"
 
+	"millrace/broker"
 	"millrace/sim"
 )
 
@@ -23,9 +24,13 @@ func (a *app) simCommand() *cobra.Command {
 the start (--faults) and changed while it runs (POST /sim/faults).`,
 		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkAddr("--addr", addr); err != nil {
+				return err
+			}
 			c.Shutdown = sim.Shutdown(shutdown)
 			if faults != "" {
-				if err := json.Unmarshal([]byte(faults), &c.Faults); err != nil {
+				var err error
+				if c.Faults, err = sim.ParseFaults([]byte(faults)); err != nil {
 					return usagef("--faults: %w", err)
 				}
 			}
@@ -69,8 +74,12 @@ func (a *app) simServe(ctx context.Context, c sim.Config, addr string) error {
 	if ctx.Err() != nil {
 		return stopped(ctx)
 	}
+	var listen *net.OpError
+	if errors.As(err, &listen) && listen.Op == "listen" {
+		return broker.ListenError(addr, "--addr", err)
+	}
 	if err != nil {
-		return fmt.Errorf("serve the simulated engine: %w", err)
+		return err
 	}
 	fmt.Fprintln(a.std.err, "simulated engine: died as vLLM dies, with exit status 0")
 	return nil

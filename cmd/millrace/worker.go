@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net/url"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -47,11 +46,8 @@ func (e *engineFlags) apiKey() (string, error) {
 	if e.keyFile == "" {
 		return e.key, nil
 	}
-	b, err := os.ReadFile(e.keyFile)
-	if err != nil {
-		return "", coded{fmt.Errorf("read engine key: %w", err), exitUsage}
-	}
-	return strings.TrimSpace(string(b)), nil
+	b, err := broker.ReadFile("--engine-api-key-file", e.keyFile, "the file with the engines' key")
+	return strings.TrimSpace(string(b)), err
 }
 
 func (e *engineFlags) inFlight() (int, error) {
