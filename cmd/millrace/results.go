@@ -176,6 +176,9 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 	name, err := manifestAt(what)
 	if err == nil {
 		_, reasons, err := aggregator.Verify(name)
+		if errors.Is(err, aggregator.ErrNoManifest) {
+			err = fmt.Errorf("%w; give the manifest of a finished job (*.manifest.json), its folder, or the job", err)
+		}
 		return reasons, err
 	}
 	if !errors.Is(err, os.ErrNotExist) {
@@ -227,8 +230,11 @@ func manifestAt(path string) (string, error) {
 			names = append(names, filepath.Join(path, e.Name()))
 		}
 	}
-	if len(names) != 1 {
-		return "", fmt.Errorf("%s holds %d manifests; name one", path, len(names))
+	switch len(names) {
+	case 0:
+		return "", fmt.Errorf("%s holds no manifest; give the *.manifest.json of a finished job, or the job", path)
+	case 1:
+		return names[0], nil
 	}
-	return names[0], nil
+	return "", fmt.Errorf("%s holds %d manifests; give one of them, such as %s", path, len(names), names[0])
 }
