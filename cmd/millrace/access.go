@@ -23,13 +23,13 @@ const defaultNATS = "nats://127.0.0.1:4222"
 
 func (a *app) natsFlags(cmd *cobra.Command) {
 	f, n := cmd.Flags(), &a.nats
-	f.StringVar(&n.url, "nats", "", "broker URL (default: $NATS_URL, else "+defaultNATS+")")
+	f.StringVar(&n.url, "nats", "", "`URL` of the broker (default: $NATS_URL, else "+defaultNATS+")")
 	f.StringVar(&n.token, "token", "", "broker token; better in MILLRACE_TOKEN or --token-file than on the command line")
-	f.StringVar(&n.tokenFile, "token-file", "", "file with the broker token")
-	f.StringVar(&n.creds, "creds", "", "NATS credentials file")
-	f.StringVar(&n.cert, "tls-cert", "", "TLS certificate, PEM")
-	f.StringVar(&n.key, "tls-key", "", "its key, PEM")
-	f.StringVar(&n.ca, "tls-ca", "", "certificates to trust, PEM")
+	f.StringVar(&n.tokenFile, "token-file", "", "`FILE` with the broker token")
+	f.StringVar(&n.creds, "creds", "", "NATS credentials `FILE`")
+	f.StringVar(&n.cert, "tls-cert", "", "`FILE` with a certificate to show to the broker, PEM")
+	f.StringVar(&n.key, "tls-key", "", "`FILE` with the key of --tls-cert, PEM")
+	f.StringVar(&n.ca, "tls-ca", "", "`FILE` with the certificates to trust instead of the system's, PEM")
 }
 
 // access resolves the flags, and looks into the files that they name. given says that the user named a broker.

@@ -29,21 +29,21 @@ type jobFlags struct {
 
 func (j *jobFlags) bindInput(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&j.model, "model", "", "replace the model of every line by this one")
-	f.Int64Var(&j.limit, "limit", 0, "take only the first N lines")
+	f.StringVar(&j.model, "model", "", "replace the model of every line by `NAME`")
+	f.Int64Var(&j.limit, "limit", 0, "take only the first `N` lines; 0: all")
 	f.BoolVar(&j.skipInvalid, "skip-invalid", false, "invalid lines become error lines instead of refusing the file")
-	f.StringVar(&j.name, "name", "", "name of the job; another name makes another job of the same file")
-	f.Int64Var(&j.maxAttempts, "max-attempts", 4, "tries of a line before it fails")
+	f.StringVar(&j.name, "name", "", "`NAME` of the job; another name makes another job of the same file")
+	f.Int64Var(&j.maxAttempts, "max-attempts", 4, "tries of a line before it fails, 1 to 100")
 	f.DurationVar(&j.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line")
 }
 
 func (j *jobFlags) bindJob(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed; lines in flight still end")
-	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired")
-	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) are ok")
+	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed; lines in flight still end (default: no limit)")
+	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired (default: no limit)")
+	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) of the finished job are ok")
 	f.BoolVar(&j.again, "again", false, "a fresh run of all lines of a job that is finished or was halted")
-	f.DurationVar(&j.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat before another worker gets it (default 1m)")
+	f.DurationVar(&j.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat before another worker gets it (default: as its queue has it, 1m)")
 	f.Int64Var(&j.window, "window", 0, "lines of the job in the queue at once (default: 20,000, or 3 times what all workers hold)")
 	if err := f.MarkHidden("window"); err != nil {
 		panic(err) // the flag is defined in the line above
@@ -65,14 +65,23 @@ func (j *jobFlags) check() error {
 	switch {
 	case j.limit < 0:
 		return usagef("--limit is %d, must not be negative", j.limit)
-	case j.maxAttempts < 1 || j.maxAttempts > 100:
-		return usagef("--max-attempts is %d, must be 1 to 100", j.maxAttempts)
-	case j.requestTimeout <= 0:
-		return usagef("--request-timeout is %s, must be positive", j.requestTimeout)
 	case j.timeout < 0:
 		return usagef("--timeout is %s, must not be negative", j.timeout)
 	}
+	if err := checkTries(j.maxAttempts, j.requestTimeout); err != nil {
+		return err
+	}
 	return checkAckWait(j.ackWait)
+}
+
+func checkTries(maxAttempts int64, requestTimeout time.Duration) error {
+	switch {
+	case maxAttempts < 1 || maxAttempts > 100:
+		return usagef("--max-attempts is %d, must be 1 to 100", maxAttempts)
+	case requestTimeout <= 0:
+		return usagef("--request-timeout is %s, must be positive", requestTimeout)
+	}
+	return nil
 }
 
 // checkAckWait refuses what heartbeats could not keep up with.

@@ -18,8 +18,8 @@ import (
 )
 
 func (a *app) metricsFlag(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&a.metrics, "metrics-addr", "", "serve Prometheus metrics at HOST:PORT/metrics")
-	cmd.Flags().BoolVar(&a.pprof, "pprof", false, "serve profiles of this process there, too, at /debug/pprof")
+	cmd.Flags().StringVar(&a.metrics, "metrics-addr", "", "serve Prometheus metrics at `HOST:PORT`/metrics (default: nowhere)")
+	cmd.Flags().BoolVar(&a.pprof, "pprof", false, "serve profiles of this process, too: at /debug/pprof of --metrics-addr")
 }
 
 // serveMetrics starts the metrics server where one is wanted. The function it returns stops it.

@@ -62,9 +62,9 @@ both times. Of a run on this machine that is stopped it prints what there is so 
 			return a.copyResults(take, conn, v.Job.ID, which, follow, a.std.out)
 		},
 	}
-	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the job is finished")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what comes, until the job is finished")
 	cmd.Flags().BoolVar(&failed, "errors", false, "the lines that failed instead of those that are ok")
-	cmd.Flags().BoolVar(&all, "all", false, "both")
+	cmd.Flags().BoolVar(&all, "all", false, "the lines that are ok and those that failed")
 	cmd.Flags().BoolVar(&manifest, "manifest", false, "the manifest of a finished job instead of its lines")
 	a.natsFlags(cmd)
 	return cmd

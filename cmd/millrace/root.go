@@ -69,9 +69,12 @@ OpenAI-compatible servers. Every line ends as exactly one line of the output or 
 		}
 		return usagef("%w; see `%s --help`", err, cmd.CommandPath())
 	})
+	root.SetUsageTemplate(root.UsageTemplate() + `
+Each flag is an environment variable, too: --ack-wait is MILLRACE_ACK_WAIT. Durations are written 30s, 10m, 1h30m.
+`)
 	pf := root.PersistentFlags()
 	pf.BoolVarP(&a.verbose, "verbose", "v", false, "log details")
-	pf.StringVar(&a.data, "data", "", "folder for state (default: $XDG_STATE_HOME/millrace)")
+	pf.StringVar(&a.data, "data", "", "`DIR` for state (default: $XDG_STATE_HOME/millrace, else ~/.local/state/millrace)")
 	root.AddGroup(&cobra.Group{ID: "work", Title: "Run jobs:"}, &cobra.Group{ID: groupRoles, Title: "Roles of a fleet:"},
 		&cobra.Group{ID: "control", Title: "Look and control:"})
 	add := func(group string, cmds ...*cobra.Command) {
@@ -84,6 +87,11 @@ OpenAI-compatible servers. Every line ends as exactly one line of the output or 
 	add(groupRoles, a.brokerCommand(), a.aggregateCommand(), a.serveCommand(), a.workerCommand(), a.simCommand())
 	add("control", a.statusCommand(), a.jobsCommand(), a.wantCommand("cancel"), a.wantCommand("pause"), a.wantCommand("resume"),
 		a.resultsCommand(), a.verifyCommand(), a.rmCommand(), a.doctorCommand())
+	for _, c := range root.Commands() {
+		if c.GroupID == "control" {
+			c.Flag("nats").Usage = "`URL` of the broker (default: $NATS_URL, else those of all runs of yours on this machine, else " + defaultNATS + ")"
+		}
+	}
 	return root
 }
 
@@ -179,4 +187,6 @@ func terminal(w io.Writer) bool {
 	return err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb"
 }
 
-func (a *app) jsonFlag(cmd *cobra.Command) { cmd.Flags().BoolVar(&a.json, "json", false, "print JSON") }
+func (a *app) jsonFlag(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&a.json, "json", false, "print JSON instead of text")
+}
