@@ -177,12 +177,15 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 	if err == nil {
 		_, reasons, err := aggregator.Verify(name)
 		if errors.Is(err, aggregator.ErrNoManifest) {
-			err = fmt.Errorf("%w; give the manifest of a finished job (*.manifest.json), its folder, or the job", err)
+			err = fmt.Errorf("%w; %s", err, giveManifest)
 		}
 		return reasons, err
 	}
 	if !errors.Is(err, os.ErrNotExist) {
 		return nil, err
+	}
+	if strings.HasSuffix(what, "manifest.json") { // a job may have any name, but hardly this one
+		return nil, fmt.Errorf("%s: no such file; %s", what, giveManifest)
 	}
 	conn, v, err := a.find(ctx, what)
 	if err != nil && ctx.Err() == nil {
@@ -213,6 +216,8 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 	}
 	return ans.Reasons, nil
 }
+
+const giveManifest = "give the manifest of a finished job (*.manifest.json), its folder, or the job"
 
 // manifestAt is the manifest at path: the file itself, or the only one in the folder.
 func manifestAt(path string) (string, error) {
