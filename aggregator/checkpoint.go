@@ -85,7 +85,7 @@ func parseCheckpoint(b []byte) (*checkpoint, error) {
 func readCheckpoint(path string) (*checkpoint, error) {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w yet", errNoCheckpoint)
+		return nil, fmt.Errorf("%w yet: %w", errNoCheckpoint, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read checkpoint: %w", err)

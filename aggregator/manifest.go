@@ -140,6 +140,9 @@ func (m *Manifest) encode() ([]byte, error) {
 	return append(b, '\n'), nil
 }
 
+// ErrNoManifest is returned for what is none.
+var ErrNoManifest = errors.New("it is no manifest of a job")
+
 // ReadManifest reads a manifest.
 func ReadManifest(path string) (*Manifest, error) {
 	b, err := os.ReadFile(path)
@@ -148,7 +151,7 @@ func ReadManifest(path string) (*Manifest, error) {
 	}
 	m, err := ParseManifest(b)
 	if err != nil {
-		return nil, fmt.Errorf("read manifest %s: %w", path, err)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return m, nil
 }
@@ -157,10 +160,13 @@ func ReadManifest(path string) (*Manifest, error) {
 func ParseManifest(b []byte) (*Manifest, error) {
 	m := new(Manifest)
 	if err := json.Unmarshal(b, m); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w (%w)", ErrNoManifest, err)
+	}
+	if m.Schema > 1 {
+		return nil, fmt.Errorf("it is a manifest of a newer millrace, with schema %d; use that one to read it", m.Schema)
 	}
 	if m.Schema != 1 || m.Statistics == nil {
-		return nil, errors.New("it is none of this version")
+		return nil, ErrNoManifest
 	}
 	return m, nil
 }

@@ -62,7 +62,9 @@ func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter
 		return nil, err
 	}
 	if lost {
-		log.Info("results are folded from the first there is", "reason", err)
+		if !errors.Is(err, fs.ErrNotExist) { // there is none at the first start
+			log.Warn("results are folded from the first there is", "reason", err)
+		}
 		c = new(checkpoint)
 	}
 	s.pos, s.high, s.kept = c.position, c.High, c.position

@@ -10,7 +10,9 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -38,9 +40,9 @@ func VerifyContext(ctx context.Context, manifest string) (*Manifest, []string, e
 	}
 	a := audit{expect: m.Input.Lines}
 	output, err := a.file(ctx, beside(manifest, m.Files.Output.Name), true)
-	a.because(err)
+	a.unread("output file", m.Files.Output.Name, manifest, err)
 	failed, err := a.file(ctx, beside(manifest, m.Files.Errors.Name), false)
-	a.because(err)
+	a.unread("error file", m.Files.Errors.Name, manifest, err)
 	if ctx.Err() != nil {
 		return nil, nil, context.Cause(ctx)
 	}
@@ -52,8 +54,12 @@ func VerifyContext(ctx context.Context, manifest string) (*Manifest, []string, e
 	}
 	a.counts(m)
 	a.statistics(m)
-	a.indexes(m.Job.ID, m.Input.Lines)
-	a.because(a.twice(ctx))
+	if output != nil && failed != nil { // else most are missing, and why is said
+		a.indexes(m.Job.ID, m.Input.Lines)
+	}
+	if err := a.twice(ctx); err != nil {
+		a.say("%v", err)
+	}
 	if !m.Valid {
 		a.say("the manifest itself says %s: %s", m.Verdict, first(m.Reasons))
 	}
@@ -87,9 +93,13 @@ func (a *audit) say(format string, args ...any) {
 	a.reasons = append(a.reasons, fmt.Sprintf(format, args...))
 }
 
-func (a *audit) because(err error) {
-	if err != nil {
-		a.reasons = append(a.reasons, err.Error())
+// unread says why one of the files could not be read, if so.
+func (a *audit) unread(what, name, manifest string, err error) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		a.say("%s %s: no such file beside the manifest, in %s; bring it back there", what, name, filepath.Dir(manifest))
+	case err != nil:
+		a.say("%s %s cannot be read: %v", what, name, err)
 	}
 }
 

@@ -1,17 +1,20 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/url"
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -103,32 +106,75 @@ func (c *Conn) While(ctx context.Context) (_ context.Context, stop func()) {
 	}
 }
 
-// check reads the files as connecting will. What is wrong with them does not mend itself.
-func (a Access) check() error {
+// Check reads the files as connecting will. What is wrong with them, which is an ErrAccess, does not mend itself.
+func (a Access) Check() error {
 	if a.Creds != "" {
-		b, err := os.ReadFile(a.Creds)
-		if err == nil {
-			_, err = nkeys.ParseDecoratedNKey(b)
-		}
+		b, err := ReadFile("--creds", a.Creds, "a NATS credentials file: a user's JWT and seed")
 		if err != nil {
-			return fmt.Errorf("%w --creds: %w; it must be a NATS credentials file: a user's JWT and seed", ErrAccess, err)
+			return err
+		}
+		if _, err := nkeys.ParseDecoratedNKey(b); err != nil {
+			return fmt.Errorf("%w --creds %s: it is no NATS credentials file (%w); give one, with a user's JWT and seed", ErrAccess, a.Creds, err)
 		}
 	}
-	if a.TLSCert != "" || a.TLSKey != "" {
-		if _, err := tls.LoadX509KeyPair(a.TLSCert, a.TLSKey); err != nil {
-			return fmt.Errorf("%w --tls-cert and --tls-key: %w; they must be a certificate and its key in PEM", ErrAccess, err)
-		}
+	if err := a.checkPair(); err != nil {
+		return err
 	}
 	if a.TLSCA != "" {
-		b, err := os.ReadFile(a.TLSCA)
-		if err == nil && !x509.NewCertPool().AppendCertsFromPEM(b) {
-			err = fmt.Errorf("%s has no certificate", a.TLSCA)
-		}
+		b, err := ReadFile("--tls-ca", a.TLSCA, "the certificates to trust, in PEM")
 		if err != nil {
-			return fmt.Errorf("%w --tls-ca: %w; it must hold the certificates to trust in PEM", ErrAccess, err)
+			return err
+		}
+		if !x509.NewCertPool().AppendCertsFromPEM(b) {
+			return fmt.Errorf("%w --tls-ca %s: it holds no certificate; give the certificates to trust, in PEM", ErrAccess, a.TLSCA)
 		}
 	}
 	return nil
+}
+
+// checkPair checks the certificate and its key.
+func (a Access) checkPair() error {
+	switch {
+	case a.TLSCert == "" && a.TLSKey == "":
+		return nil
+	case a.TLSKey == "":
+		return fmt.Errorf("%w --tls-cert without --tls-key; give the certificate and its key", ErrAccess)
+	case a.TLSCert == "":
+		return fmt.Errorf("%w --tls-key without --tls-cert; give the certificate and its key", ErrAccess)
+	}
+	cert, err := ReadFile("--tls-cert", a.TLSCert, "a certificate in PEM")
+	if err != nil {
+		return err
+	}
+	key, err := ReadFile("--tls-key", a.TLSKey, "the certificate's key in PEM")
+	if err != nil {
+		return err
+	}
+	if _, err := tls.X509KeyPair(cert, key); err != nil {
+		return fmt.Errorf("%w --tls-cert %s with --tls-key %s: %w; they must be a certificate and its key, in PEM", ErrAccess, a.TLSCert, a.TLSKey, err)
+	}
+	return nil
+}
+
+// ReadFile reads a file that a flag names. The error, an ErrAccess, says which and what to give.
+func ReadFile(flag, path, want string) ([]byte, error) {
+	b, err := os.ReadFile(path)
+	why := ""
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		why = "no such file"
+	case errors.Is(err, syscall.EISDIR):
+		why = "it is a folder"
+	case errors.Is(err, fs.ErrPermission):
+		why = "this user may not read it"
+	case err != nil:
+		return nil, fmt.Errorf("%w %s: %w; give %s", ErrAccess, flag, err, want)
+	case len(bytes.TrimSpace(b)) == 0:
+		why = "it is empty"
+	default:
+		return b, nil
+	}
+	return nil, fmt.Errorf("%w %s %s: %s; give %s", ErrAccess, flag, path, why, want)
 }
 
 // Connect connects to a broker as role (shown in its connection list). It waits for the first connection until
@@ -136,7 +182,7 @@ func (a Access) check() error {
 // connection mends itself for as long as it is open; but a broker that refuses it twice in a row, because it has
 // another token now, ends it: see Closed.
 func Connect(ctx context.Context, a Access, role string, log *slog.Logger) (*Conn, error) {
-	if err := a.check(); err != nil {
+	if err := a.Check(); err != nil {
 		return nil, err
 	}
 	opts := []nats.Option{}

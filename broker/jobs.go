@@ -208,7 +208,8 @@ func Choose(all []JobView, what string) (JobView, error) {
 	return JobView{}, fmt.Errorf("%w: %q could be any of %s", ErrNoJob, what, strings.Join(ids, ", "))
 }
 
-// Want tells the owner and the workers of a job what to do with it.
+// Want tells the owner and the workers of a job what to do with it. It is put only as long as the job is there: so nothing
+// that was wanted of a job that is removed meanwhile stays for the next one of its id.
 func Want(ctx context.Context, js jetstream.JetStream, id string, c proto.Control) error {
 	kv, err := js.KeyValue(ctx, proto.JobsBucket)
 	if err != nil {
@@ -218,10 +219,23 @@ func Want(ctx context.Context, js jetstream.JetStream, id string, c proto.Contro
 	if err != nil {
 		return err
 	}
-	if _, err := kv.Put(ctx, proto.ControlKey(id), b); err != nil {
-		return explain("tell the job", err)
+	for {
+		spec, err := kv.Get(ctx, proto.JobKey(id))
+		if errors.Is(err, jetstream.ErrKeyNotFound) {
+			return fmt.Errorf("%w: %s; it was removed", ErrNoJob, id)
+		}
+		if err != nil {
+			return explain("read "+proto.JobKey(id), err)
+		}
+		_, err = js.Publish(ctx, jobsSubject(proto.ControlKey(id)), b,
+			jetstream.WithExpectLastSequenceForSubject(spec.Revision(), jobsSubject(proto.JobKey(id))))
+		switch {
+		case err == nil:
+			return nil
+		case !hasChanged(err):
+			return explain("tell the job", err)
+		}
 	}
-	return nil
 }
 
 // Heartbeats reads the records of all workers, encoded as they are. Where their bucket is not declared the error is

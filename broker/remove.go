@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"millrace/proto"
@@ -13,7 +14,7 @@ import (
 
 // Remove forgets a job: its keys, its requests, its results at the broker and its detached input. Its output files
 // stay. What somebody wants of the job while it is removed goes with it: nobody can create the job again as long as its
-// spec is there, so no record beside it is another one's.
+// spec is there, so no record beside it is another one's, and nobody can want anything of it afterwards (Want).
 func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	l, err := look(ctx, js, &v.Job)
 	if err != nil {
@@ -22,15 +23,24 @@ func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	if err := l.remove(ctx); err != nil {
 		return err
 	}
-	for _, key := range append(records(v.Job.ID), proto.JobKey(v.Job.ID)) { // the spec last, so that what failed can be done again
-		if err := l.kv.Purge(ctx, key); err != nil {
-			return explain("remove "+key, err)
+	for _, key := range []string{proto.FeedKey(v.Job.ID), proto.ProgressKey(v.Job.ID)} {
+		if _, err := purgeKey(ctx, js, key); err != nil {
+			return err
 		}
 	}
-	return nil
+	for { // the spec last, so that what failed can be done again, and only if nothing was wanted since that was removed
+		wanted, err := purgeKey(ctx, js, proto.ControlKey(v.Job.ID))
+		if err != nil {
+			return err
+		}
+		_, err = purgeKey(ctx, js, proto.JobKey(v.Job.ID), jetstream.WithExpectLastSequenceForSubject(wanted, jobsSubject(proto.ControlKey(v.Job.ID))))
+		if !errors.Is(err, errChanged) {
+			return err
+		}
+	}
 }
 
-// records are the keys of a job beside its spec. What is wanted comes last: in Remove somebody may still say it.
+// records are the keys of a job beside its spec.
 func records(id string) []string {
 	return []string{proto.FeedKey(id), proto.ProgressKey(id), proto.ControlKey(id)}
 }
@@ -58,10 +68,19 @@ func Expire(ctx context.Context, js jetstream.JetStream, job *proto.Job) error {
 	if have.After != job.After {
 		return again(job)
 	}
-	if err := purgeKey(ctx, l.kv, key, e.Revision()); errors.Is(err, errChanged) {
+	marker, err := purgeKey(ctx, js, key, jetstream.WithExpectLastSequencePerSubject(e.Revision()))
+	if errors.Is(err, errChanged) {
 		return again(job)
-	} else if err != nil {
+	}
+	if err != nil {
 		return err
+	}
+	e, err = l.kv.Get(ctx, proto.ControlKey(job.ID)) // what was wanted after the look, of this job and not of the next one
+	if err == nil && e.Revision() < marker {
+		l.keys[e.Key()] = e.Revision()
+	}
+	if err != nil && !errors.Is(err, jetstream.ErrKeyNotFound) {
+		return explain("read "+proto.ControlKey(job.ID), err)
 	}
 	return l.expire(ctx)
 }
@@ -166,13 +185,14 @@ func (l *leftovers) remove(ctx context.Context) error {
 
 // expire is remove for a job whose spec is gone, with the records as they were. One that has changed since stays: it is
 // of a job that was created again, or of an owner that is about to see that its job is gone and leaves nothing that
-// counts for another (After). Control has no After: what was wanted of the job after it was looked at stays as well.
+// counts for another (After).
 func (l *leftovers) expire(ctx context.Context) error {
 	if err := l.remove(ctx); err != nil {
 		return err
 	}
 	for key, revision := range l.keys {
-		if err := purgeKey(ctx, l.kv, key, revision); err != nil && !errors.Is(err, errChanged) {
+		_, err := purgeKey(ctx, l.js, key, jetstream.WithExpectLastSequencePerSubject(revision))
+		if err != nil && !errors.Is(err, errChanged) {
 			return err
 		}
 	}
@@ -181,17 +201,31 @@ func (l *leftovers) expire(ctx context.Context) error {
 
 var errChanged = errors.New("it has changed meanwhile")
 
-// purgeKey removes a record if it is still what it was at a revision; else the error is errChanged.
-func purgeKey(ctx context.Context, kv jetstream.KeyValue, key string, revision uint64) error {
-	err := kv.Purge(ctx, key, jetstream.LastRevision(revision))
-	if wrong := (*jetstream.APIError)(nil); errors.As(err, &wrong) && wrong.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence {
-		return errChanged
+// purgeKey removes a record of a job as the Purge of a key-value bucket does, which has no condition on another key, and
+// returns the sequence of the marker that it leaves. Where a condition does not hold the error is errChanged.
+func purgeKey(ctx context.Context, js jetstream.JetStream, key string, conditions ...jetstream.PublishOpt) (uint64, error) {
+	m := nats.NewMsg(jobsSubject(key))
+	m.Header.Set("KV-Operation", "PURGE")
+	m.Header.Set(jetstream.MsgRollup, jetstream.MsgRollupSubject)
+	ack, err := js.PublishMsg(ctx, m, conditions...)
+	if hasChanged(err) {
+		return 0, errChanged
 	}
 	if err != nil {
-		return explain("remove "+key, err)
+		return 0, explain("remove "+key, err)
 	}
-	return nil
+	return ack.Sequence, nil
 }
+
+// hasChanged says whether err is that a message was not stored because a key has changed.
+func hasChanged(err error) bool {
+	var wrong *jetstream.APIError
+	return errors.As(err, &wrong) &&
+		(wrong.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || wrong.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant)
+}
+
+// jobsSubject is where a key of the bucket of jobs is stored.
+func jobsSubject(key string) string { return "$KV." + proto.JobsBucket + "." + key }
 
 // Purge drops the messages of one subject. A stream that is not there has none.
 func Purge(ctx context.Context, js jetstream.JetStream, stream, subject string) error {

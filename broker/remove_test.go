@@ -3,18 +3,22 @@ package broker_test
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"millrace/broker"
 	"millrace/proto"
 )
 
-// racing is a broker whose jobs change right after the spec of one was read, or removed, or after a look at its records.
+// racing is a broker whose jobs change right after the spec of one was read, or after a look at its records, and right
+// before or after one of them was removed.
 type racing struct {
 	jetstream.JetStream
-	read, removed, looked func()
+	read, looked    func()
+	before, removed map[string]func() // by key
 }
 
 type racingKV struct {
@@ -37,11 +41,15 @@ func (r racingKV) Get(ctx context.Context, key string) (jetstream.KeyValueEntry,
 	return r.KeyValue.Get(ctx, key)
 }
 
-func (r racingKV) Purge(ctx context.Context, key string, opts ...jetstream.KVDeleteOpt) error {
-	if r.removed != nil && key == proto.JobKey("j") {
-		defer r.removed()
+func (r racing) PublishMsg(ctx context.Context, m *nats.Msg, opts ...jetstream.PublishOpt) (*jetstream.PubAck, error) {
+	key := strings.TrimPrefix(m.Subject, "$KV."+proto.JobsBucket+".")
+	if f := r.before[key]; f != nil {
+		f()
 	}
-	return r.KeyValue.Purge(ctx, key, opts...)
+	if f := r.removed[key]; f != nil {
+		defer f()
+	}
+	return r.JetStream.PublishMsg(ctx, m, opts...)
 }
 
 // TestExpire: what expires is the job that was looked at, never one that was created again under its id, nor anything of
@@ -107,7 +115,7 @@ func TestExpire(t *testing.T) {
 		}
 	}
 	put(4)
-	if err := expire(racing{JetStream: c.JS, removed: func() { put(5) }}, 4); err != nil || left() != whole {
+	if err := expire(racing{JetStream: c.JS, removed: map[string]func(){proto.JobKey("j"): func() { put(5) }}}, 4); err != nil || left() != whole {
 		t.Errorf("created again after its spec went: %v, %d things left", err, left())
 	}
 	if err := expire(racing{JetStream: c.JS, read: func() { put(6) }}, 6); !errors.Is(err, broker.ErrNoJob) {
@@ -119,36 +127,79 @@ func TestExpire(t *testing.T) {
 	}
 }
 
+// jobAlone puts the spec of a job and nothing beside it.
+func jobAlone(t *testing.T) (c *broker.Conn, kv jetstream.KeyValue, job proto.Job) {
+	t.Helper()
+	c, job = start(t, &broker.Server{}), proto.Job{ID: "j"}
+	must(t, (&broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()))
+	kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
+	must(t, err)
+	b, err := job.Encode()
+	must(t, err)
+	_, err = kv.Put(t.Context(), proto.JobKey("j"), b)
+	must(t, err)
+	return c, kv, job
+}
+
+// nothingLeft checks that there is no record of any job.
+func nothingLeft(t *testing.T, kv jetstream.KeyValue) {
+	t.Helper()
+	keys, err := kv.ListKeys(t.Context())
+	must(t, err)
+	for key := range keys.Keys() {
+		t.Errorf("%s is left", key)
+	}
+}
+
 // TestRemoveWhileWanted: what is wanted of a job while it is removed is removed with it, and is not wanted of the next job of
 // that id.
 func TestRemoveWhileWanted(t *testing.T) {
-	for name, before := range map[string]bool{"the first word": false, "another word": true} {
-		t.Run(name, func(t *testing.T) {
-			c := start(t, &broker.Server{})
-			must(t, (&broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()))
-			kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
-			must(t, err)
-			job := proto.Job{ID: "j"}
-			b, err := job.Encode()
-			must(t, err)
-			_, err = kv.Put(t.Context(), proto.JobKey("j"), b)
-			must(t, err)
-			cancel := func() { must(t, broker.Want(t.Context(), c.JS, "j", proto.Control{Want: proto.WantCancel})) }
-			if before {
-				cancel()
-			}
-			wanted := 0
-			js := racing{JetStream: c.JS, looked: func() { wanted++; cancel() }}
-			must(t, broker.Remove(t.Context(), js, broker.JobView{Job: job}))
-			keys, err := kv.ListKeys(t.Context())
-			must(t, err)
-			for key := range keys.Keys() {
-				t.Errorf("%s is left", key)
-			}
-			if wanted != 1 {
-				t.Errorf("wanted %d times", wanted)
-			}
-		})
+	for when, at := range map[string]func(cancel func()) racing{
+		"after the look":              func(f func()) racing { return racing{looked: f} },
+		"after that was removed":      func(f func()) racing { return racing{removed: map[string]func(){proto.ControlKey("j"): f}} },
+		"before its spec was removed": func(f func()) racing { return racing{before: map[string]func(){proto.JobKey("j"): f}} },
+	} {
+		for word, before := range map[string]bool{"the first word": false, "another word": true} {
+			t.Run(word+" "+when, func(t *testing.T) {
+				c, kv, job := jobAlone(t)
+				cancel := func() { must(t, broker.Want(t.Context(), c.JS, "j", proto.Control{Want: proto.WantCancel})) }
+				if before {
+					cancel()
+				}
+				wanted := 0
+				js := at(func() {
+					if wanted++; wanted == 1 {
+						cancel()
+					}
+				})
+				js.JetStream = c.JS
+				must(t, broker.Remove(t.Context(), js, broker.JobView{Job: job}))
+				nothingLeft(t, kv)
+				if wanted == 0 {
+					t.Error("nobody wanted anything")
+				}
+			})
+		}
+	}
+}
+
+// TestExpireWhileWanted: what is wanted of a job after its records were looked at expires with it.
+func TestExpireWhileWanted(t *testing.T) {
+	c, kv, job := jobAlone(t)
+	cancel := func() { must(t, broker.Want(t.Context(), c.JS, "j", proto.Control{Want: proto.WantCancel})) }
+	must(t, broker.Expire(t.Context(), racing{JetStream: c.JS, before: map[string]func(){proto.JobKey("j"): cancel}}, &job))
+	nothingLeft(t, kv)
+}
+
+// TestWantRemoved: nothing can be wanted of a job that is not there, also where it went while that was said.
+func TestWantRemoved(t *testing.T) {
+	c, kv, job := jobAlone(t)
+	gone := func() { must(t, broker.Remove(t.Context(), c.JS, broker.JobView{Job: job})) }
+	for _, js := range []jetstream.JetStream{racing{JetStream: c.JS, read: gone}, c.JS} {
+		if err := broker.Want(t.Context(), js, "j", proto.Control{Want: proto.WantCancel}); !errors.Is(err, broker.ErrNoJob) {
+			t.Errorf("%v", err)
+		}
+		nothingLeft(t, kv)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -62,10 +63,10 @@ func (s *Server) Start(ctx context.Context) error {
 
 func (s *Server) start(ctx context.Context, opts *server.Options) error {
 	// A port that is taken is said before what lies on disk is read, which can take minutes.
-	if err := free(s.Addr, "listen", "--addr"); err != nil {
+	if err := free(s.Addr, "--addr"); err != nil {
 		return err
 	}
-	if err := free(s.Monitor, "monitor", "--monitor-addr"); err != nil {
+	if err := free(s.Monitor, "--monitor-addr"); err != nil {
 		return err
 	}
 	ns, err := server.NewServer(opts)
@@ -121,16 +122,34 @@ func (s *Server) settle(ctx context.Context, ns *server.Server, started <-chan s
 }
 
 // free says whether an address can be listened on.
-func free(addr, what, flag string) error {
+func free(addr, flag string) error {
 	if addr == "" {
 		return nil
 	}
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
-		return fmt.Errorf("%s on %s: %w; choose another %s or stop what holds the port", what, addr, err, flag)
+		return ListenError(addr, flag, err)
 	}
 	ln.Close()
 	return nil
+}
+
+// ListenError says why an address, which a flag gives, cannot be listened on, and what to do.
+func ListenError(addr, flag string, err error) error {
+	var oe *net.OpError
+	if errors.As(err, &oe) {
+		err = oe.Err // it is short of the address
+	}
+	todo := "choose another " + flag
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		err, todo = syscall.EADDRINUSE, todo+" or stop what holds the port"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		err, todo = errors.New("this machine has no such address"), todo+", such as 0.0.0.0 for all that it has"
+	case errors.Is(err, syscall.EACCES):
+		err, todo = errors.New("this user may not listen there"), todo+" with a port above 1023"
+	}
+	return fmt.Errorf("listen on %s: %w; %s", addr, err, todo)
 }
 
 func (s *Server) options() (*server.Options, error) {
@@ -162,8 +181,11 @@ func (s *Server) options() (*server.Options, error) {
 	if err := hostPort(s.Monitor, &o.HTTPHost, &o.HTTPPort); err != nil {
 		return nil, fmt.Errorf("monitoring address: %w", err)
 	}
-	if (s.TLSCert == "") != (s.TLSKey == "") {
-		return nil, errors.New("a TLS certificate needs its key, and the key its certificate")
+	if err := (Access{TLSCert: s.TLSCert, TLSKey: s.TLSKey, TLSCA: s.TLSCA}).Check(); err != nil {
+		return nil, err
+	}
+	if s.TLSCA != "" && s.TLSCert == "" {
+		return nil, fmt.Errorf("%w --tls-ca without --tls-cert and --tls-key: only a broker with TLS can ask clients for certificates; give the broker's own", ErrAccess)
 	}
 	if s.TLSCert != "" {
 		tc, err := server.GenTLSConfig(&server.TLSConfigOpts{CertFile: s.TLSCert, KeyFile: s.TLSKey, CaFile: s.TLSCA, Verify: s.TLSCA != ""})

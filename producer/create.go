@@ -16,8 +16,8 @@ import (
 // in -r2, -r3, … A job that is continued gets the thresholds, the lifetime and the lane of now; those that again passes
 // over stay as they are.
 //
-// changed is, for a new job, the newest older one of the same input file or name whose content was another: its input
-// is gone, and it can only be cancelled.
+// changed is, for a new job, the newest older one of the same input file, if its content was another: its input is gone,
+// and it can only be cancelled.
 func Create(ctx context.Context, conn *broker.Conn, spec proto.Job, again bool) (job proto.Job, changed *proto.Job, err error) {
 	kv, err := jobs(ctx, conn)
 	if err != nil {
@@ -130,17 +130,21 @@ func updateJob(ctx context.Context, kv jetstream.KeyValue, job proto.Job, rev ui
 	return nil
 }
 
+// olderContent finds the newest older job of the same file, and returns it where the content was another. One of another
+// --limit had other lines, too, but tells nothing of the file.
 func olderContent(ctx context.Context, conn *broker.Conn, job *proto.Job) (*proto.Job, error) {
 	all, err := broker.Jobs(ctx, conn.JS) // the newest first
-	if err != nil {
+	if err != nil || job.Input == "-" {
 		return nil, err
 	}
 	for _, v := range all {
-		sameFile := job.Input != "-" && v.Job.Input == job.Input && v.Job.Host == job.Host
-		sameName := job.Name != "" && v.Job.Name == job.Name
-		if v.Job.ID != job.ID && v.Job.SHA256 != job.SHA256 && (sameFile || sameName) {
-			return &v.Job, nil
+		if v.Job.ID == job.ID || v.Job.Input != job.Input || v.Job.Host != job.Host || v.Job.Limit != job.Limit {
+			continue
 		}
+		if v.Job.SHA256 == job.SHA256 {
+			return nil, nil
+		}
+		return &v.Job, nil
 	}
 	return nil, nil
 }

@@ -89,7 +89,7 @@ func (d *Dataset) Job() proto.Job {
 		ID: d.id(), Name: d.in.Name, Input: path, Host: host, SHA256: d.SHA256, Bytes: d.Bytes, Lines: d.Lines,
 		Invalid: d.Invalid, Models: d.Models(), Override: d.in.Override, MaxAttempts: d.in.MaxAttempts,
 		TimeoutMS: d.in.TimeoutMS, CreatedMS: time.Now().UnixMilli(), MaxErrors: d.in.MaxErrors,
-		LifetimeMS: d.in.LifetimeMS, Program: d.in.Program, SkipInvalid: d.in.SkipInvalid, Lane: d.in.Lane,
+		LifetimeMS: d.in.LifetimeMS, Program: d.in.Program, SkipInvalid: d.in.SkipInvalid, Lane: d.in.Lane, Limit: d.in.Limit,
 	}
 }
 

@@ -247,6 +247,12 @@ func TestChanged(t *testing.T) {
 	if err != nil || job.ID == o.Job.ID || changed == nil || changed.ID != o.Job.ID {
 		t.Errorf("job %s, changed %+v, %v", job.ID, changed, err)
 	}
+	for what, in := range map[string]Input{"the first lines of it": {Limit: 3}, "another model": {Override: "o"}} {
+		in.Path = name
+		if _, changed, err := Create(t.Context(), w.conn, scanned(t, in).Job(), false); err != nil || changed != nil {
+			t.Errorf("%s: changed %+v, %v", what, changed, err)
+		}
+	}
 }
 
 // TestJudgedOtherwise: a file that did not change, but of which other lines are valid now, is not called changed. The
@@ -376,8 +382,8 @@ func TestCreate(t *testing.T) {
 		t.Error("one id for two inputs")
 	}
 	named := scanned(t, Input{Path: file(t, linesOf(3, "m")), Name: "n"}).Job()
-	if _, changed, err := Create(t.Context(), w.conn, named, false); err != nil || changed == nil || changed.Name != "n" {
-		t.Errorf("changed %+v, %v", changed, err)
+	if _, changed, err := Create(t.Context(), w.conn, named, false); err != nil || changed != nil {
+		t.Errorf("another file: changed %+v, %v", changed, err)
 	}
 }
 

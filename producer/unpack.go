@@ -81,7 +81,8 @@ func (in *Input) plain(ctx context.Context, r io.Reader) (io.Reader, func(), err
 		if err != nil {
 			return nil, nil, badFile("the gzip data cannot be read (%w); copy or make the file again", err)
 		}
-		c.r, c.packed, c.how = z, packed, "gzip"
+		z.Multistream(false)
+		c.r, c.packed, c.how = &members{z, buf}, packed, "gzip"
 	case bytes.HasPrefix(magic, zstdMagic):
 		z, err := zstd.NewReader(buf, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxMemory(zstdMemory))
 		if err != nil {
@@ -130,10 +131,47 @@ func (c *capped) Read(p []byte) (int, error) {
 		return n, err
 	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return n, badFile("the zstd data needs more than %d MB of memory to be unpacked, as after `zstd --long=31`; unpack it yourself (zstd -d --long=31) and give the plain file", zstdMemory>>20)
+	case errors.Is(err, errTail), errors.Is(err, zstd.ErrMagicMismatch): // the first magic was there
+		return n, badFile("after %s whole lines the %s data ends, and something else follows it in the file; cut that off, or make the file again", commas(c.lines), c.how)
 	case errors.Is(err, io.ErrUnexpectedEOF):
 		return n, badFile("the %s data ends too early, after %s whole lines: the file is cut off; copy or make it again", c.how, commas(c.lines))
 	}
 	return n, badFile("the %s data is damaged, found after %s whole lines (%w); copy or make the file again", c.how, commas(c.lines), err)
+}
+
+// members reads gzip data as gzip does, one member after another. What follows the last one and is none is errTail, also
+// where it is too short to tell (gzip's own reader takes that for a member that is cut off).
+type members struct {
+	z   *gzip.Reader
+	buf *bufio.Reader // what z reads, and not a byte further than the member's end
+}
+
+var errTail = errors.New("something else follows")
+
+func (m *members) Read(p []byte) (int, error) {
+	for {
+		n, err := m.z.Read(p)
+		if !errors.Is(err, io.EOF) {
+			return n, err
+		}
+		if n > 0 { // the end is told again
+			return n, nil
+		}
+		next, err := m.buf.Peek(len(gzipMagic))
+		switch {
+		case len(next) == 0:
+			return 0, err
+		case !bytes.Equal(next, gzipMagic):
+			return 0, errTail
+		}
+		if err := m.z.Reset(m.buf); err != nil {
+			if errors.Is(err, io.EOF) { // in the middle of its head
+				err = io.ErrUnexpectedEOF
+			}
+			return 0, err
+		}
+		m.z.Multistream(false)
+	}
 }
 
 type counter struct {

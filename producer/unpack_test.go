@@ -23,7 +23,13 @@ func TestBadFiles(t *testing.T) {
 		"flipped.jsonl.gz": {flip("gz"), "the gzip data is damaged, found after "},
 		"flipped.zst":      {flip("zst"), "the zstd data is damaged, found after "},
 		"head.gz":          {string(pack(t, "gz", text)[:7]), "the gzip data cannot be read"},
-		"tail.gz":          {string(pack(t, "gz", text)) + "some other text, longer", "the gzip data is damaged, found after 2,000 whole lines"},
+		"tail.gz":          {string(pack(t, "gz", text)) + "some other text, longer", "after 2,000 whole lines the gzip data ends, and something else follows it in the file; cut that off, or make the file again"},
+		"shorttail.gz":     {string(pack(t, "gz", text)) + "abc", "after 2,000 whole lines the gzip data ends, and something else follows it"},
+		"onebyte.gz":       {string(pack(t, "gz", text)) + "\n", "after 2,000 whole lines the gzip data ends, and something else follows it"},
+		"zeros.gz":         {string(pack(t, "gz", text)) + strings.Repeat("\x00", 512), "after 2,000 whole lines the gzip data ends, and something else follows it"},
+		"tail.zst":         {string(pack(t, "zst", text)) + "some other text, longer", "after 2,000 whole lines the zstd data ends, and something else follows it"},
+		"secondhead.gz":    {string(pack(t, "gz", text)) + string(pack(t, "gz", text)[:5]), "the gzip data ends too early, after 2,000 whole lines"},
+		"secondcut.gz":     {string(pack(t, "gz", text)) + cut("gz"), "the gzip data ends too early, after "},
 		"wide.zst":         {wide(text[:1000], 31), "the zstd data needs more than 256 MB of memory to be unpacked, as after `zstd --long=31`; unpack it yourself (zstd -d --long=31)"},
 		"wider.zst":        {wide(text[:1000], 29), "the zstd data needs more than 256 MB"},
 		"other.gz":         {"BZh91AY", "by its name it is gzip, by its content it is not"},
@@ -42,7 +48,8 @@ func TestBadFiles(t *testing.T) {
 			t.Errorf("%s: left behind: %v", name, left)
 		}
 	}
-	for name, content := range map[string]string{"plain.gz": text, "bom.gz": "\xef\xbb\xbf" + text, "blank.zst": "\n\n\n\n" + text} {
+	half := len(text) / 2 // in the middle of a line
+	for name, content := range map[string]string{"two.gz": string(pack(t, "gz", text[:half])) + string(pack(t, "gz", text[half:])), "plain.gz": text, "bom.gz": "\xef\xbb\xbf" + text, "blank.zst": "\n\n\n\n" + text} {
 		in := Input{Path: filepath.Join(t.TempDir(), name), Dir: t.TempDir()}
 		if err := os.WriteFile(in.Path, []byte(content), 0o644); err != nil {
 			t.Fatal(err)

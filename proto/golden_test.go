@@ -35,7 +35,7 @@ func goldenRecords() map[string]record {
 		"result-error": &Result{Job: "j", Index: -1, Code: CodeCancelled, Message: "cancelled"},
 		"job": &Job{ID: "j", Name: "n", Input: "/in", Host: "h", SHA256: "00", Bytes: 1, Lines: 2, Invalid: 1,
 			Models: []ModelLines{{"m", 2}}, Override: "o", MaxAttempts: 3, TimeoutMS: 4, Object: "x", Again: 5, CreatedMS: 6,
-			MaxErrors: "5%", LifetimeMS: 7, Program: "p", SkipInvalid: true, Lane: "high", After: 1795477737000000002},
+			MaxErrors: "5%", LifetimeMS: 7, Program: "p", SkipInvalid: true, Lane: "high", After: 1795477737000000002, Limit: 9},
 		"control": &Control{WantCancel, "why", "me@here"},
 		"feed":    &Feed{Owner{"id", "h", 42, "99"}, FeedWaiting, "note", 10, 1, 2, []ModelLines{{"m", 10}}, 3, 300, 1795477737000000001, 1795477737000000002},
 		"progress": &Progress{State: FoldDone, Lines: 2, OK: 1, Failed: 1, Models: []ModelProgress{{"m", 1, 1, Usage{true, 1, 2, 0}}},

@@ -27,6 +27,7 @@ type Job struct {
 	// After is when a job of this id was removed before this one was created, Unix ns on the broker's clock: what is
 	// left of that one is not this one's. 0: there was none, as far as the broker knows.
 	After int64
+	Limit int64 // --limit: how many lines of the input were taken at most; 0: all
 }
 
 // ModelLines counts the lines of a job that name a model.
@@ -62,6 +63,7 @@ func (j *Job) visit(c *codec) {
 	c.bool(&j.SkipInvalid)
 	c.str(&j.Lane)
 	c.int(&j.After)
+	c.int(&j.Limit)
 }
 
 // Control is what the user last asked of a job. Key: ctl.<id>.

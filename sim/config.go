@@ -119,37 +119,41 @@ func def[T comparable](field *T, value T) {
 	}
 }
 
+// check names fields as the flags of `millrace sim` are, where there is one.
 func (c Config) check() error {
 	if len(c.Models) == 0 || c.Models[0] == "" {
-		return errors.New("simulate engine: no model name")
+		return errors.New("--model is empty, must be a name")
 	}
 	for name, v := range map[string]int{
-		"MaxModelLen": c.MaxModelLen, "MaxNumSeqs": c.MaxNumSeqs, "MaxBatchedTokens": c.MaxBatchedTokens,
-		"BytesPerToken": c.BytesPerToken, "OutputTokens.Min": c.OutputTokens.Min,
+		"--max-model-len": c.MaxModelLen, "--max-num-seqs": c.MaxNumSeqs, "--max-num-batched-tokens": c.MaxBatchedTokens,
+		"BytesPerToken": c.BytesPerToken, "--output-min": c.OutputTokens.Min,
 	} {
 		if v < 1 {
-			return fmt.Errorf("simulate engine: %s is %d, below 1", name, v)
+			return fmt.Errorf("%s is %d, must be at least 1", name, v)
 		}
 	}
 	for name, v := range map[string]int64{
-		"StepTime": int64(c.StepTime), "DecodeTime": int64(c.DecodeTime), "PrefillTime": int64(c.PrefillTime),
-		"LoadTime": int64(c.LoadTime), "MaxQueued": int64(c.MaxQueued), "EmbeddingDim": int64(c.EmbeddingDim),
+		"--step-time": int64(c.StepTime), "--decode-time": int64(c.DecodeTime), "--prefill-time": int64(c.PrefillTime),
+		"--load-time": int64(c.LoadTime), "--max-num-queued-reqs": int64(c.MaxQueued), "--embedding-dim": int64(c.EmbeddingDim),
 		"DrainTimeout": int64(c.DrainTimeout), "KeepAlive": int64(c.KeepAlive), "DeathTime": int64(c.DeathTime),
 	} {
 		if v < 0 {
-			return fmt.Errorf("simulate engine: %s is negative", name)
+			return fmt.Errorf("%s must not be negative", name)
 		}
 	}
 	switch {
 	case c.OutputTokens.Max < c.OutputTokens.Min:
-		return fmt.Errorf("simulate engine: OutputTokens %d to %d is no range", c.OutputTokens.Min, c.OutputTokens.Max)
+		return fmt.Errorf("--output-max is %d, must be at least --output-min, which is %d", c.OutputTokens.Max, c.OutputTokens.Min)
 	case c.KVTokens/blockSize*blockSize < c.MaxModelLen:
-		return fmt.Errorf("simulate engine: a KV cache of %d tokens holds no request of MaxModelLen %d", c.KVTokens, c.MaxModelLen)
+		return fmt.Errorf("--kv-tokens is %d, must hold one request of --max-model-len, which is %d, in blocks of %d", c.KVTokens, c.MaxModelLen, blockSize)
 	}
 	switch c.Shutdown {
 	case ShutdownError, ShutdownAbort, ShutdownHang, ShutdownDrain:
 	default:
-		return fmt.Errorf("simulate engine: unknown shutdown %q", c.Shutdown)
+		return fmt.Errorf("--shutdown is %q, must be error, abort, hang or drain", c.Shutdown)
 	}
-	return c.Faults.check()
+	if err := c.Faults.check(); err != nil {
+		return fmt.Errorf("--faults: %w", err)
+	}
+	return nil
 }

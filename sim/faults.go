@@ -4,9 +4,12 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
+	"reflect"
 	"slices"
+	"strings"
 
 	"github.com/go-json-experiment/json"
 )
@@ -49,24 +52,46 @@ type Faults struct {
 	Poison string `json:"poison,omitzero"`
 }
 
+// ParseFaults reads faults from their JSON form, and checks them.
+func ParseFaults(b []byte) (f Faults, err error) {
+	err = json.Unmarshal(b, &f, json.RejectUnknownMembers(true))
+	var wrong *json.SemanticError
+	switch {
+	case errors.Is(err, json.ErrUnknownName) && errors.As(err, &wrong):
+		return f, fmt.Errorf("%q is no fault; known are %s", wrong.JSONPointer.LastToken(), strings.Join(faultNames(), ", "))
+	case err != nil:
+		return f, fmt.Errorf(`%w; give JSON such as {"errors":{"500":0.01},"abort":0.01}`, err)
+	}
+	return f, f.check()
+}
+
+// faultNames are the keys of the JSON form.
+func faultNames() (names []string) {
+	for _, field := range reflect.VisibleFields(reflect.TypeFor[Faults]()) {
+		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+		names = append(names, name)
+	}
+	return names
+}
+
 func (f *Faults) check() error {
 	sum := f.Abort + f.Torn + f.Reset + f.Empty + f.Garbage
 	for status, share := range f.Errors {
 		if status < 400 || status > 599 {
-			return fmt.Errorf("check faults: %d is no HTTP error status", status)
+			return fmt.Errorf("%d is no HTTP error status, 400 to 599", status)
 		}
 		sum += share
 		if share < 0 {
-			return errors.New("check faults: a share is negative")
+			return errors.New("a share is negative")
 		}
 	}
 	switch {
 	case min(f.Abort, f.Torn, f.Reset, f.Empty, f.Garbage, f.Slow) < 0:
-		return errors.New("check faults: a share is negative")
+		return errors.New("a share is negative")
 	case sum > 1 || f.Slow > 1:
-		return fmt.Errorf("check faults: shares add up to %g, above 1", max(sum, f.Slow))
+		return fmt.Errorf("the shares add up to %g, above 1", max(sum, f.Slow))
 	case f.SlowFactor < 0 || f.CrashAfter < 0:
-		return errors.New("check faults: slow_factor or crash_after is negative")
+		return errors.New("slow_factor or crash_after is negative")
 	}
 	return nil
 }
@@ -167,8 +192,11 @@ func (e *Engine) Faults() Faults {
 // serveFaults is GET and POST /sim/faults.
 func (e *Engine) serveFaults(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodPost {
+		body, err := io.ReadAll(r.Body)
 		var f Faults
-		err := json.UnmarshalRead(r.Body, &f, json.RejectUnknownMembers(true))
+		if err == nil {
+			f, err = ParseFaults(body)
+		}
 		if err == nil {
 			err = e.SetFaults(f)
 		}

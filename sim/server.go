@@ -23,7 +23,7 @@ func (e *Engine) ListenAndServe(ctx context.Context, addr string, ready func(net
 	}
 	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", addr)
 	if err != nil {
-		return fmt.Errorf("listen for simulated engine: %w", err)
+		return fmt.Errorf("serve simulated engine: %w", err)
 	}
 	if ready != nil {
 		ready(ln.Addr())

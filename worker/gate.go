@@ -210,7 +210,16 @@ func unreachable(engine string, err error) string {
 	case broken("connection refused"):
 		return fmt.Sprintf("engine at %s refuses connections; still loading?", engine)
 	case broken("connection reset"), broken("broken pipe"), strings.HasSuffix(said, "EOF"): // it is chance which of them
-		return fmt.Sprintf("engine at %s breaks connections before it answers; still loading, or not an engine?", engine)
+		s := fmt.Sprintf("engine at %s breaks connections before it answers; still loading, or not an engine?", engine)
+		if rest, plain := strings.CutPrefix(engine, "http://"); plain {
+			s += " One with TLS is https://" + rest
+		}
+		return s
+	case broken("does not look like a TLS handshake"), broken("server gave HTTP response to HTTPS client"):
+		return fmt.Sprintf("engine at %s has no TLS; name it http://%s", engine, strings.TrimPrefix(engine, "https://"))
+	case broken("failed to verify certificate"):
+		_, why, _ := strings.Cut(said, "x509: ")
+		return fmt.Sprintf("engine at %s has a certificate that this machine does not trust (%s); trust its authority here, or name the engine as its certificate does", engine, why)
 	}
 	s := fmt.Sprintf("engine at %s cannot be reached: %s", engine, said)
 	if strings.Contains(s, "no such host") {

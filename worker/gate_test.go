@@ -2,6 +2,9 @@ package worker
 
 import (
 	"context"
+	"fmt"
+	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -122,6 +125,28 @@ func TestGateRefused(t *testing.T) {
 	t.Cleanup(f.Server.Close)
 	if !r.wait(1)[0].OK {
 		t.Error("not ok")
+	}
+}
+
+// TestGateScheme: an engine that is named with the wrong scheme, or whose certificate nobody here trusts.
+func TestGateScheme(t *testing.T) {
+	plain, safe := httptest.NewServer(http.NotFoundHandler()), httptest.NewUnstartedServer(http.NotFoundHandler())
+	safe.Config.ErrorLog = log.New(io.Discard, "", 0) // what the server says of our handshakes
+	safe.StartTLS()
+	t.Cleanup(plain.Close)
+	t.Cleanup(safe.Close)
+	for url, want := range map[string]string{
+		strings.Replace(plain.URL, "http:", "https:", 1): "engine at https://127.0.0.1:%s has no TLS; name it http://127.0.0.1:%[1]s",
+		strings.Replace(safe.URL, "https:", "http:", 1):  "engine at http://127.0.0.1:%s wants TLS; name it https://127.0.0.1:%[1]s",
+		safe.URL: "engine at https://127.0.0.1:%s has a certificate that this machine does not trust (certificate signed by unknown authority",
+	} {
+		e, err := NewHTTP(url, "")
+		must(t, err)
+		r := newRig(t)
+		r.send(request(0))
+		r.start(e)
+		r.reason(proto.EngineWaiting, fmt.Sprintf(want, url[strings.LastIndexByte(url, ':')+1:]))
+		e.Close()
 	}
 }
 

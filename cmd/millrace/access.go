@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"os"
 	"strings"
 	"time"
@@ -24,16 +23,16 @@ const defaultNATS = "nats://127.0.0.1:4222"
 
 func (a *app) natsFlags(cmd *cobra.Command) {
 	f, n := cmd.Flags(), &a.nats
-	f.StringVar(&n.url, "nats", "", "broker URL (default: $NATS_URL, else "+defaultNATS+")")
+	f.StringVar(&n.url, "nats", "", "`URL` of the broker (default: $NATS_URL, else "+defaultNATS+")")
 	f.StringVar(&n.token, "token", "", "broker token; better in MILLRACE_TOKEN or --token-file than on the command line")
-	f.StringVar(&n.tokenFile, "token-file", "", "file with the broker token")
-	f.StringVar(&n.creds, "creds", "", "NATS credentials file")
-	f.StringVar(&n.cert, "tls-cert", "", "TLS certificate, PEM")
-	f.StringVar(&n.key, "tls-key", "", "its key, PEM")
-	f.StringVar(&n.ca, "tls-ca", "", "certificates to trust, PEM")
+	f.StringVar(&n.tokenFile, "token-file", "", "`FILE` with the broker token")
+	f.StringVar(&n.creds, "creds", "", "NATS credentials `FILE`")
+	f.StringVar(&n.cert, "tls-cert", "", "`FILE` with a certificate to show to the broker, PEM")
+	f.StringVar(&n.key, "tls-key", "", "`FILE` with the key of --tls-cert, PEM")
+	f.StringVar(&n.ca, "tls-ca", "", "`FILE` with the certificates to trust instead of the system's, PEM")
 }
 
-// access resolves the flags. given says that the user named a broker.
+// access resolves the flags, and looks into the files that they name. given says that the user named a broker.
 func (n *natsFlags) access() (acc broker.Access, given bool, err error) {
 	acc = broker.Access{URL: n.url, Token: n.token, Creds: n.creds, TLSCert: n.cert, TLSKey: n.key, TLSCA: n.ca}
 	if acc.URL == "" {
@@ -44,13 +43,13 @@ func (n *natsFlags) access() (acc broker.Access, given bool, err error) {
 		acc.URL = n.usually()
 	}
 	if n.tokenFile != "" {
-		b, err := os.ReadFile(n.tokenFile)
+		b, err := broker.ReadFile("--token-file", n.tokenFile, "the file with the broker's token")
 		if err != nil {
-			return acc, given, coded{fmt.Errorf("read token file: %w", err), exitUsage}
+			return acc, given, err
 		}
 		acc.Token = strings.TrimSpace(string(b))
 	}
-	return acc, given, nil
+	return acc, given, acc.Check()
 }
 
 func (n *natsFlags) usually() string { return cmp.Or(n.usual, defaultNATS) }

@@ -28,8 +28,16 @@ type aggregateFlags struct {
 
 func (g *aggregateFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVarP(&g.output, "output", "o", "results", "folder for results: DIR/<job>/output.jsonl, errors.jsonl, manifest.json")
-	f.DurationVar(&g.keepFor, "keep-for", 0, "forget finished jobs after this long (default: keep until millrace rm); files stay")
+	f.StringVarP(&g.output, "output", "o", "results", "`DIR` for results: DIR/JOB/output.jsonl, errors.jsonl, manifest.json")
+	f.DurationVar(&g.keepFor, "keep-for", 0, "forget finished jobs after this long (default: keep until millrace rm); their files stay")
+}
+
+// check refuses what cannot be meant.
+func (g *aggregateFlags) check() error {
+	if g.keepFor < 0 {
+		return usagef("--keep-for is %s, must not be negative", g.keepFor)
+	}
+	return nil
 }
 
 func (a *app) aggregateCommand() *cobra.Command {
@@ -37,8 +45,13 @@ func (a *app) aggregateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "aggregate",
 		Short: "Gather results into output files, and run detached jobs",
-		Args:  wants(""),
+		Long: `Gather the results of all jobs of a broker into files under --output, and stay with the jobs of produce --detach.
+One aggregator works at a time; others on the same broker wait to take over.`,
+		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := g.check(); err != nil {
+				return err
+			}
 			if err := checkAckWait(g.ackWait); err != nil {
 				return err
 			}
@@ -71,8 +84,15 @@ func (a *app) serveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Broker and aggregator in one process",
-		Args:  wants(""),
+		Long: `Hold the queues and gather the results, for workers and producers on any machine: broker and aggregator in one process.
+At its start it prints the variables with which the others find it.
+
+  millrace serve --addr 0.0.0.0:4222 --output /srv/results`,
+		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := g.check(); err != nil {
+				return err
+			}
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			return a.holdBroker(take, &b, func(ctx context.Context, srv *broker.Server, reg *prometheus.Registry) error {

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,16 +31,16 @@ type brokerFlags struct {
 
 func (b *brokerFlags) bind(cmd *cobra.Command, a *app) {
 	f := cmd.Flags()
-	f.StringVar(&b.addr, "addr", "127.0.0.1:4222", "HOST:PORT to listen on")
+	f.StringVar(&b.addr, "addr", "127.0.0.1:4222", "`HOST:PORT` to listen on; no HOST: all addresses of this machine")
 	f.StringVar(&b.sync, "sync", "1s", "when the disk is flushed: 1s (power loss costs resending) or always")
-	f.StringVar(&b.monitor, "monitor-addr", "", "HOST:PORT of nats-server's own monitoring (no authentication there)")
+	f.StringVar(&b.monitor, "monitor-addr", "", "`HOST:PORT` of nats-server's own monitoring (no authentication there)")
 	f.BoolVar(&b.noToken, "insecure-no-token", false, "ask nobody for a token although the broker listens beyond loopback")
 	f.DurationVar(&b.ackWait, "ack-wait", 0, "for all queues of this broker: how long a request may go without a heartbeat before another worker gets it (default: as last set, 1m)")
-	f.StringVar(&a.nats.tokenFile, "token-file", "", "file with the token to ask for (default: made in --data where needed)")
-	f.StringVar(&a.nats.token, "token", "", "token to ask for; better in MILLRACE_TOKEN")
-	f.StringVar(&a.nats.cert, "tls-cert", "", "TLS certificate, PEM")
-	f.StringVar(&a.nats.key, "tls-key", "", "its key, PEM")
-	f.StringVar(&a.nats.ca, "tls-ca", "", "ask clients for a certificate signed by these, PEM")
+	f.StringVar(&a.nats.tokenFile, "token-file", "", "`FILE` with the token to ask for (default: one is made in --data where the broker listens beyond loopback)")
+	f.StringVar(&a.nats.token, "token", "", "token to ask for; better in MILLRACE_TOKEN or --token-file than on the command line")
+	f.StringVar(&a.nats.cert, "tls-cert", "", "`FILE` with the broker's certificate, PEM; with it all connections are TLS")
+	f.StringVar(&a.nats.key, "tls-key", "", "`FILE` with the key of --tls-cert, PEM")
+	f.StringVar(&a.nats.ca, "tls-ca", "", "`FILE` with authorities, PEM: clients must show a certificate that one of them signed")
 }
 
 func (a *app) brokerCommand() *cobra.Command {
@@ -47,7 +48,9 @@ func (a *app) brokerCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "broker",
 		Short: "Hold the queues: NATS with JetStream, streams declared",
-		Args:  wants(""),
+		Long: `Hold the queues, in a NATS server inside this process. At its start it prints the variables with which the other
+roles and commands find it. Results are gathered by millrace aggregate; millrace serve is both in one process.`,
+		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
@@ -127,15 +130,27 @@ func (b *brokerFlags) check() error {
 	if err := checkSync(b.sync); err != nil {
 		return err
 	}
-	for flag, addr := range map[string]string{"--addr": b.addr, "--monitor-addr": b.monitor} {
-		if _, _, err := net.SplitHostPort(addr); err != nil && addr != "" {
-			return usagef("%s is %q, must be HOST:PORT", flag, addr)
+	if err := checkAddr("--addr", b.addr); err != nil {
+		return err
+	}
+	if b.monitor != "" {
+		if err := checkAddr("--monitor-addr", b.monitor); err != nil {
+			return err
 		}
 	}
-	if b.addr == "" {
-		return usagef("--addr is empty, must be HOST:PORT")
-	}
 	return checkAckWait(b.ackWait)
+}
+
+// checkAddr refuses what cannot be listened on. An empty HOST is all addresses of this machine, port 0 any free one.
+func checkAddr(flag, addr string) error {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return usagef("%s is %q, must be HOST:PORT", flag, addr)
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return usagef("%s is %q, its port must be a number up to 65535", flag, addr)
+	}
+	return nil
 }
 
 func checkSync(s string) error {

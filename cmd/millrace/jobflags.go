@@ -29,21 +29,21 @@ type jobFlags struct {
 
 func (j *jobFlags) bindInput(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&j.model, "model", "", "replace the model of every line by this one")
-	f.Int64Var(&j.limit, "limit", 0, "take only the first N lines")
+	f.StringVar(&j.model, "model", "", "replace the model of every line by `NAME`")
+	f.Int64Var(&j.limit, "limit", 0, "take only the first `N` lines; 0: all")
 	f.BoolVar(&j.skipInvalid, "skip-invalid", false, "invalid lines become error lines instead of refusing the file")
-	f.StringVar(&j.name, "name", "", "name of the job; another name makes another job of the same file")
-	f.Int64Var(&j.maxAttempts, "max-attempts", 4, "tries of a line before it fails")
+	f.StringVar(&j.name, "name", "", "`NAME` of the job; another name makes another job of the same file")
+	f.Int64Var(&j.maxAttempts, "max-attempts", 4, "tries of a line before it fails, 1 to 100")
 	f.DurationVar(&j.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line")
 }
 
 func (j *jobFlags) bindJob(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed, counted anew when a halted job is started again; lines in flight still end")
-	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired")
-	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) are ok")
+	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed, counted anew when a halted job is started again; lines in flight still end (default: no limit)")
+	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired (default: no limit)")
+	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) of the finished job are ok")
 	f.BoolVar(&j.again, "again", false, "a fresh run of all lines of a job that is finished or was halted")
-	f.DurationVar(&j.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat before another worker gets it (default 1m)")
+	f.DurationVar(&j.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat before another worker gets it (default: as its queue has it, 1m)")
 	f.Int64Var(&j.window, "window", 0, "lines of the job in the queue at once (default: 20,000, or 3 times what all workers hold)")
 	if err := f.MarkHidden("window"); err != nil {
 		panic(err) // the flag is defined in the line above
@@ -54,25 +54,34 @@ func (j *jobFlags) bindJob(cmd *cobra.Command) {
 func (j *jobFlags) check() error {
 	if j.maxErrors != "" {
 		if _, _, err := number(j.maxErrors); err != nil {
-			return usagef("--max-errors: %w", err)
+			return usagef("--max-errors is %w", err)
 		}
 	}
 	if j.failUnder != "" {
 		if _, _, err := number(j.failUnder); err != nil {
-			return usagef("--fail-under: %w", err)
+			return usagef("--fail-under is %w", err)
 		}
 	}
 	switch {
 	case j.limit < 0:
 		return usagef("--limit is %d, must not be negative", j.limit)
-	case j.maxAttempts < 1 || j.maxAttempts > 100:
-		return usagef("--max-attempts is %d, must be 1 to 100", j.maxAttempts)
-	case j.requestTimeout <= 0:
-		return usagef("--request-timeout is %s, must be positive", j.requestTimeout)
 	case j.timeout < 0:
 		return usagef("--timeout is %s, must not be negative", j.timeout)
 	}
+	if err := checkTries(j.maxAttempts, j.requestTimeout); err != nil {
+		return err
+	}
 	return checkAckWait(j.ackWait)
+}
+
+func checkTries(maxAttempts int64, requestTimeout time.Duration) error {
+	switch {
+	case maxAttempts < 1 || maxAttempts > 100:
+		return usagef("--max-attempts is %d, must be 1 to 100", maxAttempts)
+	case requestTimeout <= 0:
+		return usagef("--request-timeout is %s, must be positive", requestTimeout)
+	}
+	return nil
 }
 
 // checkAckWait refuses what heartbeats could not keep up with.
@@ -88,7 +97,7 @@ func number(s string) (n float64, percent bool, err error) {
 	t, percent := strings.CutSuffix(strings.TrimSpace(s), "%")
 	n, err = strconv.ParseFloat(strings.TrimSpace(t), 64)
 	if err != nil || !(n >= 0 && n <= math.MaxInt64) || percent && n > 100 || !percent && n != math.Trunc(n) {
-		return 0, false, fmt.Errorf("%q is neither a number nor a percentage", s)
+		return 0, false, fmt.Errorf("%q, must be a number of lines, such as 100, or a percentage up to 100%%", s)
 	}
 	return n, percent, nil
 }
@@ -116,12 +125,26 @@ func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int
 		clean()
 		return nil, nil, err
 	}
-	return ds, func() {
+	closeAll := func() {
 		if err := ds.Close(); err != nil {
 			a.log.Warn("close the input", "error", err)
 		}
 		clean()
-	}, nil
+	}
+	if err := j.reachable(ds.Lines); err != nil {
+		closeAll()
+		return nil, nil, err
+	}
+	return ds, closeAll, nil
+}
+
+// reachable refuses a --fail-under that so many lines cannot reach.
+func (j *jobFlags) reachable(lines int64) error {
+	n, percent, _ := number(j.failUnder) // checked before; none is 0
+	if !percent && n > float64(lines) {
+		return usagef("--fail-under is %s, but there are only %s; give a smaller number, or a percentage", j.failUnder, count(lines, "line"))
+	}
+	return nil
 }
 
 // scanFolder makes a locked folder in parent, and removes those that killed processes left there.
@@ -159,7 +182,7 @@ func (a *app) scanProgress() func(bytes, lines int64) {
 	return func(bytes, lines int64) {
 		if time.Since(last) > 5*time.Second {
 			last = time.Now()
-			fmt.Fprintf(a.std.err, "reading the input: %s, %d MB\n", count(lines, "line"), bytes>>20)
+			fmt.Fprintf(a.std.err, "reading the input: %s, %s\n", count(lines, "line"), broker.Size(bytes))
 		}
 	}
 }

@@ -13,11 +13,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
+
+	"millrace/broker"
 )
 
 func (a *app) metricsFlag(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&a.metrics, "metrics-addr", "", "serve Prometheus metrics at HOST:PORT/metrics")
-	cmd.Flags().BoolVar(&a.pprof, "pprof", false, "serve profiles of this process there, too, at /debug/pprof")
+	cmd.Flags().StringVar(&a.metrics, "metrics-addr", "", "serve Prometheus metrics at `HOST:PORT`/metrics (default: nowhere)")
+	cmd.Flags().BoolVar(&a.pprof, "pprof", false, "serve profiles of this process, too: at /debug/pprof of --metrics-addr")
 }
 
 // serveMetrics starts the metrics server where one is wanted. The function it returns stops it.
@@ -33,9 +35,12 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 		}
 		return reg, func() {}, nil
 	}
+	if err := checkAddr("--metrics-addr", a.metrics); err != nil {
+		return nil, nil, err
+	}
 	ln, err := net.Listen("tcp", a.metrics)
 	if err != nil {
-		return nil, nil, coded{fmt.Errorf("serve metrics: %w; choose another --metrics-addr", err), exitFailure}
+		return nil, nil, broker.ListenError(a.metrics, "--metrics-addr", err)
 	}
 	srv := &http.Server{Handler: watched(reg, a.pprof), ReadHeaderTimeout: 10 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: time.Minute}
 	over := make(chan struct{})

@@ -33,6 +33,7 @@ type memo struct {
 	Name     string `json:"name,omitempty"`
 	Input    string `json:"input"`
 	SHA256   string `json:"sha256"`
+	Limit    int64  `json:"limit,omitempty"`
 	Output   string `json:"output,omitempty"`
 	Manifest string `json:"manifest"`
 	Finished bool   `json:"finished"`
@@ -105,7 +106,7 @@ func (p *place) write(m memo) error {
 }
 
 func (p *place) remember(job *proto.Job, files aggregator.Files) error {
-	return p.write(memo{Job: job.ID, Name: job.Name, Input: job.Input, SHA256: job.SHA256, Output: files.Output, Manifest: files.Manifest})
+	return p.write(memo{Job: job.ID, Name: job.Name, Input: job.Input, SHA256: job.SHA256, Limit: job.Limit, Output: files.Output, Manifest: files.Manifest})
 }
 
 // halted notes that too much failed: the same command goes on, and --again begins anew.
@@ -137,17 +138,23 @@ func (p *place) finish(a *app, manifest string) {
 	}
 }
 
-// nameOlder tells of the newest job of the same file whose content was another, and of which something ran.
+// nameOlder tells of the newest job of the same file of which something ran, where its content was another. One of another
+// --limit had other lines, too, but tells nothing of the file.
 func (a *app) nameOlder(job *proto.Job) {
 	for _, k := range a.kept() { // the newest first
-		if k.Input != job.Input || k.SHA256 == job.SHA256 || job.Input == "-" {
+		if k.Input != job.Input || k.Limit != job.Limit || job.Input == "-" || !k.Finished && !aggregator.Began(filepath.Join(k.dir, "aggregate"), k.Job) {
 			continue
 		}
-		if k.Finished || aggregator.Began(filepath.Join(k.dir, "aggregate"), k.Job) {
-			fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", k.Job, filepath.Base(job.Input))
-			return
+		if k.SHA256 != job.SHA256 {
+			a.sayOlder(k.Job, job)
 		}
+		return
 	}
+}
+
+// sayOlder names an older job of the same file as a new one.
+func (a *app) sayOlder(older string, job *proto.Job) {
+	fmt.Fprintf(a.std.err, "note: %s was changed since job %s; this is a new job\n", filepath.Base(job.Input), older)
 }
 
 // watchRun follows a job that another process of this machine runs, to its end or to that of the process. Where the

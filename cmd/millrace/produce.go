@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"time"
 
@@ -190,7 +189,7 @@ func (a *app) create(ctx context.Context, conn *broker.Conn, ds *producer.Datase
 		return job, err
 	}
 	if old != nil {
-		fmt.Fprintf(a.std.err, "note: job %s of %s had other lines (the file was changed, or --limit is another); this is a new job\n", old.ID, filepath.Base(job.Input))
+		a.sayOlder(old.ID, &job)
 	}
 	return job, nil
 }

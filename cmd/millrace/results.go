@@ -62,9 +62,9 @@ both times. Of a run on this machine that no process has any more it prints what
 			return a.copyResults(take, conn, v.Job.ID, which, follow, a.std.out)
 		},
 	}
-	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the job is finished")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what comes, until the job is finished")
 	cmd.Flags().BoolVar(&failed, "errors", false, "the lines that failed instead of those that are ok")
-	cmd.Flags().BoolVar(&all, "all", false, "both")
+	cmd.Flags().BoolVar(&all, "all", false, "the lines that are ok and those that failed")
 	cmd.Flags().BoolVar(&manifest, "manifest", false, "the manifest of a finished job instead of its lines")
 	a.natsFlags(cmd)
 	return cmd
@@ -176,10 +176,16 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 	name, err := manifestAt(what)
 	if err == nil {
 		_, reasons, err := aggregator.Verify(name)
+		if errors.Is(err, aggregator.ErrNoManifest) {
+			err = fmt.Errorf("%w; %s", err, giveManifest)
+		}
 		return reasons, err
 	}
 	if !errors.Is(err, os.ErrNotExist) {
 		return nil, err
+	}
+	if strings.HasSuffix(what, "manifest.json") { // a job may have any name, but hardly this one
+		return nil, fmt.Errorf("%s: no such file; %s", what, giveManifest)
 	}
 	conn, v, err := a.find(ctx, what)
 	if err != nil && ctx.Err() == nil {
@@ -212,6 +218,8 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 	return ans.Reasons, nil
 }
 
+const giveManifest = "give the manifest of a finished job (*.manifest.json), its folder, or the job"
+
 // manifestAt is the manifest at path: the file itself, or the only one in the folder.
 func manifestAt(path string) (string, error) {
 	st, err := os.Stat(path)
@@ -228,8 +236,11 @@ func manifestAt(path string) (string, error) {
 			names = append(names, filepath.Join(path, e.Name()))
 		}
 	}
-	if len(names) != 1 {
-		return "", fmt.Errorf("%s holds %d manifests; name one", path, len(names))
+	switch len(names) {
+	case 0:
+		return "", fmt.Errorf("%s holds no manifest; give the *.manifest.json of a finished job, or the job", path)
+	case 1:
+		return names[0], nil
 	}
-	return names[0], nil
+	return "", fmt.Errorf("%s holds %d manifests; give one of them, such as %s", path, len(names), names[0])
 }

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"time"
 
@@ -61,11 +63,18 @@ OpenAI-compatible servers. Every line ends as exactly one line of the output or 
 	root.SetErr(a.std.err)
 	root.SetIn(a.std.in)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		var bad *pflag.InvalidValueError
+		if errors.As(err, &bad) {
+			return usagef("--%s is %s", bad.GetFlag().Name, misfit(bad))
+		}
 		return usagef("%w; see `%s --help`", err, cmd.CommandPath())
 	})
+	root.SetUsageTemplate(root.UsageTemplate() + `
+Each flag is an environment variable, too: --ack-wait is MILLRACE_ACK_WAIT. Durations are written 30s, 10m, 1h30m.
+`)
 	pf := root.PersistentFlags()
 	pf.BoolVarP(&a.verbose, "verbose", "v", false, "log details")
-	pf.StringVar(&a.data, "data", "", "folder for state (default: $XDG_STATE_HOME/millrace)")
+	pf.StringVar(&a.data, "data", "", "`DIR` for state (default: $XDG_STATE_HOME/millrace, else ~/.local/state/millrace)")
 	root.AddGroup(&cobra.Group{ID: "work", Title: "Run jobs:"}, &cobra.Group{ID: groupRoles, Title: "Roles of a fleet:"},
 		&cobra.Group{ID: "control", Title: "Look and control:"})
 	add := func(group string, cmds ...*cobra.Command) {
@@ -78,6 +87,11 @@ OpenAI-compatible servers. Every line ends as exactly one line of the output or 
 	add(groupRoles, a.brokerCommand(), a.aggregateCommand(), a.serveCommand(), a.workerCommand(), a.simCommand())
 	add("control", a.statusCommand(), a.jobsCommand(), a.wantCommand("cancel"), a.wantCommand("pause"), a.wantCommand("resume"),
 		a.resultsCommand(), a.verifyCommand(), a.rmCommand(), a.doctorCommand())
+	for _, c := range root.Commands() {
+		if c.GroupID == "control" {
+			c.Flag("nats").Usage = "`URL` of the broker (default: $NATS_URL, else those of all runs of yours on this machine, else " + defaultNATS + ")"
+		}
+	}
 	return root
 }
 
@@ -117,12 +131,35 @@ func fromEnv(fs *pflag.FlagSet, env func(string) (string, bool)) error {
 			values = splitEngines(v)
 		}
 		for _, v := range values {
-			if e := fs.Set(f.Name, strings.TrimSpace(v)); e != nil {
+			var bad *pflag.InvalidValueError
+			switch e := fs.Set(f.Name, strings.TrimSpace(v)); {
+			case errors.As(e, &bad):
+				err = usagef("environment variable %s is %s", name, misfit(bad))
+			case e != nil:
 				err = usagef("environment variable %s: %w", name, e)
 			}
 		}
 	})
 	return err
+}
+
+// misfit says what a flag was given, and what it takes.
+func misfit(bad *pflag.InvalidValueError) string {
+	takes, kind := "another value", bad.GetFlag().Value.Type()
+	switch kind {
+	case "duration":
+		takes = "a time such as 30s, 10m or 1h30m"
+	case "int", "int64":
+		takes = "a whole number"
+	case "uint64":
+		takes = "a whole number, not negative"
+	case "bool":
+		takes = "true or false"
+	}
+	if errors.Is(bad, strconv.ErrRange) {
+		takes += ", not that large"
+	}
+	return fmt.Sprintf("%q, must be %s", bad.GetValue(), takes)
 }
 
 func envName(f *pflag.Flag) string {
@@ -150,4 +187,6 @@ func terminal(w io.Writer) bool {
 	return err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb"
 }
 
-func (a *app) jsonFlag(cmd *cobra.Command) { cmd.Flags().BoolVar(&a.json, "json", false, "print JSON") }
+func (a *app) jsonFlag(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&a.json, "json", false, "print JSON instead of text")
+}

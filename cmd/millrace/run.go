@@ -64,8 +64,8 @@ aggregator and producer in this one process. The same command again continues wh
 	r.bindJob(cmd)
 	r.bind(cmd)
 	f := cmd.Flags()
-	f.StringVarP(&r.output, "output", "o", "", "output file (default: the input's name with .results), written over if it is there; errors and manifest beside it")
-	f.StringVar(&r.sync, "sync", "1s", "when the queue's disk is flushed: 1s or always")
+	f.StringVarP(&r.output, "output", "o", "", "output `FILE` (default: the input's name with .results), written over if it is there; errors and manifest beside it")
+	f.StringVar(&r.sync, "sync", "1s", "when the queue's disk is flushed: 1s (power loss costs doing that second again) or always")
 	a.jsonFlag(cmd)
 	a.metricsFlag(cmd)
 	return cmd

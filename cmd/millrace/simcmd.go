@@ -2,13 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"time"
 
-	"github.com/go-json-experiment/json"
 	"github.com/spf13/cobra"
 
+	"millrace/broker"
 	"millrace/sim"
 )
 
@@ -20,12 +21,18 @@ func (a *app) simCommand() *cobra.Command {
 		Short: "A simulated vLLM: same routes, errors, metrics and manners of dying, at a speed you choose",
 		Long: `Serve a look-alike of vLLM whose text is simulated. Its scheduler works in steps as vLLM's does; a step takes
 --step-time, plus --decode-time for each sequence, plus --prefill-time for each prompt token. Faults can be set at
-the start (--faults) and changed while it runs (POST /sim/faults).`,
+the start (--faults) and changed while it runs (POST /sim/faults): shares of requests that fail (errors by HTTP status,
+abort, torn, reset, empty, garbage) or are slow (slow, slow_factor); true for hang or crash; crash_after a number of
+requests; poison, a text in a prompt that kills it.`,
 		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkAddr("--addr", addr); err != nil {
+				return err
+			}
 			c.Shutdown = sim.Shutdown(shutdown)
 			if faults != "" {
-				if err := json.Unmarshal([]byte(faults), &c.Faults); err != nil {
+				var err error
+				if c.Faults, err = sim.ParseFaults([]byte(faults)); err != nil {
 					return usagef("--faults: %w", err)
 				}
 			}
@@ -35,24 +42,24 @@ the start (--faults) and changed while it runs (POST /sim/faults).`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&addr, "addr", "127.0.0.1:8000", "HOST:PORT to listen on")
+	f.StringVar(&addr, "addr", "127.0.0.1:8000", "`HOST:PORT` to listen on; no HOST: all addresses of this machine")
 	f.StringArrayVar(&c.Models, "model", []string{"sim"}, "`NAME` of a served model; repeat it for several")
 	f.IntVar(&c.MaxModelLen, "max-model-len", 4096, "context in tokens")
 	f.IntVar(&c.KVTokens, "kv-tokens", 131072, "capacity of the KV cache in tokens")
 	f.IntVar(&c.MaxNumSeqs, "max-num-seqs", 256, "sequences that run at once, at most")
 	f.IntVar(&c.MaxBatchedTokens, "max-num-batched-tokens", 2048, "tokens of one step, at most")
-	f.IntVar(&c.MaxQueued, "max-num-queued-reqs", 0, "more requests than this get HTTP 503; 0: no limit")
+	f.IntVar(&c.MaxQueued, "max-num-queued-reqs", 0, "requests that run and wait, at most; one more gets HTTP 503; 0: no limit")
 	f.IntVar(&c.EmbeddingDim, "embedding-dim", 0, "serve embeddings of so many numbers instead of text")
 	f.IntVar(&c.OutputTokens.Min, "output-min", 32, "tokens of an answer that nothing else limits, at least")
-	f.IntVar(&c.OutputTokens.Max, "output-max", 256, "and at most")
+	f.IntVar(&c.OutputTokens.Max, "output-max", 256, "tokens of an answer that nothing else limits, at most")
 	f.DurationVar(&c.StepTime, "step-time", 5*time.Millisecond, "time of one step")
 	f.DurationVar(&c.DecodeTime, "decode-time", 20*time.Microsecond, "more time for each sequence that decodes")
 	f.DurationVar(&c.PrefillTime, "prefill-time", 10*time.Microsecond, "more time for each prompt token")
-	f.DurationVar(&c.LoadTime, "load-time", 0, "refuse connections this long, as if the model were loading")
-	f.StringVar(&c.APIKey, "api-key", "", "ask for this key")
+	f.DurationVar(&c.LoadTime, "load-time", 0, "refuse connections this long at first, as if the model were loading")
+	f.StringVar(&c.APIKey, "api-key", "", "API key to ask for")
 	f.Uint64Var(&c.Seed, "seed", 0, "seed of faults and output lengths")
 	f.StringVar(&shutdown, "shutdown", "error", "what a signal does to requests in flight: error, abort, hang or drain")
-	f.StringVar(&faults, "faults", "", `faults as JSON, such as {"errors":{"500":0.01},"abort":0.01}`)
+	f.StringVar(&faults, "faults", "", "faults as `JSON`, such as "+`{"errors":{"500":0.01},"abort":0.01}`)
 	f.BoolVar(&c.Null, "null", false, "constant answers at once, for benchmarks")
 	return cmd
 }
@@ -69,8 +76,12 @@ func (a *app) simServe(ctx context.Context, c sim.Config, addr string) error {
 	if ctx.Err() != nil {
 		return stopped(ctx)
 	}
+	var listen *net.OpError
+	if errors.As(err, &listen) && listen.Op == "listen" {
+		return broker.ListenError(addr, "--addr", err)
+	}
 	if err != nil {
-		return fmt.Errorf("serve the simulated engine: %w", err)
+		return err
 	}
 	fmt.Fprintln(a.std.err, "simulated engine: died as vLLM dies, with exit status 0")
 	return nil

@@ -248,9 +248,9 @@ func (o *overview) print(w io.Writer, detail bool) error {
 	for _, r := range o.Workers {
 		fmt.Fprintf(tw, "%s\t%s\t%d/%d\t%d\t%d\t%s\t%s\t%s\n", r.ID, r.State, r.InFlight, r.Limit, r.OK, r.Failed, r.Engine, strings.Join(r.Models, ","), r.Reason)
 	}
-	fmt.Fprintln(tw, "\nQUEUE\tWAITING\tHANDED OUT\tBYTES\tOF")
+	fmt.Fprintln(tw, "\nQUEUE\tWAITING\tHANDED OUT\tSIZE\tOF AT MOST")
 	for _, q := range o.Queues {
-		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\n", q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes)
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%s\t%s\n", q.Model, q.Waiting, q.HandedTo, broker.Size(q.Bytes), most(q.MaxBytes))
 	}
 	if detail && len(o.Jobs) == 1 {
 		o.Jobs[0].detail(tw)
@@ -270,6 +270,14 @@ func (j *jobRow) detail(w io.Writer) {
 	if j.Manifest != "" {
 		fmt.Fprintf(w, "verdict\t%s\nfiles on\t%s\noutput\t%s\nerrors\t%s\nmanifest\t%s\n", j.Verdict, j.Host, j.Output, j.Errors, j.Manifest)
 	}
+}
+
+// most is the limit of a queue's size, which an operator may have taken away.
+func most(n int64) string {
+	if n <= 0 {
+		return "no limit"
+	}
+	return broker.Size(n)
 }
 
 func part(n, of int64) string {

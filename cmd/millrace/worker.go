@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net/url"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -36,7 +35,7 @@ func (e *engineFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringArrayVar(&e.urls, "engine", nil, "`URL` of an engine (any OpenAI-compatible server); repeat it for several, or give them with commas")
 	f.StringVar(&e.key, "engine-api-key", "", "key that the engines ask for; better in MILLRACE_ENGINE_API_KEY or a file")
-	f.StringVar(&e.keyFile, "engine-api-key-file", "", "file with that key")
+	f.StringVar(&e.keyFile, "engine-api-key-file", "", "`FILE` with the key that the engines ask for")
 	f.DurationVar(&e.stallTimeout, "stall-timeout", 2*time.Minute, "how long an engine with requests may make no token until it is thought hung")
 	f.StringVar(&e.concurrency, "concurrency", "auto", "requests in flight at an engine: a number, or auto")
 	f.DurationVar(&e.drainTimeout, "drain-timeout", 10*time.Minute, "when it is asked to stop: how long lines in flight may go on until they are given back")
@@ -47,11 +46,8 @@ func (e *engineFlags) apiKey() (string, error) {
 	if e.keyFile == "" {
 		return e.key, nil
 	}
-	b, err := os.ReadFile(e.keyFile)
-	if err != nil {
-		return "", coded{fmt.Errorf("read engine key: %w", err), exitUsage}
-	}
-	return strings.TrimSpace(string(b)), nil
+	b, err := broker.ReadFile("--engine-api-key-file", e.keyFile, "the file with the engines' key")
+	return strings.TrimSpace(string(b)), err
 }
 
 func (e *engineFlags) inFlight() (int, error) {
@@ -70,8 +66,11 @@ func (e *engineFlags) check(known ...string) error {
 	if _, err := e.inFlight(); err != nil {
 		return err
 	}
-	if e.drainTimeout < 0 {
+	switch {
+	case e.drainTimeout < 0:
 		return usagef("--drain-timeout is %s, must not be negative", e.drainTimeout)
+	case e.stallTimeout <= 0:
+		return usagef("--stall-timeout is %s, must be positive", e.stallTimeout)
 	}
 	key, err := e.apiKey()
 	if err != nil {
@@ -252,7 +251,11 @@ func (a *app) workerCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "worker --engine URL",
 		Short: "Keep an engine full: pull requests, call it, publish results",
-		Args:  wants(""),
+		Long: `Keep an engine full: pull requests of the models that it serves, call it, publish results. It waits for its engine and
+for its broker, and says so. One worker for each engine is usual; one process can have several.
+
+  millrace worker --engine http://127.0.0.1:8000`,
+		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if len(e.urls) == 0 {
 				return usagef("no engine; give --engine URL, such as http://localhost:8000")
@@ -261,6 +264,9 @@ func (a *app) workerCommand() *cobra.Command {
 				return err
 			}
 			if err := checkAckWait(ackWait); err != nil {
+				return err
+			}
+			if err := checkTries(e.maxAttempts, e.requestTimeout); err != nil {
 				return err
 			}
 			e.once(a.std.err)
@@ -273,7 +279,7 @@ func (a *app) workerCommand() *cobra.Command {
 	e.bind(cmd)
 	f := cmd.Flags()
 	f.DurationVar(&e.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line whose job does not say")
-	f.Int64Var(&e.maxAttempts, "max-attempts", 4, "tries of a line whose job does not say")
+	f.Int64Var(&e.maxAttempts, "max-attempts", 4, "tries of a line whose job does not say, 1 to 100")
 	f.DurationVar(&ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default: as the broker's, 1m)")
 	a.metricsFlag(cmd)
 	a.natsFlags(cmd)

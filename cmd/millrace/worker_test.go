@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"millrace/proto"
 )
@@ -41,7 +42,7 @@ func TestOnce(t *testing.T) {
 		{"http://h:1 http://h:2 https://h:1 http://h:1/a http://[::1]:1 http://127.0.0.1:1", "http://h:1 http://h:2 https://h:1 http://h:1/a http://[::1]:1 http://127.0.0.1:1", ""},
 		{"null: null:", "null: null:", ""},
 	} {
-		e := engineFlags{urls: strings.Split(c.given, " ")}
+		e := engineFlags{urls: strings.Split(c.given, " "), stallTimeout: time.Minute}
 		if strings.Contains(c.given, ",") {
 			e.urls = []string{c.given}
 		}
@@ -97,7 +98,7 @@ func TestEnginePassword(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, urls := range [][]string{{c.given}, fromFlags} {
-			e := engineFlags{urls: urls}
+			e := engineFlags{urls: urls, stallTimeout: time.Minute}
 			err := e.check(simEngine)
 			switch {
 			case c.wrong == "" && err != nil:
