@@ -72,7 +72,7 @@ func (s *session) timeout(l *line) time.Duration {
 func (s *session) interrupted(l *line, cause error) {
 	switch {
 	case errors.Is(cause, errCancelled):
-		s.drop(l)
+		s.drop(l, "cancelled")
 	case errors.Is(cause, errHung):
 		s.hung(l)
 	case errors.Is(cause, errGone):
@@ -278,7 +278,7 @@ func (s *session) retry(o *outcome) {
 	s.away(func() {
 		wait(s.taking, rest(len(next.Attempts), s.refusal)) // a worker that stops does not wait
 		if s.control.want(next.Job) == proto.WantCancel {
-			s.drop(o.line)
+			s.drop(o.line, "cancelled")
 			return
 		}
 		if s.gate.condemned(o.same, o.started) {
@@ -419,9 +419,9 @@ func wait(ctx context.Context, d time.Duration) {
 	}
 }
 
-// drop acknowledges a line without a result: its owner ends it.
-func (s *session) drop(l *line) {
-	s.metrics.givenBack.WithLabelValues("cancelled").Inc()
+// drop acknowledges a line without a result: its owner ends it, or sends it again.
+func (s *session) drop(l *line, reason string) {
+	s.metrics.givenBack.WithLabelValues(reason).Inc()
 	s.held.say(l, verbAck)
 }
 
