@@ -11,7 +11,8 @@ import (
 // every line is wrong must still end. The rule, in one place:
 //
 //   - equalLimit errors in a row that are alike (status, code, message but for quoted text and words with digits),
-//     permanent or charged, without one success in between, close the gate: the engine is degraded.
+//     permanent or charged, a connection that breaks among them, without one success in between, close the gate: the
+//     engine is degraded.
 //   - Of an engine that is not proven (doubt.go) all errors count as alike, here and below: nothing tells yet that it
 //     is not the engine which fails each line in another way. And one is enough where it does not have a line's route.
 //   - While it is closed, lines that fail alike are given back uncharged, and so are those that were in doubt.
@@ -107,10 +108,12 @@ func (g *gate) answeredLocked(started time.Time) bool {
 	return true
 }
 
-// failed is called for each line that the engine answered with an error.
+// failed is called for each line that the engine answered with an error, or did not answer whole though it is up.
 func (g *gate) failed(o *outcome) {
 	g.mu.Lock()
-	g.heard()
+	if o.class != classBroken { // which is no answer
+		g.heard()
+	}
 	t := g.trip
 	proven := g.proven()
 	alike := o.same == g.equal.same || !proven
@@ -128,6 +131,7 @@ func (g *gate) failed(o *outcome) {
 			t.until = now.Add(g.pause(tripDegraded))
 			judge = true
 		}
+	case o.class == classBroken:
 	default:
 		if g.answeredLocked(o.started) && tooMany {
 			judge = g.degrade()

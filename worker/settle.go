@@ -50,7 +50,7 @@ func (s *session) attempt(l *line) {
 // said is what the engine said, in short.
 func (o *outcome) said() string {
 	status := fmt.Sprintf("HTTP %d", o.answer.Status)
-	if strings.HasPrefix(o.message, status) {
+	if o.class == classBroken || strings.HasPrefix(o.message, status) {
 		return o.message
 	}
 	return status + ": " + o.message
@@ -360,10 +360,11 @@ func (s *session) suspect(l *line, what string) {
 }
 
 // noModel deals with a line whose model the engine does not know. Where it does list the model, it is the line that
-// is wrong: its body names another one.
+// is wrong, because its body names another one, or an engine that fails all lines so.
 func (s *session) noModel(o *outcome) {
 	st := s.gate.fresh(s.stopped)
 	if st.State == proto.EngineReady && st.serves(o.queue.model) {
+		s.blame(o)
 		s.retry(o)
 		return
 	}
@@ -393,6 +394,7 @@ func (s *session) broken(o *outcome) {
 			s.giveBack(o.line, 0, "stopped")
 			return
 		case time.Now().After(until):
+			s.blame(o)
 			s.retry(o)
 			return
 		}
