@@ -46,6 +46,8 @@ const (
 	patience   = 3
 )
 
+const onTrial = "it gets one line at a time until it answers one"
+
 // add counts an error and says whether the gate is to close.
 func (e *equalErrors) add(o *outcome, proven bool) bool {
 	if o.same != e.same {
@@ -69,11 +71,11 @@ func (e *equalErrors) pardons(same string) bool {
 
 // pardon lets lines fail by such errors. What is said of it stays, though the next lines fail in other words.
 func (e *equalErrors) pardon(proven bool) {
-	how := " alike"
-	if !proven && e.n < equalLimit {
-		how = ""
+	how := "engine fails all lines"
+	if e.n >= equalLimit {
+		how = fmt.Sprintf("engine failed %d lines in a row alike", equalLimit)
 	}
-	e.why = "engine fails all lines" + how + ", and nobody else serves " + e.model + ", so they are let fail: " + e.message
+	e.why = how + ", and nobody else serves " + e.model + ", so such lines are let fail: " + e.message
 	e.pardoned, e.allowed = e.same, !proven
 }
 
@@ -160,9 +162,9 @@ func (e *equalErrors) reason() string {
 		return fmt.Sprintf("engine has no route %s (%s); is its address right, and does it serve such requests?", e.route, e.message)
 	}
 	if e.n < equalLimit && e.all >= equalLimit {
-		return fmt.Sprintf("engine failed %d lines in a row, the last: %s", e.all, e.message)
+		return fmt.Sprintf("engine failed %d lines in a row, the last: %s; %s", e.all, e.message, onTrial)
 	}
-	return fmt.Sprintf("engine failed %d lines in a row alike: %s", equalLimit, e.message)
+	return fmt.Sprintf("engine failed %d lines in a row alike: %s; %s", equalLimit, e.message, onTrial)
 }
 
 // judge applies the rule to a degraded engine.

@@ -84,6 +84,7 @@ func (s *session) interrupted(l *line, cause error) {
 
 // settle does what follows from an attempt.
 func (s *session) settle(o *outcome) {
+	s.gate.note(o)
 	switch o.class {
 	case classDone:
 		s.done(o)
@@ -122,7 +123,11 @@ func (s *session) refuse(o *outcome) {
 		s.retry(o)
 		return
 	}
-	rest := max(o.delay, o.pause(s.refusal))
+	rest := o.pause(s.refusal)
+	if s.gate.answered(time.Minute) { // it is not down: lines that it refuses by chance should not wait for a minute
+		rest = min(rest, jitter(8*s.refusal))
+	}
+	rest = max(o.delay, rest)
 	switch o.class {
 	case classBusy:
 		s.limit.refused(time.Now())

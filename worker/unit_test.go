@@ -156,6 +156,26 @@ func TestLimitBackPressure(t *testing.T) {
 	}
 }
 
+// TestLimitBusyNowAndThen: an engine that answers more than it refuses has not too much, and the limit stays.
+func TestLimitBusyNowAndThen(t *testing.T) {
+	now := time.Now()
+	l := newLimit(60)
+	for range 30 {
+		now = now.Add(time.Second)
+		for range 3 {
+			l.finished(proto.Usage{})
+		}
+		l.refused(now)
+	}
+	if got := l.get(); got != 60 {
+		t.Errorf("limit %d", got)
+	}
+	l.refused(now.Add(time.Second))
+	if got := l.get(); got != 40 {
+		t.Errorf("limit %d of an engine that only refuses", got)
+	}
+}
+
 func TestMaxTokens(t *testing.T) {
 	for body, want := range map[string]int{
 		`{"max_tokens":16}`: 16, `{"max_completion_tokens":5,"n":3}`: 15, `{"messages":[{"max_tokens":9}]}`: noMaxTokens,
