@@ -43,31 +43,44 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// TestPause: nothing waits while the job is paused, and what is missing is sent when it goes on. A new owner of a
-// paused job keeps it paused.
+// TestPause: nothing is fed while the job is paused. When it goes on, what is missing is sent, but for what is in the queue:
+// it may be in flight. A new owner of a paused job keeps it paused.
 func TestPause(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
 	in := Input{Path: file(t, linesOf(100, "m"))}
 	o := w.owner(scanned(t, in))
-	o.Window = 40
+	o.Window, o.AckWait = 40, time.Hour
 	a := w.aggregate(o.Job)
 	s := w.run(o)
 	until(t, "the window is full", func() bool { return w.queued(&o.Job) == 40 })
 	w.want(o.Job.ID, proto.WantPause)
-	until(t, "the job is paused", func() bool { return w.feed(o.Job.ID).State == proto.FeedPaused && w.queued(&o.Job) == 0 })
+	until(t, "the job is paused", func() bool { return w.feed(o.Job.ID).State == proto.FeedPaused })
+	inFlight, dropped := w.pull("m", 30), w.pull("m", 10)
+	for _, m := range dropped {
+		if err := m.DoubleAck(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
 	s.stop()
 	if err := s.end(); err == nil {
 		t.Fatal("no error")
 	}
 	o2 := w.owner(scanned(t, in))
+	o2.AckWait = time.Hour
 	s = w.run(o2)
 	until(t, "the second owner has it", func() bool { return w.feed(o.Job.ID).Owner.ID != "" })
-	if f := w.feed(o.Job.ID); f.State != proto.FeedPaused || w.queued(&o.Job) > 0 {
+	if f := w.feed(o.Job.ID); f.State != proto.FeedPaused || w.queued(&o.Job) != 30 {
 		t.Errorf("record %+v, %d queued", f, w.queued(&o.Job))
 	}
 	w.want(o.Job.ID, proto.WantRun)
-	until(t, "it goes on", func() bool { return w.queued(&o.Job) > 0 })
+	until(t, "it goes on", func() bool { return w.queued(&o.Job) > 30 })
 	w.work("m", okay)
+	until(t, "all else has ended", func() bool { return a.folded() == 70 })
+	for _, m := range inFlight {
+		if err := end(t.Context(), w.conn, m, okay); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := s.end(); err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +89,7 @@ func TestPause(t *testing.T) {
 			t.Errorf("line %d has %d results", i, n)
 		}
 	}
-	if f := w.feed(o.Job.ID); f.Enqueued != 100 || f.Resent != 40 {
+	if f := w.feed(o.Job.ID); f.Enqueued != 100 || f.Resent != 10 {
 		t.Errorf("record %+v", f)
 	}
 }

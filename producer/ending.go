@@ -10,12 +10,12 @@ import (
 	"millrace/proto"
 )
 
-// pause drops what is queued, again and again since workers may send requests back, until something else is wanted.
+// pause feeds nothing until something else is wanted. What is queued stays: the workers drop what they get of the job, and
+// a request in the queue afterwards is one that they have begun and finish, or that nobody has had.
 func (r *run) pause(ctx context.Context) error {
-	r.purged = true
+	r.dropped = true
 	r.state(proto.FeedPaused)
 	for {
-		r.purge(ctx)
 		if err := r.save(ctx, true); err != nil {
 			return err
 		}

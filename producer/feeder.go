@@ -51,10 +51,10 @@ func (r *run) serve(ctx context.Context) error {
 // A new job begins at the beginning. One that had an owner goes on where that one stopped; what is missing before
 // that place shows when everything is sent. When requests were dropped on purpose, what is missing must be asked.
 func (r *run) plan(ctx context.Context) (bitset, []int64, error) {
-	if r.purged || r.before == proto.FeedPaused || r.before == proto.FeedHalted {
-		todo, err := r.missing(ctx)
+	if r.dropped || r.before == proto.FeedPaused || r.before == proto.FeedHalted {
+		todo, err := r.lacking(ctx)
 		if err == nil {
-			r.purged, r.before = false, ""
+			r.dropped, r.before = false, ""
 		}
 		return todo, make([]int64, len(r.queues)), err
 	}

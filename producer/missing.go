@@ -84,6 +84,43 @@ func (r *run) collect(ctx context.Context, ask func(context.Context, int64) (*pr
 	}
 }
 
+// lacking is the set of lines that have no result and are in no queue: those are not sent a second time, since they may
+// be in flight. The order matters: a request that is gone from its queue has its result in RES by then.
+func (r *run) lacking(ctx context.Context) (bitset, error) {
+	queued := make(bitset, (r.job.Lines+63)/64)
+	for _, q := range r.queues {
+		if err := r.mark(ctx, q, queued); err != nil {
+			return nil, err
+		}
+	}
+	if err := r.folded(ctx); err != nil {
+		return nil, err
+	}
+	todo, err := r.missing(ctx)
+	for i := range todo {
+		todo[i] &^= queued[i]
+	}
+	return todo, err
+}
+
+// mark adds the lines of which a queue holds a request.
+func (r *run) mark(ctx context.Context, q *queue, lines bitset) error {
+	for from := uint64(1); ; {
+		var m *jetstream.RawStreamMsg
+		err := r.retry(ctx, "read the queue of "+q.model, func(ctx context.Context) (err error) {
+			m, err = q.next(ctx, from)
+			return err
+		})
+		if err != nil || m == nil {
+			return err
+		}
+		from = m.Sequence + 1
+		if req, err := proto.DecodeRequest(m.Data); err == nil && 0 <= req.Index && req.Index < r.job.Lines { // else its worker says so
+			lines.set(req.Index, r.job.Lines)
+		}
+	}
+}
+
 // quiet returns when lines are missing although nothing is under way: nothing of the job is in its queues, or only
 // what is stuck there, and the aggregator has folded all results that were stored when that was so; both for AckWait
 // without a break, so that a worker that fell silent with a request has been noticed.

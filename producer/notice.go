@@ -44,22 +44,27 @@ func text(err error) string {
 	return err.Error()
 }
 
-// staff notes what the workers of each model may have in flight, and returns what is missing.
+// staff notes what the workers of each model may have in flight, and returns what is missing, and what ails those that are there.
 func (r *run) staff(ws []proto.Worker) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.want >= wantHalt || r.want == wantPause {
 		return ""
 	}
-	var idle []string
+	var idle, served []string
 	for i, q := range r.queues {
 		ready, limit := serving(ws, q.model)
 		r.limits[i] = limit
-		if !ready && !r.over(q.model, r.job.Models[i].Lines) {
+		switch {
+		case r.over(q.model, r.job.Models[i].Lines):
+		case ready:
+			served = append(served, q.model)
+		default:
 			idle = append(idle, q.model)
 		}
 	}
-	return idleNote(idle, ws)
+	notes := []string{idleNote(idle, ws), ailingNote(served, ws)}
+	return strings.Join(slices.DeleteFunc(notes, func(s string) bool { return s == "" }), "; ")
 }
 
 // over says whether all lines of a model have ended.
@@ -81,6 +86,22 @@ func serving(ws []proto.Worker, model string) (ready bool, limit int64) {
 		}
 	}
 	return ready, limit
+}
+
+// ailingNote says what ails workers that run models.
+func ailingNote(models []string, ws []proto.Worker) string {
+	const shown = 3
+	var notes []string
+	for _, w := range ws {
+		serves := func(model string) bool { return slices.Contains(w.Models, model) }
+		if w.State == proto.EngineReady && w.Reason != "" && slices.ContainsFunc(models, serves) {
+			notes = append(notes, fmt.Sprintf("worker %s: %s", w.ID, proto.Truncate(w.Reason, 300)))
+		}
+	}
+	if n := len(notes) - shown; n > 0 {
+		notes = append(notes[:shown], fmt.Sprintf("and %d workers more", n))
+	}
+	return strings.Join(notes, "; ")
 }
 
 // idleNote says which models nobody runs, and what the workers that there are do instead.

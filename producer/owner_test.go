@@ -307,6 +307,8 @@ func TestNotes(t *testing.T) {
 	}
 	beat(proto.Worker{ID: "w1", State: proto.EngineWaiting, Reason: "loading weights"})
 	noted("w1 (waiting: loading weights)")
+	beat(proto.Worker{ID: "w1", State: proto.EngineReady, Models: []string{"org/m"}, Limit: 9, Reason: "engine answered 3 of the last 50 requests well"})
+	noted("worker w1: engine answered 3 of the last 50 requests well")
 	beat(proto.Worker{ID: "w1", State: proto.EngineReady, Models: []string{"org/m"}, Limit: 9})
 	until(t, "a worker serves", func() bool { return !strings.Contains(w.feed(o.Job.ID).Note, "no worker") })
 	w.aggregate(o.Job)

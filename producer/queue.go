@@ -163,6 +163,21 @@ func (q *queue) behind(ctx context.Context, c *jetstream.ConsumerInfo, lane stri
 // dead says whether the queue has been stuck for as long as a worker may be silent about what it holds.
 func (q *queue) dead() bool { return !q.stuck.IsZero() && time.Since(q.stuck) >= q.ackWait }
 
+// next is the first message of the job in the queue from a sequence on; nil: there is none.
+func (q *queue) next(ctx context.Context, from uint64) (*jetstream.RawStreamMsg, error) {
+	if err := q.open(ctx); err != nil {
+		return nil, err
+	}
+	m, err := q.stream.GetMsg(ctx, from, jetstream.WithGetMsgSubject(q.filter))
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound):
+		return nil, nil
+	case errors.Is(err, jetstream.ErrStreamNotFound):
+		q.stream = nil // declared anew at the next try
+	}
+	return m, err
+}
+
 // purge drops what the queue holds of the job.
 func (q *queue) purge(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)

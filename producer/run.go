@@ -32,7 +32,7 @@ type run struct {
 	ending  bool      // the last one had begun to end it: what was given up stays given up
 	before  string    // state in which that one left it
 	gave    error     // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
-	purged  bool      // requests were dropped: what is missing must be asked
+	dropped bool      // workers have dropped requests: what is missing must be asked
 
 	kv jetstream.KeyValue
 

@@ -339,26 +339,48 @@ func workOnce(ctx context.Context, c *broker.Conn, model string, answer func(*pr
 		return err
 	}
 	for m := range b.Messages() {
-		q, err := proto.DecodeRequest(m.Data())
-		if err != nil {
-			return err
-		}
-		r := answer(q)
-		if r == nil {
-			continue
-		}
-		body, err := r.Encode()
-		if err != nil {
-			return err
-		}
-		if _, err := c.JS.Publish(cctx, proto.ResultSubject(q.Job), body); err != nil {
-			return err
-		}
-		if err := m.Ack(); err != nil {
+		if err := end(cctx, c, m, answer); err != nil {
 			return err
 		}
 	}
 	return b.Error()
+}
+
+// end ends a request as answer says.
+func end(ctx context.Context, c *broker.Conn, m jetstream.Msg, answer func(*proto.Request) *proto.Result) error {
+	q, err := proto.DecodeRequest(m.Data())
+	if err != nil {
+		return err
+	}
+	r := answer(q)
+	if r == nil {
+		return nil
+	}
+	body, err := r.Encode()
+	if err != nil {
+		return err
+	}
+	if _, err := c.JS.Publish(ctx, proto.ResultSubject(q.Job), body); err != nil {
+		return err
+	}
+	return m.Ack()
+}
+
+// pull takes n requests of a model, as a worker does that goes on with them.
+func (w *world) pull(model string, n int) (out []jetstream.Msg) {
+	w.t.Helper()
+	con, err := w.conn.JS.Consumer(w.t.Context(), proto.RequestStream(model), string(proto.LaneNormal))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	b, err := con.Fetch(n, jetstream.FetchMaxWait(time.Minute))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for m := range b.Messages() {
+		out = append(out, m)
+	}
+	return out
 }
 
 // feed reads the job's record of its owner.

@@ -12,6 +12,9 @@ type Request struct {
 	TimeoutMS   int64  // time for one attempt; 0: the worker's own
 	Attempts    []Attempt
 	Suspicions  int64 // engines that died while they held this line
+	// Doubted is the worker that left the line to another one, uncharged, since its engine had refused this line and answered
+	// no other one well; empty: none.
+	Doubted string
 }
 
 func (r *Request) visit(c *codec) {
@@ -25,6 +28,7 @@ func (r *Request) visit(c *codec) {
 	c.int(&r.TimeoutMS)
 	list(c, &r.Attempts)
 	c.int(&r.Suspicions)
+	c.str(&r.Doubted)
 }
 
 // Encode renders the request for the wire.

@@ -82,7 +82,8 @@ func classify(url string, a Answer, err error) verdict {
 	if v.id == "" && a.Header != nil {
 		v.id = a.Header.Get("X-Request-Id")
 	}
-	if v.class == classPermanent || v.class == classRetry {
+	switch v.class {
+	case classPermanent, classRetry, classNoModel, classBroken: // the last two where it turns out that the engine is up and lists the model
 		v.same = strconv.Itoa(a.Status) + " " + v.code + " " + alike(v.message)
 	}
 	return v

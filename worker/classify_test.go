@@ -222,7 +222,7 @@ func TestClassify(t *testing.T) {
 		if v.class != classDone && v.message == "" {
 			t.Errorf("%s: no message", tt.name)
 		}
-		if (v.same != "") != (v.class == classPermanent || v.class == classRetry) {
+		if (v.same != "") != slices.Contains([]class{classPermanent, classRetry, classNoModel, classBroken}, v.class) {
 			t.Errorf("%s: same %q", tt.name, v.same)
 		}
 	}

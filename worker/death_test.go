@@ -238,9 +238,13 @@ func TestSlots(t *testing.T) {
 	if room, _ := s.room(); room != 10 {
 		t.Errorf("room %d", room)
 	}
-	s.stepAway(12)
+	s.stepAway(manyAway)
+	if room, _ := s.room(); room != 10 {
+		t.Errorf("room %d with %d away", room, manyAway)
+	}
+	s.stepAway(3)
 	if room, _ := s.room(); room != 7 {
-		t.Errorf("room %d with 12 away", room)
+		t.Errorf("room %d with %d away", room, manyAway+3)
 	}
 }
 
@@ -249,7 +253,7 @@ func TestSlotsComeBack(t *testing.T) {
 	more := 0
 	s := &slots{more: func() { more++ }}
 	s.setLimit(8, false)
-	s.stepAway(17)
+	s.stepAway(manyAway + 9)
 	before := more
 	if room, _ := s.room(); room != 0 || before != 1 {
 		t.Errorf("room %d, told %d times", room, before)

@@ -11,7 +11,8 @@ import (
 // every line is wrong must still end. The rule, in one place:
 //
 //   - equalLimit errors in a row that are alike (status, code, message but for quoted text and words with digits),
-//     permanent or charged, without one success in between, close the gate: the engine is degraded.
+//     permanent or charged, a connection that breaks among them, without one success in between, close the gate: the
+//     engine is degraded.
 //   - Of an engine that is not proven (doubt.go) all errors count as alike, here and below: nothing tells yet that it
 //     is not the engine which fails each line in another way. And one is enough where it does not have a line's route.
 //   - While it is closed, lines that fail alike are given back uncharged, and so are those that were in doubt.
@@ -45,6 +46,8 @@ const (
 	patience   = 3
 )
 
+const onTrial = "it gets one line at a time until it answers one"
+
 // add counts an error and says whether the gate is to close.
 func (e *equalErrors) add(o *outcome, proven bool) bool {
 	if o.same != e.same {
@@ -68,11 +71,11 @@ func (e *equalErrors) pardons(same string) bool {
 
 // pardon lets lines fail by such errors. What is said of it stays, though the next lines fail in other words.
 func (e *equalErrors) pardon(proven bool) {
-	how := " alike"
-	if !proven && e.n < equalLimit {
-		how = ""
+	how := "engine fails all lines"
+	if e.n >= equalLimit {
+		how = fmt.Sprintf("engine failed %d lines in a row alike", equalLimit)
 	}
-	e.why = "engine fails all lines" + how + ", and nobody else serves " + e.model + ", so they are let fail: " + e.message
+	e.why = how + ", and nobody else serves " + e.model + ", so such lines are let fail: " + e.message
 	e.pardoned, e.allowed = e.same, !proven
 }
 
@@ -107,10 +110,12 @@ func (g *gate) answeredLocked(started time.Time) bool {
 	return true
 }
 
-// failed is called for each line that the engine answered with an error.
+// failed is called for each line that the engine answered with an error, or did not answer whole though it is up.
 func (g *gate) failed(o *outcome) {
 	g.mu.Lock()
-	g.heard()
+	if o.class != classBroken { // which is no answer
+		g.heard()
+	}
 	t := g.trip
 	proven := g.proven()
 	alike := o.same == g.equal.same || !proven
@@ -128,6 +133,7 @@ func (g *gate) failed(o *outcome) {
 			t.until = now.Add(g.pause(tripDegraded))
 			judge = true
 		}
+	case o.class == classBroken:
 	default:
 		if g.answeredLocked(o.started) && tooMany {
 			judge = g.degrade()
@@ -156,9 +162,9 @@ func (e *equalErrors) reason() string {
 		return fmt.Sprintf("engine has no route %s (%s); is its address right, and does it serve such requests?", e.route, e.message)
 	}
 	if e.n < equalLimit && e.all >= equalLimit {
-		return fmt.Sprintf("engine failed %d lines in a row, the last: %s", e.all, e.message)
+		return fmt.Sprintf("engine failed %d lines in a row, the last: %s; %s", e.all, e.message, onTrial)
 	}
-	return fmt.Sprintf("engine failed %d lines in a row alike: %s", equalLimit, e.message)
+	return fmt.Sprintf("engine failed %d lines in a row alike: %s; %s", equalLimit, e.message, onTrial)
 }
 
 // judge applies the rule to a degraded engine.

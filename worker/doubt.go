@@ -58,27 +58,32 @@ func (g *gate) believe(ctx context.Context, d *doubt, most time.Duration) bool {
 }
 
 // elsewhere leaves a line whose error is still in doubt to another ready worker of its model, and says whether there is one
-// that has not failed it before. The attempt is charged, since the history tells the other one of ours; once is enough.
-// Where no attempt is left (--max-attempts 1) the line is left to others uncharged, since an engine that has answered
-// nothing may fail any line. Two workers that know nothing of each other's failure may so hand it on until it is stubborn:
-// a line that is wrong ends later for that, and one that is right does not fail.
+// that has not failed it before. The line's history tells the other one of ours, and once is enough: what two engines fail is
+// the line's fault. The attempt is charged, or, where none is left (--max-attempts 1), only noted: a line that is right must not
+// fail by one engine that may fail any.
 func (s *session) elsewhere(o *outcome) bool {
-	ours := false
+	ours := o.req.Doubted == s.id
+	theirs := o.req.Doubted != "" && !ours
 	for i := range o.req.Attempts {
 		if o.req.Attempts[i].Worker != s.id {
-			return false
+			theirs = true
 		}
 		ours = true
 	}
-	if s.gate.trusted() || o.stubborn() || !s.beat.others(s.stopped, o.queue.model) {
+	switch {
+	case theirs, s.gate.trusted(), o.stubborn(), !s.beat.others(s.stopped, o.queue.model):
 		return false
-	}
-	if ours || s.last(o) {
+	case ours:
 		s.giveBack(o.line, o.pause(s.refusal), "doubted")
-		return true
+	case s.last(o):
+		s.metrics.givenBack.WithLabelValues("doubted").Inc()
+		next := *o.req
+		next.Doubted = s.id
+		s.resend(o.line, &next, func() { s.publish(o.line, s.result(o)) })
+	default:
+		s.metrics.retries.WithLabelValues(o.code).Inc()
+		s.resend(o.line, s.charged(o), func() { s.publish(o.line, s.result(o)) })
 	}
-	s.metrics.retries.WithLabelValues(o.code).Inc()
-	s.resend(o.line, s.charged(o), func() { s.publish(o.line, s.result(o)) })
 	return true
 }
 

@@ -201,25 +201,38 @@ func TestDoubtOfLastAttempt(t *testing.T) {
 	})
 }
 
-// TestDoubtOfTwo: few lines that two workers fail, neither of which has answered one well, end.
+// TestDoubtOfTwo: few lines that two workers fail, neither of which has answered one well, end when both have had them,
+// also where they have one attempt.
 func TestDoubtOfTwo(t *testing.T) {
-	r := newRig(t)
-	for range 2 {
-		f := newFake(t)
-		f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
-		r.start(f.engine(), func(w *Worker) { w.grace, w.refusal = time.Millisecond, time.Millisecond })
+	for _, most := range []int{1, 4} {
+		t.Run(fmt.Sprintf("attempts %d", most), func(t *testing.T) {
+			r := newRig(t)
+			var calls atomic.Int64
+			for range 2 {
+				f := newFake(t)
+				f.set(func() {
+					f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
+						calls.Add(1)
+						say(w, 400, recording(t, file032, "err_temperature_9").Body)
+					}
+				})
+				r.start(f.engine(), func(w *Worker) { w.grace, w.refusal, w.MaxAttempts = time.Millisecond, time.Millisecond, most })
+			}
+			r.until("two are ready", func() bool {
+				ws := r.workers()
+				return len(ws) == 2 && ws[0].State == proto.EngineReady && ws[1].State == proto.EngineReady && len(ws[0].Models)+len(ws[1].Models) == 2
+			})
+			r.send(request(0))
+			res := r.wait(1)[0]
+			if res.OK || res.Status != 400 || len(res.Attempts) != min(most-1, 1) || most > 1 && res.Attempts[0].Worker == res.Worker {
+				t.Errorf("result %+v", res)
+			}
+			if n := calls.Load(); n < 2 || n >= 30 {
+				t.Errorf("%d calls", n)
+			}
+			r.settled(0)
+		})
 	}
-	r.until("two are ready", func() bool {
-		ws := r.workers()
-		return len(ws) == 2 && ws[0].State == proto.EngineReady && ws[1].State == proto.EngineReady && len(ws[0].Models)+len(ws[1].Models) == 2
-	})
-	r.send(requests(3)...)
-	for _, res := range exactly(t, r.wait(3), 3) {
-		if res.OK || res.Status != 400 || len(res.Attempts) != 1 || res.Attempts[0].Worker == res.Worker {
-			t.Errorf("result %+v", res)
-		}
-	}
-	r.settled(0)
 }
 
 // TestDoubtOfUnlike: an engine that has answered no line well is not believed because it fails each in another way,

@@ -46,7 +46,8 @@ type gate struct {
 	trip        *trip
 	deaths      int // trips by dead or unreached without an answer in between
 	draining    bool
-	shown       string // state and reason that were logged last
+	diary       diary
+	health      health
 	loaded      time.Duration
 	lastBad     time.Time // end of the last probe that did not find the engine up
 	begun       int       // probes begun
@@ -173,6 +174,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	if st.State == proto.EngineReady {
 		if time.Now().After(g.refusals.until) {
 			g.heard()
+		}
+		if time.Since(g.health.when) > sickAnew {
+			g.health = health{}
 		}
 		g.last = begun
 		if g.loaded == 0 {
@@ -307,14 +311,16 @@ func (g *gate) stateLocked() (state, reason string) {
 func (g *gate) show() {
 	g.mu.Lock()
 	state, reason := g.stateLocked()
-	now := state + " " + reason
-	changed := now != g.shown
-	g.shown = now
+	due := g.diary.due(state, reason, time.Now())
 	models := g.status.Models
 	g.mu.Unlock()
-	if changed {
+	if due {
 		switch state {
 		case proto.EngineReady:
+			if reason != "" {
+				g.log.Warn("engine fails many requests", "engine", g.engine.String(), "reason", reason)
+				break
+			}
 			g.log.Info("engine is ready", "engine", g.engine.String(), "models", models)
 		case proto.EngineDraining:
 			g.log.Info("worker is stopping", "engine", g.engine.String())
@@ -337,7 +343,7 @@ func (g *gate) drain(early bool) {
 	}
 	g.draining = true
 	g.mu.Unlock()
-	if early && reason != "" {
+	if early && reason != "" && state != proto.EngineReady {
 		g.log.Warn("stopped while the engine could not be used", "engine", g.engine.String(), "state", state, "reason", reason)
 	}
 	g.show()

@@ -9,12 +9,14 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -193,6 +195,41 @@ func TestDegradedForGood(t *testing.T) {
 	f.enter(equalLimit + 2*patience) // it tries on, one by one
 	f.set(func() { f.work = f.ok })
 	r.unblamed(n)
+}
+
+// TestDegradedOfAnyKind: whatever an engine fails all lines with, none fails for it while another worker is there.
+func TestDegradedOfAnyKind(t *testing.T) {
+	torn := func(w http.ResponseWriter, q *http.Request, body string) {
+		w.Header().Set("Content-Length", "1000")
+		say(w, 200, okBody)
+	}
+	kinds := map[string]func(http.ResponseWriter, *http.Request, string){"torn": torn, "reset": cut, "empty": says(200, ""),
+		"no such model": says(404, `{"error":{"message":"The model `+"`m`"+` does not exist.","type":"NotFoundError","param":"model","code":404}}`)}
+	for _, status := range []int{400, 402, 404, 405, 406, 410, 413, 415, 422, 431, 451, 500, 501} {
+		kinds[strconv.Itoa(status)] = says(status, fmt.Sprintf(`{"error":{"message":"no","type":"x","param":"p","code":%d}}`, status))
+	}
+	for name, work := range kinds {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, f := newRigAt(t, &broker.Server{Dir: t.TempDir()}, 0), newFake(t)
+			const n = 100
+			f.set(func() { f.work = work })
+			r.rival()
+			r.send(requests(n)...)
+			r.start(f.engine(), func(w *Worker) {
+				w.Concurrency, w.refusal, w.RetryEvery, w.grace = 32, time.Millisecond, 20*time.Millisecond, 50*time.Millisecond
+			})
+			r.reason(proto.EngineDegraded, "in a row alike: ")
+			f.enter(32 + patience) // it tries on, one by one
+			f.set(func() { f.work = f.ok })
+			for i, res := range exactly(t, r.wait(n), n) {
+				if !res.OK {
+					t.Errorf("index %d: %+v", i, res)
+				}
+			}
+			r.settled(0)
+		})
+	}
 }
 
 // TestDegradedLate: of a worker whose engine was well, those lines fail that show that it is not any more.

@@ -79,6 +79,8 @@ func parseURL(addr string) (*url.URL, error) {
 		return nil, fmt.Errorf("scheme %q is not http or https", u.Scheme)
 	case u.Hostname() == "":
 		return nil, errors.New("no host")
+	case endsInNumber(u.Hostname()) && !isAddress(u.Hostname()): // systems take 10 for 0.0.0.10, and 0x7f.1 for 127.0.0.1
+		return nil, fmt.Errorf("host %q is neither a name nor an address with four numbers, such as 10.0.0.8", u.Hostname())
 	case !validHost(u.Hostname()):
 		return nil, fmt.Errorf("%q is no host", u.Hostname())
 	case u.RawQuery != "" || u.Fragment != "":
@@ -99,15 +101,24 @@ func parseURL(addr string) (*url.URL, error) {
 	return u, nil
 }
 
-// validHost says whether a host can be one: an address, or a name, which may have letters beyond ASCII. What ends in a
-// number must be an address.
+func isAddress(host string) bool {
+	_, err := netip.ParseAddr(host)
+	return err == nil
+}
+
+// endsInNumber says whether the last part of a host is a number as systems read it: then the host cannot be a name.
+func endsInNumber(host string) bool {
+	host = strings.TrimSuffix(host, ".")
+	_, err := strconv.ParseUint(host[strings.LastIndexByte(host, '.')+1:], 0, 64)
+	return err == nil || errors.Is(err, strconv.ErrRange)
+}
+
+// validHost says whether a host can be one: an address, or a name, which may have letters beyond ASCII.
 func validHost(host string) bool {
-	if _, err := netip.ParseAddr(host); err == nil {
+	if isAddress(host) {
 		return true
 	}
-	host = strings.TrimSuffix(host, ".")
-	labels := strings.Split(host, ".")
-	for _, l := range labels {
+	for _, l := range strings.Split(strings.TrimSuffix(host, "."), ".") {
 		odd := func(r rune) bool {
 			return r < utf8.RuneSelf && r != '-' && r != '_' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
 		}
@@ -115,8 +126,7 @@ func validHost(host string) bool {
 			return false
 		}
 	}
-	_, err := strconv.Atoi(labels[len(labels)-1])
-	return err != nil
+	return true
 }
 
 // withoutUser hides a user and a password in what should be a URL.

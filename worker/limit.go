@@ -32,6 +32,9 @@ type limit struct {
 	base    int     // before back-pressure
 	share   float64 // of base that back-pressure leaves
 	changed time.Time
+	busy    int       // answers that said "too much", since then
+	served  int       // lines that were answered well, since then
+	counted time.Time // since when these two count
 }
 
 const (
@@ -103,11 +106,12 @@ func (l *limit) move(target int, slowly bool) {
 
 // finished takes what a line held. Lines whose engine counts nothing do not tell.
 func (l *limit) finished(u proto.Usage) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.served++
 	if !u.Counted {
 		return
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.done = min(l.done+1, needLines)
 	l.need += (float64(u.Prompt-u.Cached+u.Completion) - l.need) / float64(l.done)
 }
@@ -131,11 +135,19 @@ func (l *limit) expects(body []byte) bool {
 	return true
 }
 
-// refused is called for each answer that says "too much". At most once a second it takes a third away.
+// refused is called for each answer that says "too much". At most once a second it takes a third away, if more answers
+// said so since the last second than were good: an engine that has too much refuses whatever comes next, at once, while
+// one that refuses now and then does so whatever the limit is.
 func (l *limit) refused(now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if now.Sub(l.changed) < time.Second {
+	l.busy++
+	if now.Sub(l.counted) < time.Second {
+		return
+	}
+	much := l.busy > l.served
+	l.busy, l.served, l.counted = 0, 0, now
+	if !much {
 		return
 	}
 	l.changed = now

@@ -62,7 +62,8 @@ func (l *line) equals(m *line) bool {
 	if l.req == nil || m.req == nil {
 		return l.req == m.req && l.size == m.size
 	}
-	return l.req.Job == m.req.Job && l.req.Index == m.req.Index && l.req.Suspicions == m.req.Suspicions && len(l.req.Attempts) == len(m.req.Attempts)
+	return l.req.Job == m.req.Job && l.req.Index == m.req.Index && l.req.Suspicions == m.req.Suspicions && l.req.Doubted == m.req.Doubted &&
+		len(l.req.Attempts) == len(m.req.Attempts)
 }
 
 // timeouts counts the attempts that ended because the engine took too long.

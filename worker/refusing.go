@@ -89,5 +89,5 @@ func (g *gate) stateWell() (state, reason string) {
 	case g.equal.pardoned != "":
 		return proto.EngineDegraded, g.equal.reason()
 	}
-	return proto.EngineReady, ""
+	return proto.EngineReady, g.health.text
 }

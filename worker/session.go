@@ -305,13 +305,14 @@ func (s *session) accept(l *line) {
 	}
 }
 
-// unwanted lets go of a line whose job is cancelled (the owner ends it) or paused (the owner sends it again).
+// unwanted lets go of a line whose job is cancelled (the owner ends it) or paused (the owner sends it again, since it is
+// in no queue then; given back, it would come again and again, and stand before the lines of other jobs).
 func (s *session) unwanted(l *line) bool {
 	switch s.control.want(l.req.Job) {
 	case proto.WantCancel:
-		s.drop(l)
+		s.drop(l, "cancelled")
 	case proto.WantPause:
-		s.giveBack(l, jitter(5*time.Second), "paused")
+		s.drop(l, "paused")
 	default:
 		return false
 	}

@@ -50,7 +50,7 @@ func (s *session) attempt(l *line) {
 // said is what the engine said, in short.
 func (o *outcome) said() string {
 	status := fmt.Sprintf("HTTP %d", o.answer.Status)
-	if strings.HasPrefix(o.message, status) {
+	if o.class == classBroken || strings.HasPrefix(o.message, status) {
 		return o.message
 	}
 	return status + ": " + o.message
@@ -72,7 +72,7 @@ func (s *session) timeout(l *line) time.Duration {
 func (s *session) interrupted(l *line, cause error) {
 	switch {
 	case errors.Is(cause, errCancelled):
-		s.drop(l)
+		s.drop(l, "cancelled")
 	case errors.Is(cause, errHung):
 		s.hung(l)
 	case errors.Is(cause, errGone):
@@ -84,6 +84,7 @@ func (s *session) interrupted(l *line, cause error) {
 
 // settle does what follows from an attempt.
 func (s *session) settle(o *outcome) {
+	s.gate.note(o)
 	switch o.class {
 	case classDone:
 		s.done(o)
@@ -122,7 +123,11 @@ func (s *session) refuse(o *outcome) {
 		s.retry(o)
 		return
 	}
-	rest := max(o.delay, o.pause(s.refusal))
+	rest := o.pause(s.refusal)
+	if s.gate.answered(time.Minute) { // it is not down: lines that it refuses by chance should not wait for a minute
+		rest = min(rest, jitter(8*s.refusal))
+	}
+	rest = max(o.delay, rest)
 	switch o.class {
 	case classBusy:
 		s.limit.refused(time.Now())
@@ -278,7 +283,7 @@ func (s *session) retry(o *outcome) {
 	s.away(func() {
 		wait(s.taking, rest(len(next.Attempts), s.refusal)) // a worker that stops does not wait
 		if s.control.want(next.Job) == proto.WantCancel {
-			s.drop(o.line)
+			s.drop(o.line, "cancelled")
 			return
 		}
 		if s.gate.condemned(o.same, o.started) {
@@ -360,10 +365,11 @@ func (s *session) suspect(l *line, what string) {
 }
 
 // noModel deals with a line whose model the engine does not know. Where it does list the model, it is the line that
-// is wrong: its body names another one.
+// is wrong, because its body names another one, or an engine that fails all lines so.
 func (s *session) noModel(o *outcome) {
 	st := s.gate.fresh(s.stopped)
 	if st.State == proto.EngineReady && st.serves(o.queue.model) {
+		s.blame(o)
 		s.retry(o)
 		return
 	}
@@ -393,6 +399,7 @@ func (s *session) broken(o *outcome) {
 			s.giveBack(o.line, 0, "stopped")
 			return
 		case time.Now().After(until):
+			s.blame(o)
 			s.retry(o)
 			return
 		}
@@ -419,9 +426,9 @@ func wait(ctx context.Context, d time.Duration) {
 	}
 }
 
-// drop acknowledges a line without a result: its owner ends it.
-func (s *session) drop(l *line) {
-	s.metrics.givenBack.WithLabelValues("cancelled").Inc()
+// drop acknowledges a line without a result: its owner ends it, or sends it again.
+func (s *session) drop(l *line, reason string) {
+	s.metrics.givenBack.WithLabelValues(reason).Inc()
 	s.held.say(l, verbAck)
 }
 

@@ -217,7 +217,7 @@ func (s *slots) next(l *line, in chan *line) *line {
 func (s *slots) chunk() int { return max(1, s.limit/16) }
 
 // room is how many more lines may be pulled: enough to fill the slots, and an eighth to have ready. Lines that wait
-// for a retry take no room until there are as many as slots: then the engine is sick, and more would not help.
+// for a retry take no room until there are as many as slots, or manyAway: then the engine is sick, and more would not help.
 func (s *slots) room() (room, chunk int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -228,8 +228,12 @@ func (s *slots) roomLocked() int {
 	if s.single || s.alone.len() > 0 {
 		return 0
 	}
-	return s.limit + s.limit/8 - len(s.running) - s.ready.len() - max(0, s.away-s.limit)
+	return s.limit + s.limit/8 - len(s.running) - s.ready.len() - max(0, s.away-max(s.limit, manyAway))
 }
+
+// manyAway is how many lines may wait for a retry at an engine of few slots. They wait for seconds, which a slot that is
+// free should not do.
+const manyAway = 64
 
 // step away and come back are the two ends of a line's wait for its retry.
 func (s *slots) stepAway(n int) {

@@ -51,7 +51,7 @@ func TestNewHTTP(t *testing.T) {
 		"http://127.0.0.1:8000": "http://127.0.0.1:8000", "http://h:1/": "http://h:1",
 		"http://h:1/v1": "http://h:1", "http://h:1/v1/": "http://h:1", "https://h/llm/v1//": "https://h/llm", "http://u:p@h:1": "http://h:1",
 		"HTTP://GPU3.Example/V2/v1": "http://gpu3.example/V2", "http://h:80": "http://h", "https://h:443/v1": "https://h", "http://h:": "http://h", "http://[::1]:8000": "http://[::1]:8000",
-		"http://h_1.x-y.:1": "http://h_1.x-y.:1", "http://müller:1": "http://m%C3%BCller:1",
+		"http://h_1.x-y.:1": "http://h_1.x-y.:1", "http://10.0.0.8:1": "http://10.0.0.8:1", "http://10.gpu:1": "http://10.gpu:1", "http://gpu10:1": "http://gpu10:1", "http://0xgpu:1": "http://0xgpu:1", "http://müller:1": "http://m%C3%BCller:1",
 	} {
 		h, err := NewHTTP(in, "")
 		if err != nil || h.String() != want {
@@ -61,6 +61,11 @@ func TestNewHTTP(t *testing.T) {
 	for _, in := range []string{"", "ftp://h", "http://", "http://h?x=1", "http://h#x", "http://h:port", "://", "127.0.0.1", "127.0.0.1:8000", "gpu3", "/foo", "http:///foo",
 		"http://h:99999", "http://h:0", "http://h:-1", "http://a..b:1", "http://300.1.1.1:1", "http://127.0.0:1", "http://a b:1", "http://a,b:1", "sim,http://h:1", "http://h:1,http://g:1"} {
 		if h, err := NewHTTP(in, ""); err == nil || !strings.Contains(err.Error(), "HOST:PORT") {
+			t.Errorf("%q: %v, %v", in, h, err)
+		}
+	}
+	for _, in := range []string{"http://10:8000", "http://10.:8000", "http://99999999999999999999:8000", "http://010:1", "http://0x7f.1:1", "http://10.8:1", "http://256.1.1.1:1", "http://10.0.0.8.:1"} {
+		if h, err := NewHTTP(in, ""); err == nil || !strings.Contains(err.Error(), "four numbers, such as 10.0.0.8; give it like http://HOST:PORT") {
 			t.Errorf("%q: %v, %v", in, h, err)
 		}
 	}
@@ -148,6 +153,26 @@ func TestLimitBackPressure(t *testing.T) {
 	}
 	if got := l.get(); got != 60 {
 		t.Errorf("limit %d after a while", got)
+	}
+}
+
+// TestLimitBusyNowAndThen: an engine that answers more than it refuses has not too much, and the limit stays.
+func TestLimitBusyNowAndThen(t *testing.T) {
+	now := time.Now()
+	l := newLimit(60)
+	for range 30 {
+		now = now.Add(time.Second)
+		for range 3 {
+			l.finished(proto.Usage{})
+		}
+		l.refused(now)
+	}
+	if got := l.get(); got != 60 {
+		t.Errorf("limit %d", got)
+	}
+	l.refused(now.Add(time.Second))
+	if got := l.get(); got != 40 {
+		t.Errorf("limit %d of an engine that only refuses", got)
 	}
 }
 

@@ -159,7 +159,7 @@ const unknown = "-"
 func took(f *aggregator.Figures) string {
 	s := fmt.Sprintf("%.1f s", f.Duration)
 	if f.Idle > 0 {
-		s += fmt.Sprintf(" (of which idle %.1f s, with no request at any engine; rates are over the rest)", f.Idle)
+		s += fmt.Sprintf(" (of which idle %.1f s, with nothing at an engine that it answered; rates are over the rest)", f.Idle)
 	}
 	return s
 }

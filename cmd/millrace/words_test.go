@@ -23,7 +23,7 @@ func TestWords(t *testing.T) {
 		failure(&proto.ErrorCount{Count: 1, Code: "invalid_request", Message: "bad"}):                                     "1 × invalid_request, e.g. bad",
 		failure(&proto.ErrorCount{Count: 1, Code: "engine_error", Status: 500, Mixed: true, CustomID: "a", Message: "x"}): "1 × engine_error (HTTP 500) with other messages, e.g. custom_id a: x",
 		took(&aggregator.Figures{Duration: 12.34}):                                                                        "12.3 s",
-		took(&aggregator.Figures{Duration: 723, Idle: 600.12}):                                                            "723.0 s (of which idle 600.1 s, with no request at any engine; rates are over the rest)",
+		took(&aggregator.Figures{Duration: 723, Idle: 600.12}):                                                            "723.0 s (of which idle 600.1 s, with nothing at an engine that it answered; rates are over the rest)",
 		repeats(&aggregator.Losses{}):              "",
 		repeats(&aggregator.Losses{Duplicates: 1}): "not counted above: 1 result of lines that had ended before",
 		repeats(&aggregator.Losses{Duplicates: 3, Replaced: 1, WastedInputTokens: 5, WastedOutputTokens: 7, WastedTokens: 12}): "not counted above: 3 results of lines that had ended before, 1 error of lines that ended ok after all, with 5 prompt and 7 output tokens",
