@@ -62,9 +62,11 @@ func openState(ctx context.Context, dir, host string, log *slog.Logger, m *meter
 		return nil, err
 	}
 	if lost {
-		if !errors.Is(err, fs.ErrNotExist) { // there is none at the first start
-			log.Warn("results are folded from the first there is", "reason", err)
+		level := slog.LevelWarn
+		if errors.Is(err, fs.ErrNotExist) { // as at the first start
+			level = slog.LevelDebug
 		}
+		log.Log(ctx, level, "results are folded from the first there is", "reason", err)
 		c = new(checkpoint)
 	}
 	s.pos, s.high, s.kept = c.position, c.High, c.position

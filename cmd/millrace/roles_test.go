@@ -41,7 +41,7 @@ func TestTwoAggregators(t *testing.T) {
 			input := writeInput(t, killLines, nil)
 			e := newEngine(t, slow())
 			f.broker()
-			first := f.aggregate()
+			first := f.start("aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator"), "--verbose")
 			first.says("results are folded")
 			second := f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path(folder))
 			second.says("another aggregator folds")
@@ -74,7 +74,7 @@ func TestFinishedStaysFinished(t *testing.T) {
 	f.finished(50)
 	calls, _ := e.count()
 	first.kill()
-	f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator2")).says("results are folded")
+	f.start("second aggregator", "aggregate", "--output", f.path("out"), "--data", f.path("aggregator2"), "--verbose").says("results are folded")
 	p := f.produce(input)
 	if code := p.wait(); code != exitOK {
 		t.Errorf("the producer ended with %d\n%s", code, p.err)
