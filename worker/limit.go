@@ -32,9 +32,10 @@ type limit struct {
 	base    int     // before back-pressure
 	share   float64 // of base that back-pressure leaves
 	changed time.Time
-	busy    int       // answers that said "too much", since then
-	served  int       // lines that were answered well, since then
-	counted time.Time // since when these two count
+	busy    int // answers that said "too much", since counted
+	served  int // lines that were answered well, since counted
+	counted time.Time
+	flooded bool // the second before, more answers said "too much" than were good
 }
 
 const (
@@ -135,23 +136,26 @@ func (l *limit) expects(body []byte) bool {
 	return true
 }
 
-// refused is called for each answer that says "too much". At most once a second it takes a third away, if more answers
-// said so since the last second than were good: an engine that has too much refuses whatever comes next, at once, while
-// one that refuses now and then does so whatever the limit is.
+// refused is called for each answer that says "too much". At most once a second it takes a third away; more than half
+// only while more answers say so than are good: an engine that has too much refuses whatever comes next, at once, while one
+// that refuses now and then does so whatever the limit is.
 func (l *limit) refused(now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.busy++
-	if now.Sub(l.counted) < time.Second {
-		return
+	if since := now.Sub(l.counted); since >= time.Second {
+		l.flooded = l.busy > l.served && since < 5*time.Second
+		l.busy, l.served, l.counted = 0, 0, now
 	}
-	much := l.busy > l.served
-	l.busy, l.served, l.counted = 0, 0, now
-	if !much {
+	l.busy++
+	if now.Sub(l.changed) < time.Second {
 		return
 	}
 	l.changed = now
-	l.share = max(l.share*2/3, 1/float64(max(l.base, 1)))
+	least := 0.5
+	if l.flooded {
+		least = 1 / float64(max(l.base, 1))
+	}
+	l.share = min(l.share, max(l.share*2/3, least))
 }
 
 // maxTokens finds how long an answer a body asks for, over all its choices.
