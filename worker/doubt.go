@@ -71,7 +71,7 @@ func (s *session) elsewhere(o *outcome) bool {
 		ours = true
 	}
 	switch {
-	case theirs, s.gate.trusted(), o.stubborn(), !s.beat.others(s.stopped, o.queue.model):
+	case theirs, s.gate.trusted(), !s.beat.others(s.stopped, o.queue.model):
 		return false
 	case ours:
 		s.giveBack(o.line, o.pause(s.refusal), "doubted")

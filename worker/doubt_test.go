@@ -153,7 +153,7 @@ func TestDoubtElsewhere(t *testing.T) {
 }
 
 // TestDoubtOfLastAttempt: a line that has one attempt is left to another worker uncharged, so that it does not have two,
-// and ends there; or by the worker that has it when it was given back 30 times.
+// and ends there.
 func TestDoubtOfLastAttempt(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -185,20 +185,6 @@ func TestDoubtOfLastAttempt(t *testing.T) {
 			r.settled(0)
 		})
 	}
-	t.Run("wrong", func(t *testing.T) {
-		r, f := newRig(t), newFake(t)
-		f.set(func() { f.work = says(400, recording(t, file032, "err_temperature_9").Body) })
-		r.rival()
-		r.send(request(0))
-		for range 25 { // that many times it was given back before
-			r.settled(1)
-		}
-		r.start(f.engine(), func(w *Worker) { w.grace, w.refusal, w.MaxAttempts = time.Millisecond, time.Millisecond, 1 })
-		if res := exactly(t, r.wait(1), 1)[0]; res.OK || res.Status != 400 || len(res.Attempts) != 0 {
-			t.Errorf("result %+v", res)
-		}
-		r.settled(0)
-	})
 }
 
 // TestDoubtOfTwo: few lines that two workers fail, neither of which has answered one well, end when both have had them,
