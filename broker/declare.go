@@ -187,7 +187,7 @@ func (d Declarer) stream(ctx context.Context, cfg jetstream.StreamConfig, most i
 			return fmt.Errorf("stream %s belongs to model %q, not %q: two names with one token; rename one model", cfg.Name, m, cfg.Metadata[proto.MetaModel])
 		}
 		have.Discard, have.MaxAge, have.Subjects = cfg.Discard, cfg.MaxAge, cfg.Subjects
-		have.AllowAtomicPublish, have.AllowBatchPublish = cfg.AllowAtomicPublish, cfg.AllowBatchPublish
+		have.AllowAtomicPublish, have.AllowBatchPublish, have.AllowDirect = cfg.AllowAtomicPublish, cfg.AllowBatchPublish, cfg.AllowDirect
 		have.Metadata = merged(have.Metadata, cfg.Metadata)
 		return nil
 	})
@@ -267,6 +267,7 @@ func Drift(have, want jetstream.StreamConfig) []string {
 	differ("max_age", have.MaxAge != want.MaxAge)
 	differ("allow_atomic", have.AllowAtomicPublish != want.AllowAtomicPublish)
 	differ("allow_batched", have.AllowBatchPublish != want.AllowBatchPublish)
+	differ("allow_direct", want.AllowDirect && !have.AllowDirect)
 	differ("schema", have.Metadata[proto.MetaSchema] != want.Metadata[proto.MetaSchema])
 	differ("subjects", fmt.Sprint(have.Subjects) != fmt.Sprint(want.Subjects))
 	return out

@@ -94,6 +94,49 @@ func TestPause(t *testing.T) {
 	}
 }
 
+// TestPauseUnseen: a pause that no owner saw made workers drop requests all the same. They are sent again without waiting
+// for AckWait, by the owner that lived through it and by one that comes later.
+func TestPauseUnseen(t *testing.T) {
+	for _, later := range []bool{false, true} {
+		w := newWorld(t, &broker.Server{})
+		in := Input{Path: file(t, linesOf(50, "m"))}
+		o := w.owner(scanned(t, in))
+		o.AckWait = time.Hour
+		a := w.aggregate(o.Job)
+		s := w.run(o)
+		until(t, "all is queued", func() bool { return w.queued(&o.Job) == 50 })
+		if later {
+			until(t, "the record says so", func() bool { return w.feed(o.Job.ID).Enqueued == 50 })
+			s.stop()
+			if err := s.end(); err == nil {
+				t.Fatal("no error")
+			}
+		}
+		for _, m := range w.pull("m", 20) {
+			if err := m.DoubleAck(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.want(o.Job.ID, proto.WantPause)
+		w.want(o.Job.ID, proto.WantRun)
+		if later {
+			o = w.owner(scanned(t, in))
+			o.AckWait = time.Hour
+			s = w.run(o)
+		}
+		until(t, "the dropped ones are queued again", func() bool { return w.queued(&o.Job) == 50 })
+		w.work("m", okay)
+		if err := s.end(); err != nil {
+			t.Fatal(err)
+		}
+		for i := range o.Job.Lines {
+			if n := len(a.of(i)); n != 1 {
+				t.Errorf("line %d has %d results", i, n)
+			}
+		}
+	}
+}
+
 func TestExpire(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
 	o := w.owner(scanned(t, Input{Path: file(t, linesOf(20, "m")), LifetimeMS: 300}))

@@ -13,7 +13,6 @@ import (
 // pause feeds nothing until something else is wanted. What is queued stays: the workers drop what they get of the job, and
 // a request in the queue afterwards is one that they have begun and finish, or that nobody has had.
 func (r *run) pause(ctx context.Context) error {
-	r.dropped = true
 	r.state(proto.FeedPaused)
 	for {
 		if err := r.save(ctx, true); err != nil {

@@ -27,12 +27,14 @@ const orderRead = 4096
 // serve feeds until something else is wanted: a round of sending, the wait until nothing is under way any more, and
 // another round for what is missing then.
 func (r *run) serve(ctx context.Context) error {
+	said := r.wishes()
 	todo, from, err := r.plan(ctx)
 	for err == nil {
 		r.state(proto.FeedFeeding)
 		if err = r.round(ctx, todo, from); err != nil {
 			break
 		}
+		r.heard(said)
 		r.state(proto.FeedWaiting)
 		if err = r.quiet(ctx); err != nil {
 			break
@@ -49,23 +51,35 @@ func (r *run) serve(ctx context.Context) error {
 // plan says which lines to send, nil: all, and from which position of each queue's order.
 //
 // A new job begins at the beginning. One that had an owner goes on where that one stopped; what is missing before
-// that place shows when everything is sent. When requests were dropped on purpose, what is missing must be asked.
+// that place shows when everything is sent. When requests were dropped on purpose, what is missing must be asked: workers
+// drop those of a paused job, also where no owner saw the pause.
 func (r *run) plan(ctx context.Context) (bitset, []int64, error) {
-	if r.dropped || r.before == proto.FeedPaused || r.before == proto.FeedHalted {
-		todo, err := r.lacking(ctx)
-		if err == nil {
-			r.dropped, r.before = false, ""
-		}
-		return todo, make([]int64, len(r.queues)), err
-	}
 	r.mu.Lock()
+	dropped := r.said != r.feed.Heard || r.before == proto.FeedHalted
 	from := append([]int64(nil), r.first...)
 	r.mu.Unlock()
+	if dropped {
+		todo, err := r.lacking(ctx)
+		return todo, make([]int64, len(r.queues)), err
+	}
 	todo, err := r.missingNow(ctx) // spares the lines that have results; nothing depends on it
 	if err != nil {
 		todo = nil
 	}
 	return todo, from, nil
+}
+
+// wishes is the revision of what users want, and heard notes that what they wanted up to one was followed.
+func (r *run) wishes() int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.said
+}
+
+func (r *run) heard(said int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.feed.Heard, r.before = said, ""
 }
 
 // round sends the lines of todo (nil: all) from the positions in from.

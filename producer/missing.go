@@ -105,20 +105,20 @@ func (r *run) lacking(ctx context.Context) (bitset, error) {
 
 // mark adds the lines of which a queue holds a request.
 func (r *run) mark(ctx context.Context, q *queue, lines bitset) error {
-	for from := uint64(1); ; {
-		var m *jetstream.RawStreamMsg
-		err := r.retry(ctx, "read the queue of "+q.model, func(ctx context.Context) (err error) {
-			m, err = q.next(ctx, from)
-			return err
-		})
-		if err != nil || m == nil {
-			return err
-		}
-		from = m.Sequence + 1
-		if req, err := proto.DecodeRequest(m.Data); err == nil && 0 <= req.Index && req.Index < r.job.Lines { // else its worker says so
+	each := func(req *proto.Request) {
+		if 0 <= req.Index && req.Index < r.job.Lines {
 			lines.set(req.Index, r.job.Lines)
 		}
 	}
+	for from := uint64(1); from > 0; {
+		if err := r.retry(ctx, "read the queue of "+q.model, func(ctx context.Context) (err error) {
+			from, err = q.requests(ctx, from, each)
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // quiet returns when lines are missing although nothing is under way: nothing of the job is in its queues, or only

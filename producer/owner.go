@@ -206,7 +206,7 @@ func (r *run) recall(ctx context.Context) (last proto.Feed, err error) {
 	if err != nil {
 		return last, err
 	}
-	if err := r.get(ctx, proto.FeedKey(r.job.ID), last.Decode); err != nil {
+	if _, err := r.get(ctx, proto.FeedKey(r.job.ID), last.Decode); err != nil {
 		return last, err
 	}
 	if last.After != r.job.After {

@@ -7,7 +7,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/synadia-io/orbit.go/jetstreamext"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -163,19 +165,40 @@ func (q *queue) behind(ctx context.Context, c *jetstream.ConsumerInfo, lane stri
 // dead says whether the queue has been stuck for as long as a worker may be silent about what it holds.
 func (q *queue) dead() bool { return !q.stuck.IsZero() && time.Since(q.stuck) >= q.ackWait }
 
-// next is the first message of the job in the queue from a sequence on; nil: there is none.
-func (q *queue) next(ctx context.Context, from uint64) (*jetstream.RawStreamMsg, error) {
+// readBytes bounds what one answer of requests brings: it must come within callTimeout.
+const readBytes = 1 << 20
+
+// requests calls each for the requests of the job in the queue from a sequence on, some at a time, and returns the
+// sequence to go on from; 0: that was all.
+func (q *queue) requests(ctx context.Context, from uint64, each func(*proto.Request)) (uint64, error) {
 	if err := q.open(ctx); err != nil {
-		return nil, err
+		return from, err
 	}
-	m, err := q.stream.GetMsg(ctx, from, jetstream.WithGetMsgSubject(q.filter))
-	switch {
-	case errors.Is(err, jetstream.ErrMsgNotFound):
-		return nil, nil
-	case errors.Is(err, jetstream.ErrStreamNotFound):
-		q.stream = nil // declared anew at the next try
+	const most = 1000
+	msgs, err := jetstreamext.GetBatch(ctx, q.conn.JS, proto.RequestStream(q.model), most, jetstreamext.GetBatchSeq(from),
+		jetstreamext.GetBatchSubject(q.filter), jetstreamext.GetBatchMaxBytes(readBytes))
+	if err != nil {
+		return from, err
 	}
-	return m, err
+	for m, err := range msgs {
+		switch {
+		case errors.Is(err, jetstreamext.ErrNoMessages):
+			return 0, nil
+		case errors.Is(err, nats.ErrNoResponders):
+			q.stream = nil // declared anew at the next try
+			return from, err
+		case err != nil:
+			return from, err
+		}
+		from = m.Sequence + 1
+		if req, err := proto.DecodeRequest(m.Data); err == nil { // else its worker says so
+			each(req)
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return from, err
+	}
+	return from, nil
 }
 
 // purge drops what the queue holds of the job.

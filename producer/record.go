@@ -271,32 +271,39 @@ func (r *run) read(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var c proto.Control
-	if err := r.get(ctx, proto.ControlKey(r.job.ID), c.Decode); err != nil {
+	said, err := r.get(ctx, proto.ControlKey(r.job.ID), c.Decode)
+	if err != nil {
 		return err
 	}
 	var p proto.Progress
-	if err := r.get(ctx, proto.ProgressKey(r.job.ID), p.Decode); err != nil {
+	if _, err := r.get(ctx, proto.ProgressKey(r.job.ID), p.Decode); err != nil {
 		return err
 	}
 	r.mu.Lock()
 	r.progress = p
+	anew := r.said != said
+	r.said = said
 	r.mu.Unlock()
 	r.demand(r.judge(c, p))
+	if anew { // it may have been a pause that is over
+		r.turnOver()
+	}
 	return nil
 }
 
-func (r *run) get(ctx context.Context, key string, decode func([]byte) error) error {
+// get reads a key, where it is there, and returns its revision.
+func (r *run) get(ctx context.Context, key string, decode func([]byte) error) (revision int64, err error) {
 	e, err := r.kv.Get(ctx, key)
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
-		return nil
+		return 0, nil
 	}
 	if err == nil {
 		err = decode(e.Value())
 	}
 	if err != nil {
-		return fmt.Errorf("read %s: %w", key, err)
+		return 0, fmt.Errorf("read %s: %w", key, err)
 	}
-	return nil
+	return int64(e.Revision()), nil
 }
 
 // judge is what is demanded now. A job is done when its files are final, not when its lines have ended: until then the

@@ -32,7 +32,6 @@ type run struct {
 	ending  bool      // the last one had begun to end it: what was given up stays given up
 	before  string    // state in which that one left it
 	gave    error     // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
-	dropped bool      // workers have dropped requests: what is missing must be asked
 
 	kv jetstream.KeyValue
 
@@ -44,7 +43,8 @@ type run struct {
 	full     []string // of each queue: why it takes no more
 	progress proto.Progress
 	want     demand
-	unheld   bool // the lease could not be renewed and may be another's
+	said     int64 // revision of what users want
+	unheld   bool  // the lease could not be renewed and may be another's
 	turn     context.CancelCauseFunc
 	saved    time.Time
 
@@ -208,6 +208,15 @@ func (r *run) demand(want demand) {
 		return
 	}
 	r.want = want
+	if r.turn != nil {
+		r.turn(errTurn)
+	}
+}
+
+// turnOver begins the phase anew.
+func (r *run) turnOver() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.turn != nil {
 		r.turn(errTurn)
 	}

@@ -37,7 +37,7 @@ func goldenRecords() map[string]record {
 			Models: []ModelLines{{"m", 2}}, Override: "o", MaxAttempts: 3, TimeoutMS: 4, Object: "x", Again: 5, CreatedMS: 6,
 			MaxErrors: "5%", LifetimeMS: 7, Program: "p", SkipInvalid: true, Lane: "high", After: 1795477737000000002, Limit: 9},
 		"control": &Control{WantCancel, "why", "me@here"},
-		"feed":    &Feed{Owner{"id", "h", 42, "99"}, FeedWaiting, "note", 10, 1, 2, []ModelLines{{"m", 10}}, 3, 300, 1795477737000000001, 1795477737000000002},
+		"feed":    &Feed{Owner{"id", "h", 42, "99"}, FeedWaiting, "note", 10, 1, 2, []ModelLines{{"m", 10}}, 3, 300, 1795477737000000001, 1795477737000000002, 17},
 		"progress": &Progress{State: FoldDone, Lines: 2, OK: 1, Failed: 1, Models: []ModelProgress{{"m", 1, 1, Usage{true, 1, 2, 0}}},
 			Errors: []ErrorCount{{CodeBadResponse, 200, 1, "c", "m", 4, true}}, Stream: 1795477737000000001, Seq: 12, RateLines: 1.5, After: 8},
 		"worker":  &Worker{ID: "w", Models: []string{"a", "b"}, State: EngineReady, Limit: 437, KVTokens: 473807, Simulated: true},

@@ -37,7 +37,7 @@ const (
 	MetaAckWait = "millrace.ack_wait" // of JOBS: the AckWait of queues for which nobody asks for another
 	MetaSchema  = "millrace.schema"   // version of the configurations below
 	// Schema counts up with any change of them, and no version undoes what one with a higher number declared.
-	Schema = "1"
+	Schema = "2"
 )
 
 const (
@@ -116,6 +116,7 @@ func RequestStreamConfig(model string, maxBytes int64) jetstream.StreamConfig {
 		Replicas:           1,
 		AllowAtomicPublish: true,
 		AllowBatchPublish:  true,
+		AllowDirect:        true,
 		Metadata:           map[string]string{MetaModel: model, MetaSchema: Schema},
 	}
 }

@@ -116,6 +116,7 @@ type Feed struct {
 	BasisEnded  int64
 	Since       int64 // when its first owner began, Unix ns on the clock of the broker it is at; 0: not known
 	After       int64 // of the job it speaks of
+	Heard       int64 // revision of what users wanted, up to which the feed has followed; 0: they wanted nothing
 }
 
 // States of a feed.
@@ -140,6 +141,7 @@ func (f *Feed) visit(c *codec) {
 	c.int(&f.BasisEnded)
 	c.int(&f.Since)
 	c.int(&f.After)
+	c.int(&f.Heard)
 }
 
 // Machine is the part of Host that people know the machine by.
