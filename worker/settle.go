@@ -125,7 +125,11 @@ func (s *session) refuse(o *outcome) {
 	}
 	rest := o.pause(s.refusal)
 	if s.gate.answered(time.Minute) { // it is not down: lines that it refuses by chance should not wait for a minute
-		rest = min(rest, jitter(8*s.refusal))
+		most := 8 * s.refusal
+		if 2*s.slots.inFlight() < s.limit.get() { // nor where it has little else to do, as at the end of a job
+			most = 2 * s.refusal
+		}
+		rest = min(rest, jitter(most))
 	}
 	rest = max(o.delay, rest)
 	switch o.class {

@@ -74,7 +74,7 @@ func (h *health) judge(engine string, now time.Time) {
 		bad = append(bad, fmt.Sprintf("%s: %d", how, counts[how]))
 	}
 	h.until = now.Add(sickAnew)
-	h.text = fmt.Sprintf("engine at %s answered %d of the last %d requests well (%s); the others are tried again, up to --max-attempts", engine, ok, n, strings.Join(bad, ", "))
+	h.text = fmt.Sprintf("engine at %s answered %d of the last %d requests well (%s); the others are tried again", engine, ok, n, strings.Join(bad, ", "))
 }
 
 // how names an outcome in what is said of an engine's health, and says whether it counts there.

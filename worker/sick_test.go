@@ -81,7 +81,7 @@ func TestHealth(t *testing.T) {
 		t.Error("most are not answered well")
 	}
 	h.judge("E", now)
-	if want := "engine at E answered 20 of the last 42 requests well (HTTP 500: 20, aborted: 2); the others are tried again, up to --max-attempts"; h.text != want {
+	if want := "engine at E answered 20 of the last 42 requests well (HTTP 500: 20, aborted: 2); the others are tried again"; h.text != want {
 		t.Errorf("%q, want %q", h.text, want)
 	}
 	if count("aborted", 50) {

@@ -46,9 +46,24 @@ func (p *pace) say(now time.Time, lines, tokens, left int64) string {
 	}
 	per := float64(lines-old.lines) / d.Seconds()
 	s := fmt.Sprintf(", %.1f lines/s, %.0f output tok/s in the last %s", per, float64(tokens-old.tokens)/d.Seconds(), span(d))
-	if per > 0 {
-		secs := min(float64(left)/per, (100 * 365 * 24 * time.Hour).Seconds())
+	if slow := min(per, p.lately(now, lines)); slow > 0 { // the last lines of a job may be slower than those before
+		secs := min(float64(left)/slow, (100 * 365 * 24 * time.Hour).Seconds())
 		s += fmt.Sprintf(", %s left", span(time.Duration(secs*float64(time.Second))))
 	}
 	return s
+}
+
+// paceLately is long enough for a rate, and short enough to see that a job has come to its last lines.
+const paceLately = 15 * time.Second
+
+// lately is how many lines a second have ended in the last paceLately, or since the first look.
+func (p *pace) lately(now time.Time, lines int64) float64 {
+	old := p.looks[0]
+	for _, l := range p.looks {
+		if now.Sub(l.when) < paceLately {
+			break
+		}
+		old = l
+	}
+	return float64(lines-old.lines) / now.Sub(old.when).Seconds()
 }

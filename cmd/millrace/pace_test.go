@@ -30,7 +30,12 @@ func TestPace(t *testing.T) {
 		p.add(at(sec), 1010+10*int64(sec-30), 10*(1010+10*int64(sec-30)))
 	}
 	is(100, 1710, 300, ", 10.0 lines/s, 100 output tok/s in the last 1m, 30s left")
-	for sec := 101; sec <= 170; sec++ { // nothing moves
+	for sec := 101; sec <= 116; sec++ { // the last lines take long
+		p.add(at(sec), 1710, 17100)
+	}
+	p.add(at(117), 1711, 17110)
+	is(117, 1711, 299, ", 7.2 lines/s, 72 output tok/s in the last 1m, 1h14m45s left")
+	for sec := 118; sec <= 170; sec++ { // nothing moves
 		p.add(at(sec), 1710, 17100)
 	}
 	is(170, 1710, 300, ", 0.0 lines/s, 0 output tok/s in the last 1m")

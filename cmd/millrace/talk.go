@@ -24,6 +24,7 @@ type talk struct {
 	view  broker.JobView
 	note  string
 	said  time.Time
+	ended int64 // lines, when that was
 	start time.Time
 	fed   bool // it had an owner while we looked
 	pace  pace
@@ -65,8 +66,12 @@ func (t *talk) see(v broker.JobView) {
 		return
 	}
 	if now.Sub(t.said) >= sayEvery {
-		t.said = now
-		fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s\n", t.job.ID, ended, count(t.job.Lines, "line"), v.Progress.Failed, speed)
+		why := ""
+		if ended == t.ended && t.note != "" { // it stands for long
+			why = "; " + t.note
+		}
+		t.said, t.ended = now, ended
+		fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s%s\n", t.job.ID, ended, count(t.job.Lines, "line"), v.Progress.Failed, speed, why)
 	}
 }
 
