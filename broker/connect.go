@@ -30,6 +30,8 @@ type Access struct {
 	TLSCert string // client certificate and key, PEM
 	TLSKey  string
 	TLSCA   string // PEM file to trust instead of the system's
+
+	Ends bool // the broker is that of a run, and ends with it: then the connection does not wait for it, but is closed
 }
 
 // Conn is a connection to a broker.
@@ -41,6 +43,8 @@ type Conn struct {
 	Reconnected <-chan struct{}
 	// SyncAlways says that the broker is embedded and fsyncs before it acknowledges.
 	SyncAlways bool
+	// Ends is that of Access.
+	Ends bool
 
 	closed chan struct{} // closed with NC
 }
@@ -180,7 +184,7 @@ func ReadFile(flag, path, want string) ([]byte, error) {
 // Connect connects to a broker as role (shown in its connection list). It waits for the first connection until
 // ctx is done, with ErrUnreachable, but not for a broker that refuses us or that we do not trust. After that the
 // connection mends itself for as long as it is open; but a broker that refuses it twice in a row, because it has
-// another token now, ends it: see Closed.
+// another token now, ends it: see Closed. So does any break where the broker Ends.
 func Connect(ctx context.Context, a Access, role string, log *slog.Logger) (*Conn, error) {
 	if err := a.Check(); err != nil {
 		return nil, err
@@ -198,7 +202,14 @@ func Connect(ctx context.Context, a Access, role string, log *slog.Logger) (*Con
 	if a.TLSCA != "" {
 		opts = append(opts, nats.RootCAs(a.TLSCA))
 	}
-	return connect(ctx, a.URL, role, log, opts...)
+	if a.Ends {
+		opts = append(opts, nats.NoReconnect())
+	}
+	c, err := connect(ctx, a.URL, role, log, opts...)
+	if err == nil {
+		c.Ends = a.Ends
+	}
+	return c, err
 }
 
 // Connect connects to the server without a network, and so without TLS.
@@ -225,8 +236,8 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 		nats.ReconnectBufSize(-1), // what cannot be sent now is an error now, and its sender tries again
 		nats.Timeout(5*time.Second),
 		nats.PingInterval(20*time.Second),
-		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
-			if err != nil {
+		nats.DisconnectErrHandler(func(nc *nats.Conn, err error) {
+			if err != nil && nc.Opts.AllowReconnect {
 				log.Warn("broker connection lost, reconnecting", "error", err)
 			}
 		}),

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/user"
@@ -41,30 +42,34 @@ func (a *app) wantCommand(verb string) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
 			defer cancel()
-			conn, v, err := a.find(ctx, args[0])
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			switch {
-			case v.State() == broker.StateFinished:
-				return coded{fmt.Errorf("job %s is %s; there is nothing to %s", v.Job.ID, shown(v.State(), outcome(&v.Progress)), verb), exitUsage}
-			case v.Control.Want == proto.WantCancel && want != proto.WantCancel:
-				return coded{fmt.Errorf("job %s was %s; run its command with --again for a fresh one", v.Job.ID, asked(&v.Control)), exitUsage}
-			}
-			if err := broker.Want(ctx, conn.JS, v.Job.ID, proto.Control{Want: want, Reason: reason, By: me()}); err != nil {
-				return err
-			}
-			fmt.Fprintf(a.std.err, "%s: told job %s (%d of %s ended)\n", verb, v.Job.ID, v.Ended(), count(v.Job.Lines, "line"))
-			if s := unheard(v.State(), want); s != "" {
-				fmt.Fprintln(a.std.err, s)
-			}
-			return nil
+			return settle(ctx, func() error { return a.want(ctx, args[0], verb, &proto.Control{Want: want, Reason: reason, By: me()}) })
 		},
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "for people: shown by status, by jobs, and by the command that runs the job")
 	a.natsFlags(cmd)
 	return cmd
+}
+
+func (a *app) want(ctx context.Context, job, verb string, c *proto.Control) error {
+	conn, v, err := a.find(ctx, job)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	switch {
+	case v.State() == broker.StateFinished:
+		return usagef("job %s is %s; there is nothing to %s", v.Job.ID, shown(v.State(), outcome(&v.Progress)), verb)
+	case v.Control.Want == proto.WantCancel && c.Want != proto.WantCancel:
+		return usagef("job %s was %s; run its command with --again for a fresh one", v.Job.ID, asked(&v.Control))
+	}
+	if err := broker.Want(ctx, conn.JS, v.Job.ID, *c); err != nil {
+		return lost(conn, v.Job.ID, err)
+	}
+	fmt.Fprintf(a.std.err, "%s: told job %s (%d of %s ended)\n", verb, v.Job.ID, v.Ended(), count(v.Job.Lines, "line"))
+	if s := unheard(v.State(), c.Want); s != "" {
+		fmt.Fprintln(a.std.err, s)
+	}
+	return nil
 }
 
 // unheard says when what is wanted of a job takes effect that no process runs; empty: one does.
@@ -99,7 +104,7 @@ func (a *app) rmCommand() *cobra.Command {
 			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 			defer cancel()
 			for _, arg := range args {
-				if err := a.remove(ctx, arg, force); err != nil {
+				if err := settle(ctx, func() error { return a.remove(ctx, arg, force) }); err != nil {
 					return err
 				}
 			}
@@ -114,7 +119,7 @@ func (a *app) rmCommand() *cobra.Command {
 func (a *app) remove(ctx context.Context, job string, force bool) error {
 	conn, v, err := a.find(ctx, job)
 	if err != nil {
-		if k := a.keptRun(job); k != nil && ctx.Err() == nil {
+		if k := a.keptRun(job); k != nil && ctx.Err() == nil && !errors.Is(err, broker.ErrInUse) {
 			return a.forget(k, force)
 		}
 		return err
@@ -126,8 +131,11 @@ func (a *app) remove(ctx context.Context, job string, force bool) error {
 	if v.State() != broker.StateFinished && !force {
 		return coded{fmt.Errorf("job %s is %s; cancel it first, or say --force", v.Job.ID, v.State()), exitUsage}
 	}
+	if conn.Ends && v.State() == broker.StateFinished { // with what is kept of it, once its process has noted that
+		return &busyError{v.Job.ID}
+	}
 	if err := broker.Remove(ctx, conn.JS, v); err != nil {
-		return err
+		return lost(conn, v.Job.ID, err)
 	}
 	fmt.Fprintln(a.std.err, "removed", v.Job.ID)
 	return nil

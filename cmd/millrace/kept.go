@@ -186,7 +186,7 @@ func nobodyHas(job string, err error) error {
 	}
 	k, wanted := chooseKept(n.runs, job)
 	if k != nil {
-		return &over{k}
+		return left(k)
 	}
 	n.wanted = wanted
 	return n

@@ -40,6 +40,11 @@ func (e endpoint) write(dir string) error {
 	return nil
 }
 
+// access reaches the broker of a run, which never comes back at the same place.
+func (e endpoint) access() broker.Access {
+	return broker.Access{URL: e.URL, Token: e.Token, Ends: true}
+}
+
 func readEndpoint(dir string) (endpoint, error) {
 	var e endpoint
 	b, err := os.ReadFile(endpointFile(dir))
@@ -92,7 +97,7 @@ func (a *app) runs(ctx context.Context) *brokers {
 	var wg sync.WaitGroup
 	for i, e := range es {
 		wg.Go(func() {
-			if c, err := a.connectTo(ctx, broker.Access{URL: e.URL, Token: e.Token}, "control", time.Second); err == nil {
+			if c, err := a.connectTo(ctx, e.access(), "control", time.Second); err == nil {
 				conns[i] = c
 			}
 		})
@@ -169,7 +174,7 @@ func (a *app) lookup(ctx context.Context, what string) (*brokers, broker.JobView
 		}
 	}
 	if k := a.keptRun(what); k != nil && errors.Is(err, broker.ErrNoJob) {
-		err = &over{k}
+		err = left(k)
 	}
 	return b, v, err
 }

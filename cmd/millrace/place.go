@@ -8,12 +8,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/google/renameio/v2"
-	"github.com/nats-io/nats.go"
 
 	"millrace/aggregator"
 	"millrace/broker"
@@ -211,29 +209,13 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, 
 
 // watchAt shows a job until it is finished, or its broker is gone or cannot be reached.
 func (a *app) watchAt(ctx context.Context, e endpoint, job *proto.Job) (broker.JobView, error) {
-	conn, err := a.connectTo(ctx, broker.Access{URL: e.URL, Token: e.Token}, "control", time.Second)
+	conn, err := a.connectTo(ctx, e.access(), "control", time.Second)
 	if err != nil {
 		return broker.JobView{}, nil
 	}
 	defer conn.Close()
-	wctx, gone := context.WithCancel(ctx)
-	var looking sync.WaitGroup
-	defer looking.Wait()
-	defer gone()
-	lost := conn.NC.StatusChanged(nats.RECONNECTING, nats.CLOSED)
-	defer conn.NC.RemoveStatusListener(lost)
-	if !conn.NC.IsConnected() { // before it could be told
-		gone()
-	}
-	looking.Go(func() {
-		select {
-		case <-lost:
-			gone()
-		case <-wctx.Done():
-		}
-	})
-	v, err := a.watch(wctx, conn, *job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
-	if wctx.Err() != nil {
+	v, err := a.watch(ctx, conn, *job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
+	if errors.Is(err, broker.ErrClosed) {
 		err = nil
 	}
 	return v, err

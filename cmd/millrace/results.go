@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -42,24 +43,8 @@ both times. Of a run on this machine that no process has any more it prints what
 			}
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
-			k := a.keptRun(args[0])
-			if k != nil && a.nobody(take) {
-				return a.keptResults(k, which, a.std.out)
-			}
-			conn, v, err := a.find(take, args[0])
-			if err != nil && k != nil && take.Err() == nil {
-				// The broker at the usual place, which nobody named, has no such job or does not let us in.
-				if kerr := a.keptResults(k, which, a.std.out); !errors.Is(kerr, broker.ErrInUse) {
-					return kerr
-				}
-			}
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			take, stop := conn.While(take)
-			defer stop()
-			return a.copyResults(take, conn, v.Job.ID, which, follow, a.std.out)
+			w := &fresh{w: a.std.out}
+			return orStopped(take, settle(take, func() error { return a.results(take, args[0], which, follow, w) }))
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what comes, until the job is finished")
@@ -70,6 +55,45 @@ both times. Of a run on this machine that no process has any more it prints what
 	return cmd
 }
 
+// results writes to w what there is of a job, and with follow what comes. It is called again where the job's run has a
+// process that is starting or ends, with which its broker ends: w remembers what came from there.
+func (a *app) results(ctx context.Context, what, which string, follow bool, w *fresh) error {
+	k := a.keptRun(what)
+	kept := func() error {
+		err := a.keptResults(k, which, w)
+		if err == nil && follow && !k.Finished {
+			return &over{k}
+		}
+		return err
+	}
+	if k != nil && a.nobody(ctx) {
+		return kept()
+	}
+	conn, v, err := a.find(ctx, what)
+	if err != nil && k != nil && ctx.Err() == nil {
+		// The broker at the usual place, which nobody named, has no such job or does not let us in.
+		if kerr := kept(); !errors.Is(kerr, broker.ErrInUse) {
+			return kerr
+		}
+	}
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, stop := conn.While(ctx)
+	defer stop()
+	if which == proto.WhichManifest { // whole, or nothing of it
+		var b bytes.Buffer
+		if err := a.copyResults(ctx, conn, v.Job.ID, which, follow, &b); err != nil {
+			return lost(conn, v.Job.ID, err)
+		}
+		_, err := b.WriteTo(w)
+		return err
+	}
+	w.remember = conn.Ends
+	return lost(conn, v.Job.ID, a.copyResults(ctx, conn, v.Job.ID, which, follow, w))
+}
+
 // copyResults writes to w what the aggregator gives of a job, and with follow what comes until the job is finished.
 func (a *app) copyResults(ctx context.Context, conn *broker.Conn, id, which string, follow bool, w io.Writer) error {
 	q := proto.ResultsQuestion{Job: id, MaxBytes: 1 << 20, Which: which}
@@ -77,7 +101,9 @@ func (a *app) copyResults(ctx context.Context, conn *broker.Conn, id, which stri
 	for {
 		var ans proto.ResultsAnswer
 		err := ask(ctx, conn, proto.SubjectResults, &q, &ans)
-		switch {
+		switch closed := conn.Closed(); {
+		case err != nil && ctx.Err() == nil && closed != nil:
+			return closed
 		case err != nil && ctx.Err() != nil:
 			return stopped(ctx)
 		case err != nil && !follow:
@@ -127,7 +153,7 @@ func ask(ctx context.Context, conn *broker.Conn, subject string, q encoder, ans 
 		return fmt.Errorf("no aggregator answers; start `millrace aggregate` or `millrace serve`: %w", err)
 	}
 	if err != nil {
-		return fmt.Errorf("ask the aggregator: %w", err)
+		return fmt.Errorf("ask the aggregator: %w", broker.Plain(err))
 	}
 	return ans.Decode(msg.Data)
 }
@@ -144,7 +170,11 @@ the input: input.sha256 in the manifest is the SHA-256 of its plain lines, as sh
 compressed and was read whole.`,
 		Args: wants("MANIFEST|DIR|JOB"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			reasons, err := a.verify(cmd.Context(), args[0])
+			var reasons []string
+			err := settle(cmd.Context(), func() (err error) {
+				reasons, err = a.verify(cmd.Context(), args[0])
+				return err
+			})
 			if err != nil {
 				return err
 			}
@@ -207,7 +237,7 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 	defer conn.Close()
 	var ans proto.VerifyAnswer
 	if err := ask(ctx, conn, proto.SubjectVerify, &proto.VerifyQuestion{Job: v.Job.ID}, &ans); err != nil {
-		return nil, err
+		return nil, lost(conn, v.Job.ID, err)
 	}
 	switch {
 	case ans.Error != "":

@@ -115,8 +115,10 @@ func (a *app) statusCommand() *cobra.Command {
 			defer done()
 			job := strings.Join(args, "")
 			if !watch {
-				_, err := a.status(take, job, false)
-				return err
+				return settle(take, func() error {
+					_, err := a.status(take, job, false)
+					return err
+				})
 			}
 			return a.watchStatus(take, job)
 		},
@@ -134,10 +136,13 @@ func (a *app) watchStatus(ctx context.Context, job string) error {
 		if !ended {
 			now, err := a.status(ctx, job, true)
 			ended = runs && (errors.Is(err, broker.ErrUnreachable) || errors.Is(err, broker.ErrNoJob))
-			if err != nil && !ended {
+			busy := errors.Is(err, broker.ErrInUse)
+			if err != nil && !ended && !busy {
 				return orStopped(ctx, err)
 			}
-			runs = now
+			if !busy {
+				runs = now
+			}
 		}
 		if ended {
 			fmt.Fprintln(a.std.err, "what ran on this machine has ended")
