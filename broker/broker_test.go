@@ -249,7 +249,7 @@ func TestJobs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for what, want := range map[string]string{"beta": "finished", "alpha-1": "running", "name of alpha-2": "orphaned", "b": "finished"} {
+	for what, want := range map[string]string{"beta": "finished", "alpha-1": "running", "name of alpha-2": "orphaned", "b": "finished", "Alpha_1": "running"} {
 		v, err := broker.Choose(all, what)
 		if err != nil || v.State() != want {
 			t.Errorf("%s: %s, %v, want %s", what, v.State(), err, want)

@@ -187,15 +187,20 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 	return v, err
 }
 
-// Choose finds, among jobs that were read, the one whose id or name is what, or the only one whose id begins so.
+// Choose finds, among jobs that were read, the one whose id or name is what, or the only one whose id begins so, be it as
+// the file's name is in an id.
 func Choose(all []JobView, what string) (JobView, error) {
 	var begin []JobView
 	var ids []string
+	slug := what
+	if what != "" {
+		slug = proto.Slug(what, len(what))
+	}
 	for _, v := range all {
 		if v.Job.ID == what || v.Job.Name == what && what != "" {
 			return v, nil
 		}
-		if strings.HasPrefix(v.Job.ID, what) {
+		if strings.HasPrefix(v.Job.ID, what) || strings.HasPrefix(v.Job.ID, slug) {
 			begin, ids = append(begin, v), append(ids, v.Job.ID)
 		}
 	}
