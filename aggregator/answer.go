@@ -2,7 +2,9 @@ package aggregator
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"sync"
 
 	"github.com/nats-io/nats.go/micro"
@@ -170,6 +172,9 @@ func (s *service) verify(b []byte) (encoder, error) {
 		return a, nil
 	}
 	_, reasons, err := VerifyContext(s.ctx, done.Manifest)
+	if errors.Is(err, os.ErrNotExist) && done.Host == s.t.s.host {
+		err = fmt.Errorf("job %s is finished, but %s is gone; put it back", j.spec.ID, done.Manifest)
+	}
 	if err != nil {
 		a.Error = elsewhere(err, done, s.t.s.host).Error()
 		return a, nil

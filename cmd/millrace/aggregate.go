@@ -113,7 +113,7 @@ At its start it prints the variables with which the others find it.
 
 // aggregate folds, and feeds the detached jobs, until ctx ends or one of the two fails.
 func (a *app) aggregate(ctx context.Context, conn *broker.Conn, g *aggregateFlags, reg prometheus.Registerer, shared bool) error {
-	if err := writable(g.output); err != nil {
+	if err := writable(g.output, "--output"); err != nil {
 		return err
 	}
 	output, err := filepath.Abs(g.output)
@@ -224,13 +224,13 @@ func together(ctx context.Context, parts ...func(context.Context) error) error {
 }
 
 // writable makes the folder and tries to write there, so that a mistake shows at the start and not at the end.
-func writable(dir string) error {
+func writable(dir, flag string) error {
 	if err := broker.MakeDir(dir); err != nil {
-		return fmt.Errorf("make the output folder: %w; choose another --output", err)
+		return fmt.Errorf("make the output folder: %w; choose another %s", err, flag)
 	}
 	f, err := os.CreateTemp(dir, ".millrace-*")
 	if err != nil {
-		return fmt.Errorf("write to the output folder: %w; choose another --output or mend its permissions", err)
+		return fmt.Errorf("write to the output folder: %w; choose another %s or mend its permissions", err, flag)
 	}
 	f.Close()
 	return os.Remove(f.Name())

@@ -142,7 +142,7 @@ func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int
 func (j *jobFlags) reachable(lines int64) error {
 	n, percent, _ := number(j.failUnder) // checked before; none is 0
 	if !percent && n > float64(lines) {
-		return usagef("--fail-under is %s, but there are only %s; give a smaller number, or a percentage", j.failUnder, count(lines, "line"))
+		return usagef("--fail-under is %s, but the job has only %s; give a smaller number, or a percentage", j.failUnder, count(lines, "line"))
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -57,7 +58,11 @@ func nextRun(id string) string {
 
 // verify compares the files of a finished run with its manifest, as long as they are its own.
 func (k *kept) verify() ([]string, error) {
-	if _, err := manifestOf(k.Manifest, k.Job); err != nil {
+	_, err := manifestOf(k.Manifest, k.Job)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, missing(k.Job, k.Manifest)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("verify job %s: %w", k.Job, err)
 	}
 	_, reasons, err := aggregator.Verify(k.Manifest)
@@ -167,15 +172,48 @@ func (n *nobody) list() string {
 	var b strings.Builder
 	fmt.Fprintln(&b, "Runs that are kept there; the same command continues one that was interrupted or halted, and shows one that is finished:")
 	tw := tabwriter.NewWriter(&b, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(tw, "  JOB\tNAME\tSTATE\tSINCE\tOUTPUT")
 	for _, k := range n.runs[:min(keptMost, len(n.runs))] {
 		state, where := k.state()
-		fmt.Fprintf(tw, "  %s\t%s\t%s\t%s\n", k.Job, state, k.when.Format("2006-01-02 15:04"), where)
+		fmt.Fprintf(tw, "  %s\t%s\t%s\t%s\t%s\n", k.Job, k.Name, state, k.when.Format("2006-01-02 15:04"), where)
 	}
 	_ = tw.Flush() // to memory
 	if more := len(n.runs) - keptMost; more > 0 {
 		fmt.Fprintf(&b, "  … and %d older\n", more)
 	}
 	return b.String()
+}
+
+// keptRow is what `status --json` prints of a run that is kept.
+type keptRow struct {
+	ID       string    `json:"id"`
+	Name     string    `json:"name,omitempty"`
+	State    string    `json:"state"`
+	Since    time.Time `json:"since"`
+	Input    string    `json:"input"`
+	SHA256   string    `json:"sha256"`
+	Output   string    `json:"output,omitempty"` // where its results are, were or will be
+	Manifest string    `json:"manifest"`
+}
+
+// keptRows are the runs of which err tells, as a nobody or an over; told says whether it is one.
+func keptRows(err error) (rows []keptRow, told bool) {
+	var n *nobody
+	var one *over
+	var runs []kept
+	switch {
+	case errors.As(err, &one):
+		runs = []kept{*one.kept}
+	case !errors.As(err, &n):
+		return nil, false
+	case n.wanted == nil:
+		runs = n.runs
+	}
+	for _, k := range runs {
+		state, _ := k.state()
+		rows = append(rows, keptRow{k.Job, k.Name, state, k.when, k.Input, k.SHA256, k.Output, k.Manifest})
+	}
+	return rows, true
 }
 
 // nobodyHas is the error of a command for a job, where err is that nobody is there.

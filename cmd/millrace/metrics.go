@@ -22,6 +22,17 @@ func (a *app) metricsFlag(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&a.pprof, "pprof", false, "serve profiles of this process, too: at /debug/pprof of --metrics-addr")
 }
 
+// checkMetrics refuses what cannot be meant.
+func (a *app) checkMetrics() error {
+	switch {
+	case a.metrics != "":
+		return checkAddr("--metrics-addr", a.metrics)
+	case a.pprof:
+		return usagef("--pprof needs --metrics-addr, where the profiles are served")
+	}
+	return nil
+}
+
 // serveMetrics starts the metrics server where one is wanted. The function it returns stops it.
 func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 	reg := prometheus.NewRegistry()
@@ -30,13 +41,7 @@ func (a *app) serveMetrics() (*prometheus.Registry, func(), error) {
 	info.WithLabelValues(programVersion()).Set(1)
 	reg.MustRegister(info)
 	if a.metrics == "" {
-		if a.pprof {
-			return nil, nil, usagef("--pprof needs --metrics-addr, where the profiles are served")
-		}
 		return reg, func() {}, nil
-	}
-	if err := checkAddr("--metrics-addr", a.metrics); err != nil {
-		return nil, nil, err
 	}
 	ln, err := net.Listen("tcp", a.metrics)
 	if err != nil {

@@ -59,7 +59,7 @@ func usable(f *aggregator.Files, input string) error {
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 		return usagef("the output folder %s is not there; make it, or give another -o", dir)
 	}
-	return writable(dir)
+	return writable(dir, "-o")
 }
 
 // take makes the files of a run its own until the lock is let go of. Where its user named none, neither the results of

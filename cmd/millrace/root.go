@@ -92,10 +92,34 @@ Each flag is an environment variable, too: --ack-wait is MILLRACE_ACK_WAIT. Dura
 			c.Flag("nats").Usage = "`URL` of the broker (default: $NATS_URL, else those of all runs of yours on this machine, else " + defaultNATS + ")"
 		}
 	}
+	strict(root)
 	return root
 }
 
-// prepare fills flags from the environment and opens the log.
+// strict makes the two commands that cobra adds refuse what is not there.
+func strict(root *cobra.Command) {
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "help":
+			c.Args = func(_ *cobra.Command, args []string) error {
+				_, _, err := root.Find(args)
+				return err
+			}
+		case "completion":
+			c.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+			c.Args = func(cmd *cobra.Command, args []string) error {
+				if len(args) == 0 {
+					return nil
+				}
+				return usagef("no completions for %q; see `%s --help`", args[0], cmd.CommandPath())
+			}
+		}
+	}
+}
+
+// prepare fills flags from the environment, opens the log and checks what many commands have.
 func (a *app) prepare(cmd *cobra.Command) error {
 	if err := fromEnv(cmd.Flags(), os.LookupEnv); err != nil {
 		return err
@@ -111,7 +135,7 @@ func (a *app) prepare(cmd *cobra.Command) error {
 		level = slog.LevelInfo
 	}
 	a.log = slog.New(tint.NewTextHandler(a.std.err, &tint.Options{Level: level, TimeFormat: time.TimeOnly, NoColor: !terminal(a.std.err)}))
-	return nil
+	return a.checkMetrics()
 }
 
 // fromEnv sets each flag that was not given from MILLRACE_<FLAG>, dashes as underscores. Asking for help is no setting.

@@ -113,7 +113,7 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 		return err
 	}
 	defer held.Unlock()
-	if err := producer.Preflight(&job, map[string]string{"--data": p.dir, "--output": filepath.Dir(files.Output)}); err != nil {
+	if err := producer.Preflight(&job, map[string]string{"--data": p.dir, "-o": filepath.Dir(files.Output)}); err != nil {
 		return err
 	}
 	v, err := a.runJob(take, stop, r, ds, job, p, files)

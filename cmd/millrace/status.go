@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ type overview struct {
 	Jobs    []jobRow    `json:"jobs"`
 	Workers []workerRow `json:"workers"`
 	Queues  []queueRow  `json:"queues"`
+	Kept    []keptRow   `json:"kept,omitempty"` // only where there is nobody to ask: runs on this machine that no process has
 }
 
 type jobRow struct {
@@ -161,6 +163,9 @@ func (a *app) status(ctx context.Context, job string, clear bool) (runs bool, er
 	cctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	b, jobs, err := a.list(cctx, job)
+	if rows, nobody := keptRows(err); nobody && a.json {
+		return false, cmp.Or(a.printJSON(overview{[]jobRow{}, []workerRow{}, []queueRow{}, rows}), err)
+	}
 	if err != nil {
 		return false, err
 	}
@@ -301,11 +306,14 @@ func (a *app) jobsCommand() *cobra.Command {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
 			defer cancel()
 			b, jobs, err := a.list(ctx, "")
+			rows := []jobRow{}
+			if _, nobody := keptRows(err); nobody && a.json {
+				return cmp.Or(a.printJSON(rows), err)
+			}
 			if err != nil {
 				return err
 			}
 			defer b.close()
-			rows := []jobRow{}
 			for i := range jobs {
 				rows = append(rows, rowOfJob(&jobs[i]))
 			}

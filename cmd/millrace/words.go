@@ -72,7 +72,7 @@ func asked(c *proto.Control) string {
 		did += " by " + c.By
 	}
 	if c.Reason != "" {
-		did += ": " + c.Reason
+		did += ": " + strings.Join(strings.Fields(c.Reason), " ") // on one line, whatever it is
 	}
 	return did
 }
