@@ -113,10 +113,12 @@ func (a *app) rmCommand() *cobra.Command {
 
 func (a *app) remove(ctx context.Context, job string, force bool) error {
 	conn, v, err := a.find(ctx, job)
-	if err != nil {
-		if k := a.keptRun(job); k != nil && ctx.Err() == nil {
-			return a.forget(k, force)
-		}
+	switch k, shut := a.keptFor(job, err); {
+	case shut:
+		return fmt.Errorf("%w; the run %s, which is kept in %s, stays", err, k.Job, k.dir)
+	case k != nil:
+		return a.forget(k, force)
+	case err != nil:
 		return err
 	}
 	defer conn.Close()

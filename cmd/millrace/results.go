@@ -42,16 +42,9 @@ both times. Of a run on this machine that no process has any more it prints what
 			}
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
-			k := a.keptRun(args[0])
-			if k != nil && a.nobody(take) {
-				return a.keptResults(k, which, a.std.out)
-			}
 			conn, v, err := a.find(take, args[0])
-			if err != nil && k != nil && take.Err() == nil {
-				// The broker at the usual place, which nobody named, has no such job or does not let us in.
-				if kerr := a.keptResults(k, which, a.std.out); !errors.Is(kerr, broker.ErrInUse) {
-					return kerr
-				}
+			if k := a.keptToRead(args[0], err); k != nil {
+				return a.keptResults(take, k, which)
 			}
 			if err != nil {
 				return err
@@ -188,14 +181,14 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 		return nil, fmt.Errorf("%s: no such file; %s", what, giveManifest)
 	}
 	conn, v, err := a.find(ctx, what)
-	if err != nil && ctx.Err() == nil {
-		if k := a.keptRun(what); k != nil && k.Finished {
-			return k.verify()
-		}
+	switch k := a.keptToRead(what, err); {
+	case k != nil && k.Finished:
+		return k.verify()
+	case k != nil:
+		return nil, fmt.Errorf("%s is no file here: %w", what, &over{k})
 	}
 	var n *nobody
-	var gone *over
-	if errors.As(err, &n) || errors.As(err, &gone) {
+	if errors.As(err, &n) {
 		return nil, fmt.Errorf("%s is no file here: %w", what, err)
 	}
 	if errors.Is(err, broker.ErrUnreachable) {
