@@ -145,8 +145,11 @@ func jobIDs(ctx context.Context, js jetstream.JetStream) (ids []string, err erro
 	return ids, err
 }
 
-// ErrNoJob is returned when no job, or more than one, goes by a name.
-var ErrNoJob = errors.New("no such job")
+// Errors of looking for a job.
+var (
+	ErrNoJob     = errors.New("no such job")
+	ErrAmbiguous = errors.New("several jobs begin so")
+)
 
 // Get reads one job by its id. Each key is asked for by itself: a listing of the bucket passes over a key that is
 // being written at that moment, and two of them are written several times a second.
@@ -210,7 +213,7 @@ func Choose(all []JobView, what string) (JobView, error) {
 	case 0:
 		return JobView{}, fmt.Errorf("%w: %q; `millrace jobs` lists them", ErrNoJob, what)
 	}
-	return JobView{}, fmt.Errorf("%w: %q could be any of %s", ErrNoJob, what, strings.Join(ids, ", "))
+	return JobView{}, fmt.Errorf("%w: %q could be any of %s; give more of it", ErrAmbiguous, what, strings.Join(ids, ", "))
 }
 
 // Want tells the owner and the workers of a job what to do with it. It is put only as long as the job is there: so nothing

@@ -14,33 +14,43 @@ import (
 
 // Remove forgets a job: its keys, its requests, its results at the broker and its detached input. Its output files
 // stay. What somebody wants of the job while it is removed goes with it: nobody can create the job again as long as its
-// spec is there, so no record beside it is another one's, and nobody can want anything of it afterwards (Want).
+// spec is there, so no record beside it is another one's, and nobody can want anything of it afterwards (Want). A job that
+// another one removed and that was created again since stays, and the error is ErrNoJob.
 func Remove(ctx context.Context, js jetstream.JetStream, v JobView) error {
 	l, err := look(ctx, js, &v.Job)
 	if err != nil {
 		return err
 	}
-	if err := l.remove(ctx); err != nil {
-		return err
-	}
-	for _, key := range []string{proto.FeedKey(v.Job.ID), proto.ProgressKey(v.Job.ID)} {
-		if _, err := purgeKey(ctx, js, key); err != nil {
+	for { // again where something was wanted meanwhile, or the spec has changed
+		spec, err := l.spec(ctx)
+		if err != nil || spec == 0 {
 			return err
 		}
-	}
-	for { // the spec last, so that what failed can be done again, and only if nothing was wanted since that was removed
-		wanted, err := purgeKey(ctx, js, proto.ControlKey(v.Job.ID))
-		if err != nil {
+		if err := l.remove(ctx); err != nil {
 			return err
 		}
-		_, err = purgeKey(ctx, js, proto.JobKey(v.Job.ID), jetstream.WithExpectLastSequenceForSubject(wanted, jobsSubject(proto.ControlKey(v.Job.ID))))
-		if !errors.Is(err, errChanged) {
+		if err := l.removeKeys(ctx, spec); !errors.Is(err, errChanged) {
 			return err
 		}
 	}
 }
 
-// records are the keys of a job beside its spec.
+// removeKeys removes the records of a job as long as its spec has that revision, and then the spec: so what failed can be
+// done again. It does only if nothing was wanted since that was removed.
+func (l *leftovers) removeKeys(ctx context.Context, spec uint64) error {
+	same := jetstream.WithExpectLastSequenceForSubject(spec, jobsSubject(proto.JobKey(l.job.ID)))
+	var wanted uint64
+	for _, key := range records(l.job.ID) {
+		var err error
+		if wanted, err = purgeKey(ctx, l.js, key, same); err != nil {
+			return err
+		}
+	}
+	_, err := purgeKey(ctx, l.js, proto.JobKey(l.job.ID), jetstream.WithExpectLastSequenceForSubject(wanted, jobsSubject(proto.ControlKey(l.job.ID))))
+	return err
+}
+
+// records are the keys of a job beside its spec, that of what is wanted last.
 func records(id string) []string {
 	return []string{proto.FeedKey(id), proto.ProgressKey(id), proto.ControlKey(id)}
 }
@@ -53,29 +63,21 @@ func Expire(ctx context.Context, js jetstream.JetStream, job *proto.Job) error {
 	if err != nil {
 		return err
 	}
-	key := proto.JobKey(job.ID)
-	e, err := l.kv.Get(ctx, key)
-	if errors.Is(err, jetstream.ErrKeyNotFound) { // it is removed, but perhaps not all of it
+	spec, err := l.spec(ctx)
+	if err != nil {
+		return err
+	}
+	if spec == 0 { // it is removed, but perhaps not all of it
 		return l.expire(ctx)
 	}
-	if err != nil {
-		return explain("read "+key, err)
-	}
-	var have proto.Job
-	if err := have.Decode(e.Value()); err != nil {
-		return fmt.Errorf("read %s: %w", key, err)
-	}
-	if have.After != job.After {
-		return again(job)
-	}
-	marker, err := purgeKey(ctx, js, key, jetstream.WithExpectLastSequencePerSubject(e.Revision()))
+	marker, err := purgeKey(ctx, js, proto.JobKey(job.ID), jetstream.WithExpectLastSequencePerSubject(spec))
 	if errors.Is(err, errChanged) {
 		return again(job)
 	}
 	if err != nil {
 		return err
 	}
-	e, err = l.kv.Get(ctx, proto.ControlKey(job.ID)) // what was wanted after the look, of this job and not of the next one
+	e, err := l.kv.Get(ctx, proto.ControlKey(job.ID)) // what was wanted after the look, of this job and not of the next one
 	if err == nil && e.Revision() < marker {
 		l.keys[e.Key()] = e.Revision()
 	}
@@ -85,7 +87,9 @@ func Expire(ctx context.Context, js jetstream.JetStream, job *proto.Job) error {
 	return l.expire(ctx)
 }
 
-func again(job *proto.Job) error { return fmt.Errorf("%w: %s was created again", ErrNoJob, job.ID) }
+func again(job *proto.Job) error {
+	return fmt.Errorf("%w: %s was removed and created again, and the new one stays", ErrNoJob, job.ID)
+}
 
 // leftovers is what there is of a job beside its spec, as it was when it was looked at: what a job that is created
 // again under the same id puts there later is not part of it.
@@ -97,6 +101,27 @@ type leftovers struct {
 	keys   map[string]uint64 // of each record of the job: its revision
 	input  string            // NUID of the object that is the detached input; empty: there is none
 	inputs jetstream.ObjectStore
+}
+
+// spec is the revision of the job's spec; 0: it is gone. The error is ErrNoJob where it is that of a job that was created
+// again.
+func (l *leftovers) spec(ctx context.Context) (revision uint64, err error) {
+	key := proto.JobKey(l.job.ID)
+	e, err := l.kv.Get(ctx, key)
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, explain("read "+key, err)
+	}
+	var have proto.Job
+	if err := have.Decode(e.Value()); err != nil {
+		return 0, fmt.Errorf("read %s: %w", key, err)
+	}
+	if have.After != l.job.After {
+		return 0, again(l.job)
+	}
+	return e.Revision(), nil
 }
 
 // streams gives the streams that may hold messages of a job, and under which subject.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/nats-io/nats.go"
@@ -180,6 +181,39 @@ func TestRemoveWhileWanted(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestRemoveTwice: who is late to remove a job leaves the one alone that was created again after another one had removed it,
+// and what is wanted of that.
+func TestRemoveTwice(t *testing.T) {
+	for when, at := range map[string]func(f func()) racing{
+		"after the look":                  func(f func()) racing { return racing{looked: f} },
+		"after the spec was read":         func(f func()) racing { return racing{read: f} },
+		"before what is wanted is purged": func(f func()) racing { return racing{before: map[string]func(){proto.ControlKey("j"): f}} },
+		"after what is wanted is purged":  func(f func()) racing { return racing{removed: map[string]func(){proto.ControlKey("j"): f}} },
+		"before the spec is purged":       func(f func()) racing { return racing{before: map[string]func(){proto.JobKey("j"): f}} },
+	} {
+		t.Run(when, func(t *testing.T) {
+			c, kv, job := jobAlone(t)
+			next, err := (&proto.Job{ID: "j", After: 7}).Encode()
+			must(t, err)
+			put := sync.OnceFunc(func() {
+				must(t, broker.Remove(t.Context(), c.JS, broker.JobView{Job: job}))
+				_, err := kv.Create(t.Context(), proto.JobKey("j"), next)
+				must(t, err)
+				must(t, broker.Want(t.Context(), c.JS, "j", proto.Control{Want: proto.WantCancel}))
+			})
+			js := at(put)
+			js.JetStream = c.JS
+			if err := broker.Remove(t.Context(), js, broker.JobView{Job: job}); !errors.Is(err, broker.ErrNoJob) {
+				t.Errorf("%v", err)
+			}
+			v, err := broker.Get(t.Context(), c.JS, "j")
+			if err != nil || v.Job.After != 7 || v.Control.Want != proto.WantCancel {
+				t.Errorf("%+v, %v", v, err)
+			}
+		})
 	}
 }
 

@@ -159,7 +159,7 @@ func (a *app) lockOutput(ctx context.Context, conn *broker.Conn, dir string) (*b
 	lock, err := broker.LockFor(dir, made.UTC().Format(time.RFC3339Nano), fmt.Sprintf("process %d on %s, --data %s", os.Getpid(), host, a.data))
 	var held *broker.Holder
 	if errors.As(err, &held) {
-		return nil, usagef("results of another broker go to %s (%s); give another --output. Where it is the same broker, with a disk that was emptied, restart that process", dir, held.Who)
+		return nil, usagef("results of another broker go to %s (%s, or another aggregator of that broker); give another --output. Where it is the same broker, with a disk that was emptied, restart its aggregators", dir, held.Who)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("hold the output folder: %w", err)

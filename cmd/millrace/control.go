@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/user"
@@ -118,10 +117,12 @@ func (a *app) rmCommand() *cobra.Command {
 
 func (a *app) remove(ctx context.Context, job string, force bool) error {
 	conn, v, err := a.find(ctx, job)
-	if err != nil {
-		if k := a.keptRun(job); k != nil && ctx.Err() == nil && !errors.Is(err, broker.ErrInUse) {
-			return a.forget(k, force)
-		}
+	switch k, shut := a.keptFor(job, err); {
+	case shut:
+		return fmt.Errorf("%w; the run %s, which is kept in %s, stays", err, k.Job, k.dir)
+	case k != nil:
+		return a.forget(k, force)
+	case err != nil:
 		return err
 	}
 	defer conn.Close()

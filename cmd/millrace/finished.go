@@ -16,13 +16,16 @@ import (
 // showFinished prints a run that had finished before, if its files are still what was written: whatever became of them,
 // nothing is run again unasked. output is where the caller wants the results; empty: wherever they are.
 func (a *app) showFinished(ctx context.Context, job *proto.Job, manifest, output string, j *jobFlags) error {
-	m, err := a.intact(ctx, job.ID, manifest)
+	m, err := whole(job.ID, manifest)
 	if err != nil {
 		return err
 	}
 	files := m.Paths(manifest)
 	if output != "" && output != files.Output {
 		return usagef("job %s is finished, with results in %s; copy its files from there, or say --again to run it anew", job.ID, files.Output)
+	}
+	if err := a.intact(ctx, m, manifest); err != nil {
+		return err
 	}
 	fmt.Fprintf(a.std.err, "job %s is %s; --again makes a fresh run\n", job.ID, shown(broker.StateFinished, outcome(progressOf(m))))
 	if a.json {
@@ -39,20 +42,19 @@ func (a *app) showFinished(ctx context.Context, job *proto.Job, manifest, output
 // longCheck is how many bytes of files take so long to read that it is said.
 const longCheck = 256 << 20
 
-// intact reads the manifest of a finished run, and its files. The error says what is not as it was written.
-func (a *app) intact(ctx context.Context, job, manifest string) (*aggregator.Manifest, error) {
-	m, err := whole(job, manifest)
-	if err != nil || !m.Valid { // which says INVALID already
-		return m, err
+// intact reads the files of a finished run. The error says what is not as it was written.
+func (a *app) intact(ctx context.Context, m *aggregator.Manifest, manifest string) error {
+	if !m.Valid { // which says INVALID already
+		return nil
 	}
 	if n := m.Files.Output.Bytes + m.Files.Errors.Bytes; n >= longCheck {
-		fmt.Fprintf(a.std.err, "job %s is finished; checking its files, %s\n", job, broker.Size(n))
+		fmt.Fprintf(a.std.err, "job %s is finished; checking its files, %s\n", m.Job.ID, broker.Size(n))
 	}
 	_, reasons, err := aggregator.VerifyContext(ctx, manifest)
 	if err == nil && len(reasons) > 0 {
-		err = fmt.Errorf("job %s is finished, but its files are INVALID by now: %s; `millrace verify %s` says all of it; %s", job, reasons[0], manifest, putBack)
+		err = fmt.Errorf("job %s is finished, but its files are INVALID by now: %s; `millrace verify %s` says all of it; %s", m.Job.ID, reasons[0], manifest, putBack)
 	}
-	return m, err
+	return err
 }
 
 // whole reads the manifest of a finished run. The error says which of its files are gone; it does not look into them.

@@ -13,6 +13,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"millrace/aggregator"
 	"millrace/broker"
 	"millrace/proto"
@@ -94,29 +96,60 @@ func (k *kept) state() (state, where string) {
 	return shown(broker.StateFinished, outcome(progressOf(m))), m.Paths(k.Manifest).Output
 }
 
-// keptRun finds a `millrace run` on this machine by its id, its name or the beginning of its id, unless a broker was
-// named. It may be running.
-func (a *app) keptRun(what string) *kept {
-	if _, named, err := a.nats.access(); named || err != nil {
-		return nil
+// choose finds the job that is what among jobs of brokers and, unless a broker was named, the runs on this machine that are
+// kept: that it is one of these is an over.
+func (a *app) choose(jobs []broker.JobView, what string, named bool) (broker.JobView, error) {
+	v, err := broker.Choose(jobs, what)
+	if named || err == nil && (v.Job.ID == what || v.Job.Name == what) {
+		return v, err
 	}
-	k, _ := chooseKept(a.kept(), what)
-	return k
+	k, v, err := chooseKept(a.kept(), what, jobs...)
+	if k != nil {
+		err = left(k)
+	}
+	return v, err
 }
 
-// chooseKept finds a run as one at a broker is found. Those that were given up are found by their whole id alone.
-func chooseKept(runs []kept, what string) (*kept, error) {
+// chooseKept finds a run as a job at a broker is found, and beside jobs that are there. Those that were given up are found
+// by their whole id alone. It is nil where the job is none of runs.
+func chooseKept(runs []kept, what string, jobs ...broker.JobView) (*kept, broker.JobView, error) {
 	at := map[string]*kept{}
-	var views []broker.JobView
+	for _, v := range jobs {
+		at[v.Job.ID] = nil
+	}
 	for i := range runs {
 		k := &runs[i]
-		if k.later == "" || k.Job == what {
+		if _, there := at[k.Job]; !there && (k.later == "" || k.Job == what) {
 			at[k.Job] = k
-			views = append(views, broker.JobView{Job: proto.Job{ID: k.Job, Name: k.Name}})
+			jobs = append(jobs, broker.JobView{Job: proto.Job{ID: k.Job, Name: k.Name}})
 		}
 	}
-	v, err := broker.Choose(views, what)
-	return at[v.Job.ID], err
+	v, err := broker.Choose(jobs, what)
+	return at[v.Job.ID], v, err
+}
+
+// keptFor is the run that is kept here and that what means, where err is what looking for it gave: one that is over; and
+// where the broker at the usual place, which nobody named, does not let us in, shut says so, and there may be one there
+// that is meant as well.
+func (a *app) keptFor(what string, err error) (k *kept, shut bool) {
+	var gone *over
+	if errors.As(err, &gone) {
+		return gone.kept, false
+	}
+	if _, named, aerr := a.nats.access(); named || aerr != nil || !errors.Is(err, nats.ErrAuthorization) {
+		return nil, false
+	}
+	k, _, _ = chooseKept(a.kept(), what)
+	return k, k != nil
+}
+
+// keptToRead is keptFor for a command that changes nothing.
+func (a *app) keptToRead(what string, err error) *kept {
+	k, shut := a.keptFor(what, err)
+	if shut {
+		fmt.Fprintf(a.std.err, "note: this is job %s as it is kept here; the broker was not asked: %v\n", k.Job, err)
+	}
+	return k
 }
 
 // over is the error of a command for a run that no process has any more. It is broker.ErrUnreachable.
@@ -222,7 +255,7 @@ func nobodyHas(job string, err error) error {
 	if !errors.As(err, &n) {
 		return err
 	}
-	k, wanted := chooseKept(n.runs, job)
+	k, _, wanted := chooseKept(n.runs, job)
 	if k != nil {
 		return left(k)
 	}

@@ -24,7 +24,7 @@ type endpoint struct {
 	Token string `json:"token"`
 	PID   int    `json:"pid"`
 
-	Output string `json:"output"` // where its results go
+	Output string `json:"output"` // where its results go; empty: an older program wrote this
 }
 
 func endpointFile(dir string) string { return filepath.Join(dir, "endpoint.json") }
@@ -58,6 +58,7 @@ func readEndpoint(dir string) (endpoint, error) {
 // on this machine, or the one at the usual place.
 type brokers struct {
 	conns []*broker.Conn
+	named bool                    // its user named it
 	runs  bool                    // they are runs, which end
 	at    map[string]*broker.Conn // which of them has a job, by its id; set by jobs
 }
@@ -82,6 +83,16 @@ func (a *app) control(ctx context.Context) (*brokers, error) {
 			return nil, &nobody{data: a.data, runs: a.kept()}
 		}
 	}
+	b, err := a.reach(ctx, acc)
+	if err != nil {
+		return nil, err
+	}
+	b.named = named
+	return b, nil
+}
+
+// reach connects to one broker.
+func (a *app) reach(ctx context.Context, acc broker.Access) (*brokers, error) {
 	conn, err := a.connectTo(ctx, acc, "control", controlWait)
 	if err != nil {
 		return nil, err
@@ -117,7 +128,7 @@ func (a *app) endpoints(ctx context.Context) (es []endpoint) {
 	return es
 }
 
-// listens says whether anybody does.
+// listens says whether anybody does, or may: who takes long to answer is not gone.
 func listens(ctx context.Context, addr string) bool {
 	u, err := url.Parse(addr)
 	if err != nil {
@@ -125,7 +136,7 @@ func listens(ctx context.Context, addr string) bool {
 	}
 	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", u.Host)
 	if err != nil {
-		return false
+		return os.IsTimeout(err) || ctx.Err() != nil
 	}
 	conn.Close()
 	return true
@@ -157,25 +168,26 @@ func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, err error) {
 }
 
 // lookup finds the job whose id or name is what, or the only one whose id begins so, and the broker that has it. Where
-// no run has it, the broker at the usual place may.
+// no run has it, the broker at the usual place may. The error is an over where it is a run that no process has any more.
 func (a *app) lookup(ctx context.Context, what string) (*brokers, broker.JobView, error) {
 	b, err := a.control(ctx)
 	if err != nil {
 		return nil, broker.JobView{}, nobodyHas(what, err)
 	}
-	v, err := b.choose(ctx, what)
-	if errors.Is(err, broker.ErrNoJob) && b.runs && listens(ctx, a.nats.usually()) {
-		usual, _, _ := a.nats.access() // it was resolved before
-		if c, cerr := a.connectTo(ctx, usual, "control", controlWait); cerr == nil {
-			b = &brokers{conns: []*broker.Conn{c}}
-			if v, cerr = b.choose(ctx, what); cerr == nil {
-				err = nil
-			}
+	all, err := b.jobs(ctx)
+	if _, none := broker.Choose(all, what); err == nil && b.runs && errors.Is(none, broker.ErrNoJob) && listens(ctx, a.nats.usually()) {
+		b.close()
+		acc, _, _ := a.nats.access() // it was resolved before
+		if b, err = a.reach(ctx, acc); err != nil {
+			return nil, broker.JobView{}, fmt.Errorf("no run that is at work here is %q: %w", what, err)
 		}
+		all, err = b.jobs(ctx)
 	}
-	if k := a.keptRun(what); k != nil && errors.Is(err, broker.ErrNoJob) {
-		err = left(k)
+	var v broker.JobView
+	if err == nil {
+		v, err = a.choose(all, what, b.named)
 	}
+	b.leave(v.Job.ID)
 	return b, v, err
 }
 
@@ -188,18 +200,13 @@ func (a *app) find(ctx context.Context, what string) (*broker.Conn, broker.JobVi
 	return b.conns[0], v, nil
 }
 
-// choose finds a job and closes the connections to others than its broker.
-func (b *brokers) choose(ctx context.Context, what string) (v broker.JobView, err error) {
-	all, err := b.jobs(ctx)
-	if err == nil {
-		v, err = broker.Choose(all, what)
-	}
+// leave closes the connections to others than the broker of a job; where it has none, all.
+func (b *brokers) leave(id string) {
 	b.conns = slices.DeleteFunc(b.conns, func(c *broker.Conn) bool {
-		other := err != nil || c != b.at[v.Job.ID]
+		other := c != b.at[id]
 		if other {
 			c.Close()
 		}
 		return other
 	})
-	return v, err
 }

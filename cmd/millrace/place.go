@@ -156,13 +156,13 @@ func (a *app) sayOlder(older string, job *proto.Job) {
 }
 
 // watchRun follows a job that another process of this machine runs, to its end or to that of the process. Where the
-// folder comes free and nobody ran the job, as when its results were read, the job is the caller's, with the lock. output
-// is where the caller wants the results; empty: wherever they are.
+// folder comes free and the job is finished, or nobody ran it, as when its results were read, it is the caller's, with
+// the lock. output is where the caller wants the results; empty: wherever they are.
 func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, j *jobFlags) (*broker.Lock, error) {
 	said := 0
 	for n := 1; ; n++ {
 		if e, err := readEndpoint(dir); err == nil { // else the process is starting, or about to end
-			if output != "" && e.Output != output {
+			if output != "" && e.Output != "" && e.Output != output {
 				return nil, usagef("job %s is run by process %d, with results in %s; watch that with -o %s, or give this one another --name", job.ID, e.PID, e.Output, e.Output)
 			}
 			if said != e.PID {
@@ -182,15 +182,10 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, 
 		// Its broker ends before the process has written down how the job ended: that is known when the process is gone.
 		lock, err := broker.LockDir(dir)
 		if err == nil {
-			m, merr := readMemo(dir)
-			finished := merr == nil && m.Finished
-			if !finished && said == 0 {
+			if m, err := readMemo(dir); said == 0 || err == nil && m.Finished {
 				return lock, nil
 			}
 			lock.Unlock()
-			if finished {
-				return nil, a.showFinished(ctx, job, m.Manifest, output, j)
-			}
 			return nil, fmt.Errorf("the process that ran job %s is gone; the same command continues", job.ID)
 		}
 		if !errors.Is(err, broker.ErrInUse) {

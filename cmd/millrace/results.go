@@ -44,7 +44,7 @@ both times. Of a run on this machine that no process has any more it prints what
 			take, done := a.untilSignal(cmd.Context(), "")
 			defer done()
 			w := &fresh{w: a.std.out}
-			return orStopped(take, settle(take, func() error { return a.results(take, args[0], which, follow, w) }))
+			return settle(take, func() error { return a.results(take, args[0], which, follow, w) })
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what comes, until the job is finished")
@@ -58,23 +58,17 @@ both times. Of a run on this machine that no process has any more it prints what
 // results writes to w what there is of a job, and with follow what comes. It is called again where the job's run has a
 // process that is starting or ends, with which its broker ends: w remembers what came from there.
 func (a *app) results(ctx context.Context, what, which string, follow bool, w *fresh) error {
-	k := a.keptRun(what)
-	kept := func() error {
-		err := a.keptResults(k, which, w)
-		if err == nil && follow && !k.Finished {
-			return &over{k}
-		}
-		return err
-	}
-	if k != nil && a.nobody(ctx) {
-		return kept()
-	}
 	conn, v, err := a.find(ctx, what)
-	if err != nil && k != nil && ctx.Err() == nil {
-		// The broker at the usual place, which nobody named, has no such job or does not let us in.
-		if kerr := kept(); !errors.Is(kerr, broker.ErrInUse) {
-			return kerr
+	if k := a.keptToRead(what, err); k != nil {
+		kerr := a.keptResults(ctx, k, which, w)
+		switch gone := (*over)(nil); {
+		case !errors.As(err, &gone): // the broker did not let us in
+		case errors.Is(kerr, broker.ErrInUse): // since it was looked at
+			return &busyError{k.Job}
+		case kerr == nil && follow && !k.Finished:
+			return err
 		}
+		return kerr
 	}
 	if err != nil {
 		return err
@@ -218,14 +212,15 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 		return nil, fmt.Errorf("%s: no such file; %s", what, giveManifest)
 	}
 	conn, v, err := a.find(ctx, what)
-	if err != nil && ctx.Err() == nil {
-		if k := a.keptRun(what); k != nil && k.Finished {
-			return k.verify()
-		}
+	switch k := a.keptToRead(what, err); {
+	case k != nil && k.Finished:
+		return k.verify()
+	case k != nil:
+		return nil, fmt.Errorf("%s is no file here: %w", what, &over{k})
 	}
 	var n *nobody
-	var gone *over
-	if errors.As(err, &n) || errors.As(err, &gone) {
+	var busy *busyError
+	if errors.As(err, &n) || errors.As(err, &busy) {
 		return nil, fmt.Errorf("%s is no file here: %w", what, err)
 	}
 	if errors.Is(err, broker.ErrUnreachable) {

@@ -106,6 +106,10 @@ func (a *app) runFile(take, stop context.Context, r *runFlags, file string) erro
 	if err != nil || lock == nil {
 		return err
 	}
+	if m, err := readMemo(p.dir); err == nil && m.Finished { // by another process, until we had the folder
+		lock.Unlock()
+		return a.showFinished(take, &job, m.Manifest, wanted, &r.jobFlags)
+	}
 	defer lock.Unlock()
 	_ = os.Remove(endpointFile(p.dir)) // of a process that was killed; one that stays leads nowhere
 	files, held, err := a.take(files, &job, wanted != "")

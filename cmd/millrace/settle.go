@@ -13,14 +13,14 @@ import (
 )
 
 // busyError is the error of a command for a run that a process has whose broker does not answer yet, or any more. It is
-// broker.ErrInUse.
+// broker.ErrUnreachable.
 type busyError struct{ job string }
 
 func (e *busyError) Error() string {
 	return fmt.Sprintf("a process of this machine has job %s, and is starting or about to end; try again in a moment", e.job)
 }
 
-func (e *busyError) Unwrap() error { return broker.ErrInUse }
+func (e *busyError) Unwrap() error { return broker.ErrUnreachable }
 
 // left is the error of a command for a run that is kept and whose broker is not there.
 func left(k *kept) error {
@@ -49,11 +49,15 @@ func lost(conn *broker.Conn, job string, err error) error {
 func settle(ctx context.Context, do func() error) error {
 	for n := 1; ; n++ {
 		err := do()
-		if !errors.Is(err, broker.ErrInUse) || n == 100 {
+		var busy *busyError
+		if !errors.As(err, &busy) || n == 100 {
 			return err
 		}
 		select {
 		case <-ctx.Done():
+			if s := (signalled{}); errors.As(context.Cause(ctx), &s) {
+				return s
+			}
 			return err
 		case <-time.After(100 * time.Millisecond):
 		}

@@ -138,11 +138,13 @@ func (a *app) watchStatus(ctx context.Context, job string) error {
 		if !ended {
 			now, err := a.status(ctx, job, true)
 			ended = runs && (errors.Is(err, broker.ErrUnreachable) || errors.Is(err, broker.ErrNoJob))
-			busy := errors.Is(err, broker.ErrInUse)
-			if err != nil && !ended && !busy {
+			var busy *busyError
+			switch {
+			case ended:
+			case errors.As(err, &busy): // it starts, or ends
+			case err != nil:
 				return orStopped(ctx, err)
-			}
-			if !busy {
+			default:
 				runs = now
 			}
 		}

@@ -12,17 +12,19 @@ import (
 	"millrace/proto"
 )
 
-// nobody says that there is no broker to ask for a job: neither of a run on this machine nor at the usual place.
-func (a *app) nobody(ctx context.Context) bool {
-	return len(a.endpoints(ctx)) == 0 && !listens(ctx, a.nats.usually())
-}
-
-// keptResults writes to w what the files of a run hold that is finished, or what is there of one that is stopped.
-func (a *app) keptResults(k *kept, which string, w io.Writer) error {
+// keptResults writes to w what the files of a run hold that is finished, or what is there of one that is stopped, until ctx
+// ends.
+func (a *app) keptResults(ctx context.Context, k *kept, which string, w io.Writer) error {
+	out := writerFunc(func(b []byte) (int, error) {
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
+		return w.Write(b)
+	})
 	if k.Finished {
-		return finishedResults(k, which, w)
+		return finishedResults(k, which, out)
 	}
-	return a.stoppedResults(k, which, w)
+	return a.stoppedResults(k, which, out)
 }
 
 // stoppedResults writes to w what is there of a run that is stopped. It keeps the run from starting until the first line

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -33,13 +35,42 @@ func stoppedRun(t *testing.T, f *fleet) (args []string, dir string) {
 	return append(args, quick.url), filepath.Join(f.path("data/run"), dirs[0].Name())
 }
 
-// results runs `millrace results` in this process, with the usual broker at another place.
-func results(t *testing.T, f *fleet, usual string, out io.Writer) error {
-	a := &app{std: stdio{os.Stdin, out, io.Discard}}
+// usually runs a command in this process, with the usual broker at another place, and returns its exit code and what it
+// said.
+func usually(ctx context.Context, usual string, out io.Writer, args ...string) (code int, said string) {
+	var errs bytes.Buffer
+	a := &app{std: stdio{os.Stdin, out, &errs}}
 	a.nats.usual = usual
 	root := a.root()
-	root.SetArgs([]string{"results", "input-", "--data", f.path("data")})
-	return root.ExecuteContext(t.Context())
+	root.SetArgs(args)
+	code = a.report(root.ExecuteContext(ctx))
+	return code, errs.String()
+}
+
+// results prints those of the only job in the fleet's folder.
+func results(t *testing.T, f *fleet, usual string, out io.Writer) error {
+	if code, said := usually(t.Context(), usual, out, "results", "input-", "--data", f.path("data")); code != exitOK {
+		return errors.New(said)
+	}
+	return nil
+}
+
+// foreignBroker is one that does not let us in, or where the token is empty holds no jobs.
+func foreignBroker(t *testing.T, token string) (addr string) {
+	t.Helper()
+	ns, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, Authorization: token})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns.Start()
+	t.Cleanup(func() {
+		ns.Shutdown()
+		ns.WaitForShutdown()
+	})
+	if !ns.ReadyForConnections(hangLimit) {
+		t.Fatal("nats-server does not become ready")
+	}
+	return ns.ClientURL()
 }
 
 // TestStoppedResultsRead: whoever takes long to read the results of a stopped run keeps neither another one from reading
@@ -101,20 +132,9 @@ func TestStoppedResultsForeignBroker(t *testing.T) {
 	t.Setenv("NATS_URL", "")
 	f := newFleet(t)
 	_, dir := stoppedRun(t, f)
-	ns, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, Authorization: "another's"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ns.Start()
-	defer func() {
-		ns.Shutdown()
-		ns.WaitForShutdown()
-	}()
-	if !ns.ReadyForConnections(hangLimit) {
-		t.Fatal("nats-server does not become ready")
-	}
+	foreign := foreignBroker(t, "another's")
 	var out bytes.Buffer
-	if err := results(t, f, ns.ClientURL(), &out); err != nil || strings.Count(out.String(), "\n") < 20 {
+	if err := results(t, f, foreign, &out); err != nil || strings.Count(out.String(), "\n") < 20 {
 		t.Errorf("error %v, %d bytes", err, out.Len())
 	}
 	lock, err := broker.LockDir(dir) // as a run that starts
@@ -122,7 +142,7 @@ func TestStoppedResultsForeignBroker(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lock.Unlock()
-	if err := results(t, f, ns.ClientURL(), &out); err == nil || !strings.Contains(err.Error(), "uthorization") {
+	if err := results(t, f, foreign, &out); err == nil || !strings.Contains(err.Error(), "uthorization") || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("while a run has it: %v", err)
 	}
 }
