@@ -95,12 +95,10 @@ func (a *app) copyResults(ctx context.Context, conn *broker.Conn, id, which stri
 	for {
 		var ans proto.ResultsAnswer
 		err := ask(ctx, conn, proto.SubjectResults, &q, &ans)
-		switch closed := conn.Closed(); {
-		case err != nil && ctx.Err() == nil && closed != nil:
-			return closed
+		switch {
 		case err != nil && ctx.Err() != nil:
 			return stopped(ctx)
-		case err != nil && !follow:
+		case err != nil && (!follow || conn.Ends): // a run has its aggregator, but for when it starts or ends
 			return err
 		case err != nil && !said:
 			said = true

@@ -9,6 +9,8 @@ import (
 	"io"
 	"time"
 
+	"github.com/nats-io/nats.go"
+
 	"millrace/broker"
 )
 
@@ -37,9 +39,10 @@ func left(k *kept) error {
 	return &over{k}
 }
 
-// lost is err, or where it came because a run has ended, and its broker with it, that its process is about to.
+// lost is err, or where it came because a run has ended, and its broker with it, or has no aggregator yet or any more,
+// that.
 func lost(conn *broker.Conn, job string, err error) error {
-	if err != nil && conn.Ends && conn.Closed() != nil {
+	if err != nil && conn.Ends && (conn.Closed() != nil || errors.Is(err, nats.ErrNoResponders)) {
 		return &busyError{job}
 	}
 	return err

@@ -136,6 +136,7 @@ func TestRunEndsMeanwhile(t *testing.T) {
 		"rm":                     {[]string{"rm", "--force"}, "", "$JS.API.STREAM.PURGE", true, true, ""},
 		"pause, killed":          {[]string{"pause"}, "", "PUB $KV.JOBS.ctl.gone-0", true, false, "was interrupted, and no process runs it"},
 		"cancel, finished":       {[]string{"cancel"}, "", "$KV.JOBS.agg.gone-0", true, true, "is finished, and "},
+		"verify, no aggregator":  {[]string{"verify"}, proto.FoldDone, proto.SubjectVerify, false, false, "was interrupted, and no process runs it"},
 		"verify, interrupted":    {[]string{"verify"}, proto.FoldDone, proto.SubjectVerify, true, false, "was interrupted, and no process runs it"},
 	} {
 		t.Run(name, func(t *testing.T) {
