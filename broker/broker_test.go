@@ -255,6 +255,11 @@ func TestJobs(t *testing.T) {
 			t.Errorf("%s: %s, %v, want %s", what, v.State(), err, want)
 		}
 	}
+	for _, what := range []string{"", "データ", ".", "-", "*", "alp-", "Übeta", "x"} { // no file of these names has a job here
+		if v, err := broker.Choose(all, what); !errors.Is(err, broker.ErrNoJob) {
+			t.Errorf("%q is job %q, %v", what, v.Job.ID, err)
+		}
+	}
 	silent, err := broker.Get(t.Context(), c.JS, "alpha-1")
 	if err != nil || silent.Silent <= 0 || silent.Silent > time.Minute {
 		t.Errorf("silent for %s, %v", silent.Silent, err)

@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -195,15 +196,15 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 func Choose(all []JobView, what string) (JobView, error) {
 	var begin []JobView
 	var ids []string
-	slug := what
-	if what != "" {
-		slug = proto.Slug(what, len(what))
+	if what == "" {
+		return JobView{}, fmt.Errorf("%w: it has no name; give a job's id, its beginning, or its name", ErrNoJob)
 	}
+	typed := asTyped(what)
 	for _, v := range all {
-		if v.Job.ID == what || v.Job.Name == what && what != "" {
+		if v.Job.ID == what || v.Job.Name == what {
 			return v, nil
 		}
-		if strings.HasPrefix(v.Job.ID, what) || strings.HasPrefix(v.Job.ID, slug) {
+		if strings.HasPrefix(v.Job.ID, what) || typed != "" && strings.HasPrefix(v.Job.ID+"-", typed) {
 			begin, ids = append(begin, v), append(ids, v.Job.ID)
 		}
 	}
@@ -214,6 +215,20 @@ func Choose(all []JobView, what string) (JobView, error) {
 		return JobView{}, fmt.Errorf("%w: %q; `millrace jobs` lists them", ErrNoJob, what)
 	}
 	return JobView{}, fmt.Errorf("%w: %q could be any of %s; give more of it", ErrAmbiguous, what, strings.Join(ids, ", "))
+}
+
+// asTyped is the beginning of the id of a job whose file has that name; empty where the name tells too little: an id keeps
+// only the letters and digits of ASCII.
+func asTyped(name string) string {
+	beyond := func(r rune) bool { return r >= utf8.RuneSelf }
+	if strings.ContainsFunc(name, beyond) {
+		return ""
+	}
+	slug := proto.Slug(name, len(name))
+	if slug == proto.Slug("", 0) && !strings.Contains(strings.ToLower(name), slug) {
+		return ""
+	}
+	return slug + "-"
 }
 
 // Want tells the owner and the workers of a job what to do with it. It is put only as long as the job is there: so nothing

@@ -34,12 +34,25 @@ func LockDir(dir string) (*Lock, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("make folder: %w; choose another --data", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, dirLock), os.O_RDWR|os.O_CREATE, 0o644)
-	if err != nil {
-		return nil, fmt.Errorf("open lock file: %w; choose another --data", err)
+	name := filepath.Join(dir, dirLock)
+	for range lockTries {
+		f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o644)
+		if err != nil {
+			return nil, fmt.Errorf("open lock file: %w; choose another --data", err)
+		}
+		l, err := lockFile(f, syscall.LOCK_EX, fmt.Sprint(os.Getpid()))
+		if err != nil {
+			return nil, dirError(dir, err)
+		}
+		if l.stands() {
+			return l, nil
+		}
+		l.Unlock() // the folder was removed between our opening and our locking it
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("make folder: %w; choose another --data", err)
+		}
 	}
-	l, err := lockFile(f, syscall.LOCK_EX, fmt.Sprint(os.Getpid()))
-	return l, dirError(dir, err)
+	return nil, errTaken(name)
 }
 
 // ShareDir takes a folder that is there, and may be another user's, together with all others who share it: meanwhile

@@ -16,6 +16,7 @@ import (
 type health struct {
 	last  [50]string // how each failed, or healthy
 	n     int        // requests that were counted
+	ok    int        // of last that are healthy
 	began time.Time  // the first of them
 	when  time.Time  // the last of them
 	text  string     // what is said of it; empty: it does well
@@ -34,7 +35,14 @@ func (h *health) count(how string, now time.Time) bool {
 	if now.Sub(h.when) > sickAnew {
 		*h = health{began: now}
 	}
-	h.last[h.n%len(h.last)] = how
+	at := &h.last[h.n%len(h.last)]
+	if h.n >= len(h.last) && *at == healthy {
+		h.ok--
+	}
+	if how == healthy {
+		h.ok++
+	}
+	*at = how
 	h.n++
 	h.when = now
 	n, ok := h.share()
@@ -45,15 +53,7 @@ func (h *health) count(how string, now time.Time) bool {
 }
 
 // share is how many of the last requests were answered well.
-func (h *health) share() (n, ok int) {
-	n = min(h.n, len(h.last))
-	for _, how := range h.last[:n] {
-		if how == healthy {
-			ok++
-		}
-	}
-	return n, ok
-}
+func (h *health) share() (n, ok int) { return min(h.n, len(h.last)), h.ok }
 
 // judge words it.
 func (h *health) judge(engine string, now time.Time) {

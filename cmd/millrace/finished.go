@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"millrace/aggregator"
@@ -134,11 +135,16 @@ func (a *app) forget(k *kept, force bool) error {
 		return usagef("job %s is %s, and what it has done so far would be lost; say --force to forget it all the same", k.Job, state)
 	}
 	lock, err := broker.LockDir(k.dir)
+	if errors.Is(err, broker.ErrInUse) { // as of a run that has noted its end and clears up
+		return &busyError{k.Job}
+	}
 	if err != nil {
 		return err
 	}
 	defer lock.Unlock()
-	if err := os.RemoveAll(k.dir); err != nil {
+	// Whoever comes now finds another folder, or none, and not one that is removed under his hands.
+	gone := filepath.Join(filepath.Dir(k.dir), "."+filepath.Base(k.dir)+".removed")
+	if err := errors.Join(os.RemoveAll(gone), os.Rename(k.dir, gone), os.RemoveAll(gone)); err != nil {
 		return fmt.Errorf("forget job %s: %w", k.Job, err)
 	}
 	fmt.Fprintf(a.std.err, "removed %s: its folder %s; its output files stay where they are\n", k.Job, k.dir)

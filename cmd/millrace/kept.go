@@ -35,7 +35,7 @@ func (a *app) kept() (all []kept) {
 		d := a.runDir(e.Name())
 		m, err := readMemo(d)
 		st, serr := os.Stat(filepath.Join(d, memoFile))
-		if err != nil || serr != nil {
+		if err != nil || serr != nil || strings.HasPrefix(e.Name(), ".") { // which is half removed
 			continue
 		}
 		k := kept{memo: m, dir: d, when: st.ModTime()}
@@ -125,7 +125,10 @@ func chooseKept(runs []kept, what string, jobs ...broker.JobView) (*kept, broker
 		}
 	}
 	v, err := broker.Choose(jobs, what)
-	return at[v.Job.ID], v, err
+	if err != nil {
+		return nil, v, err
+	}
+	return at[v.Job.ID], v, nil
 }
 
 // keptFor is the run that is kept here and that what means, where err is what looking for it gave: one that is over; and

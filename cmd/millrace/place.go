@@ -165,11 +165,12 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, 
 			if output != "" && e.Output != "" && e.Output != output {
 				return nil, usagef("job %s is run by process %d, with results in %s; watch that with -o %s, or give this one another --name", job.ID, e.PID, e.Output, e.Output)
 			}
-			if said != e.PID {
-				said = e.PID
-				fmt.Fprintf(a.std.err, "job %s is run by process %d; watching it\n", job.ID, e.PID)
-			}
-			v, err := a.watchAt(ctx, e, job)
+			v, err := a.watchAt(ctx, e, job, func() {
+				if said != e.PID {
+					said = e.PID
+					fmt.Fprintf(a.std.err, "job %s is run by process %d; watching it\n", job.ID, e.PID)
+				}
+			})
 			switch {
 			case ctx.Err() != nil:
 				return nil, context.Cause(ctx)
@@ -202,13 +203,14 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, 
 	}
 }
 
-// watchAt shows a job until it is finished, or its broker is gone or cannot be reached.
-func (a *app) watchAt(ctx context.Context, e endpoint, job *proto.Job) (broker.JobView, error) {
+// watchAt shows a job until it is finished, or its broker is gone or cannot be reached. It calls there where it can.
+func (a *app) watchAt(ctx context.Context, e endpoint, job *proto.Job, there func()) (broker.JobView, error) {
 	conn, err := a.connectTo(ctx, e.access(), "control", time.Second)
 	if err != nil {
 		return broker.JobView{}, nil
 	}
 	defer conn.Close()
+	there()
 	v, err := a.watch(ctx, conn, *job, func(v *broker.JobView) bool { return v.State() == broker.StateFinished })
 	if errors.Is(err, broker.ErrClosed) {
 		err = nil

@@ -137,11 +137,11 @@ func (a *app) watchStatus(ctx context.Context, job string) error {
 		ended := runs && len(a.endpoints(ctx)) == 0
 		if !ended {
 			now, err := a.status(ctx, job, true)
-			ended = runs && (errors.Is(err, broker.ErrUnreachable) || errors.Is(err, broker.ErrNoJob))
 			var busy *busyError
+			starting := errors.As(err, &busy) // or about to end, which shows at the next look
+			ended = runs && !starting && (errors.Is(err, broker.ErrUnreachable) || errors.Is(err, broker.ErrNoJob))
 			switch {
-			case ended:
-			case errors.As(err, &busy): // it starts, or ends
+			case ended, starting:
 			case err != nil:
 				return orStopped(ctx, err)
 			default:
