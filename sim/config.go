@@ -44,6 +44,9 @@ type Config struct {
 	// KVTokens is the capacity of the KV cache in tokens, rounded down to blocks
 	// of 16. At least MaxModelLen. Default 131072 or MaxModelLen, the larger one.
 	KVTokens int
+	// SlidingWindow is how many tokens a layer with a sliding window keeps, and SlidingLayers how many such layers
+	// there are for each one that keeps all: 1024 and 5 for Gemma 3. Default 0: every layer keeps all.
+	SlidingWindow, SlidingLayers int
 	// MaxNumSeqs is the most sequences that run at once. Default 256.
 	MaxNumSeqs int
 	// MaxBatchedTokens is the most tokens of one step, the chunk of the chunked
@@ -135,6 +138,7 @@ func (c Config) check() error {
 	for name, v := range map[string]int64{
 		"--step-time": int64(c.StepTime), "--decode-time": int64(c.DecodeTime), "--prefill-time": int64(c.PrefillTime),
 		"--load-time": int64(c.LoadTime), "--max-num-queued-reqs": int64(c.MaxQueued), "--embedding-dim": int64(c.EmbeddingDim),
+		"--sliding-window": int64(c.SlidingWindow), "--sliding-layers": int64(c.SlidingLayers),
 		"DrainTimeout": int64(c.DrainTimeout), "KeepAlive": int64(c.KeepAlive), "DeathTime": int64(c.DeathTime),
 	} {
 		if v < 0 {

@@ -85,7 +85,7 @@ func (e *Engine) Run(ctx context.Context) error {
 			e.Kill()
 			return ErrEngineDead
 		}
-		if !e.pace(ctx, timer, e.stepTime(&p)) {
+		if !e.pace(ctx, timer, stepTime(e.cfg, &p)) {
 			break
 		}
 		e.endStep(&p)
@@ -156,8 +156,8 @@ func (e *Engine) abortAll() {
 }
 
 // stepTime is the model of how long a step takes.
-func (e *Engine) stepTime(p *plan) time.Duration {
-	return e.cfg.StepTime + time.Duration(p.decodes)*e.cfg.DecodeTime + time.Duration(p.prefill)*e.cfg.PrefillTime
+func stepTime(c Config, p *plan) time.Duration {
+	return c.StepTime + time.Duration(p.decodes)*c.DecodeTime + time.Duration(p.prefill)*c.PrefillTime
 }
 
 // maxLag is how far the clock of the steps may stay behind real time and still

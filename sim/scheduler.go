@@ -1,6 +1,9 @@
 package sim
 
-import "slices"
+import (
+	"math"
+	"slices"
+)
 
 // scheduler decides what each step computes, by the rules of vLLM V1. It knows
 // no clock and no HTTP, and belongs to the goroutine of Engine.Run.
@@ -14,6 +17,7 @@ import "slices"
 // long as there is budget, a seat, and room for the whole of what they have.
 type scheduler struct {
 	maxSeqs, maxTokens int
+	window, sliding    int // see Config
 	pool               *blockPool
 	running            []*sequence
 	waiting            queue
@@ -29,6 +33,8 @@ func newScheduler(cfg Config) *scheduler {
 	return &scheduler{
 		maxSeqs:   cfg.MaxNumSeqs,
 		maxTokens: cfg.MaxBatchedTokens,
+		window:    cfg.SlidingWindow,
+		sliding:   cfg.SlidingLayers,
 		pool:      newBlockPool(cfg.KVTokens/blockSize, !cfg.NoPrefixCaching),
 	}
 }
@@ -130,7 +136,7 @@ func (sc *scheduler) findPrefix(s *sequence) (found int) {
 // fits says whether all tokens of s find room, its found blocks being there
 // already (but, where nobody uses them, still counted as free).
 func (sc *scheduler) fits(s *sequence, found int) bool {
-	need := blocksFor(s.tokens()) - found
+	need := sc.blocksFor(s.tokens()) - found
 	for i := range found {
 		if b, _ := sc.pool.lookup(s.hashAt(i)); sc.pool.refs[b] == 0 {
 			need++
@@ -154,7 +160,7 @@ func (sc *scheduler) holdPrefix(s *sequence, found int, now int64) {
 // grow gives s the blocks for its first n tokens and publishes those that they
 // fill. It reports false, having done nothing, when there are not enough.
 func (sc *scheduler) grow(s *sequence, n int) bool {
-	need := blocksFor(n) - len(s.blocks)
+	need := sc.blocksFor(n) - len(s.blocks)
 	if need > sc.pool.free {
 		return false
 	}
@@ -162,7 +168,7 @@ func (sc *scheduler) grow(s *sequence, n int) bool {
 		s.blocks = append(s.blocks, sc.pool.take())
 	}
 	if sc.pool.caching {
-		for ; s.published < n/blockSize; s.published++ {
+		for ; s.published < min(n/blockSize, sc.windowBlocks()); s.published++ {
 			sc.pool.publish(s.blocks[s.published], s.hashAt(s.published))
 		}
 	}
@@ -228,7 +234,22 @@ func (sc *scheduler) dropGone() {
 	sc.waiting.deleteFunc(gone)
 }
 
-func blocksFor(tokens int) int { return (tokens + blockSize - 1) / blockSize }
+// blocksFor is how many blocks of all layers so many tokens take. Past its window a sliding layer gives a block back
+// for each one that it takes, so that only the other layers grow.
+func (sc *scheduler) blocksFor(tokens int) int {
+	if sc.window > 0 && tokens > sc.window {
+		tokens = sc.window + (tokens-sc.window+sc.sliding)/(sc.sliding+1)
+	}
+	return (tokens + blockSize - 1) / blockSize
+}
+
+// windowBlocks is how many leading blocks of a sequence are whole, with all layers in them.
+func (sc *scheduler) windowBlocks() int {
+	if sc.window > 0 {
+		return sc.window / blockSize
+	}
+	return math.MaxInt
+}
 
 // queue is a first-in-first-out list of sequences that takes some back in front.
 type queue struct {

@@ -42,7 +42,7 @@ func checkPool(t *testing.T, sc *scheduler) {
 	t.Helper()
 	refs := make([]int32, len(sc.pool.refs))
 	for _, s := range sc.running {
-		if len(s.blocks)*blockSize < s.computed || len(s.blocks) > blocksFor(s.tokens()) {
+		if len(s.blocks)*blockSize < s.computed || len(s.blocks) > sc.blocksFor(s.tokens()) {
 			t.Fatalf("%d blocks for %d computed of %d tokens", len(s.blocks), s.computed, s.tokens())
 		}
 		for _, b := range s.blocks {

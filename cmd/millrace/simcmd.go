@@ -52,6 +52,8 @@ requests; poison, a text in a prompt that kills it.`,
 	f.IntVar(&c.EmbeddingDim, "embedding-dim", 0, "serve embeddings of so many numbers instead of text")
 	f.IntVar(&c.OutputTokens.Min, "output-min", 32, "tokens of an answer that nothing else limits, at least")
 	f.IntVar(&c.OutputTokens.Max, "output-max", 256, "tokens of an answer that nothing else limits, at most")
+	f.IntVar(&c.SlidingWindow, "sliding-window", 0, "tokens that a layer with a sliding window keeps (default: every layer keeps all)")
+	f.IntVar(&c.SlidingLayers, "sliding-layers", 0, "layers with a sliding window for each that keeps all")
 	f.DurationVar(&c.StepTime, "step-time", 5*time.Millisecond, "time of one step")
 	f.DurationVar(&c.DecodeTime, "decode-time", 20*time.Microsecond, "more time for each sequence that decodes")
 	f.DurationVar(&c.PrefillTime, "prefill-time", 10*time.Microsecond, "more time for each prompt token")
