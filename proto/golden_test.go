@@ -40,7 +40,7 @@ func goldenRecords() map[string]record {
 		"feed":    &Feed{Owner{"id", "h", 42, "99"}, FeedWaiting, "note", 10, 1, 2, []ModelLines{{"m", 10}}, 3, 300, 1795477737000000001, 1795477737000000002, 17},
 		"progress": &Progress{State: FoldDone, Lines: 2, OK: 1, Failed: 1, Models: []ModelProgress{{"m", 1, 1, Usage{true, 1, 2, 0}}},
 			Errors: []ErrorCount{{CodeBadResponse, 200, 1, "c", "m", 4, true}}, Stream: 1795477737000000001, Seq: 12, RateLines: 1.5, After: 8},
-		"worker":  &Worker{ID: "w", Models: []string{"a", "b"}, State: EngineReady, Limit: 437, KVTokens: 473807, Simulated: true},
+		"worker":  &Worker{ID: "w", Models: []string{"a", "b"}, State: EngineReady, Limit: 437, KVTokens: 473807, Simulated: true, LimitWhy: "why"},
 		"missing": &MissingAnswer{Known: true, Ranges: []Range{{0, 5}, {9, 10}}, Next: 11},
 	}
 }

@@ -264,7 +264,8 @@ type Worker struct {
 	KVTokens  int64 // capacity of the engine's KV cache; 0: not known
 	MaxLen    int64 // context of the model in tokens; 0: not known
 	Program   string
-	Simulated bool // the engine says that its text is simulated
+	Simulated bool   // the engine says that its text is simulated
+	LimitWhy  string // why Limit is what it is, for people
 }
 
 // States of an engine as its worker sees it.
@@ -300,6 +301,7 @@ func (w *Worker) visit(c *codec) {
 	c.int(&w.MaxLen)
 	c.str(&w.Program)
 	c.bool(&w.Simulated)
+	c.str(&w.LimitWhy)
 }
 
 // Encode renders the record for the wire.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -210,4 +211,37 @@ func (r *reply) ended(finish string) {
 	}
 	r.abort = r.abort || finish == "abort"
 	r.failed = r.failed || finish == "error"
+}
+
+const noMaxTokens = 512 // output tokens expected of a body that sets no limit
+
+// maxTokens finds how long an answer a body asks for, over all its choices.
+func maxTokens(body []byte) int {
+	d := jsontext.NewDecoder(bytes.NewBuffer(body), lenient) // in place, see readReply
+	if t, err := d.ReadToken(); err != nil || t.Kind() != '{' {
+		return noMaxTokens
+	}
+	tokens, n := noMaxTokens, 1
+	for d.PeekKind() == '"' {
+		name, err := d.ReadToken()
+		if err != nil {
+			break
+		}
+		to := &n
+		switch name.String() {
+		case "max_tokens", "max_completion_tokens", "max_output_tokens":
+			to = &tokens
+		case "n":
+		default:
+			to = nil
+		}
+		v, err := d.ReadValue()
+		if err != nil {
+			break
+		}
+		if i, err := strconv.Atoi(string(v)); err == nil && to != nil && i > 0 {
+			*to = min(i, 1<<20)
+		}
+	}
+	return tokens * min(n, 128)
 }

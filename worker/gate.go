@@ -28,8 +28,10 @@ type gate struct {
 	engine Engine
 	log    *slog.Logger
 	stall  time.Duration
-	every  time.Duration // between probes of an engine that is ready
-	retry  time.Duration // RetryEvery
+	every  time.Duration        // between probes of an engine that is ready, at most
+	pace   func() time.Duration // what the limit wants for that
+	took   time.Duration        // the last probe
+	retry  time.Duration        // RetryEvery
 
 	opened  func()                              // the quota may have changed; holds no lock
 	found   func(Status)                        // a probe succeeded
@@ -102,7 +104,7 @@ func (g *gate) interval() time.Duration {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.status.State == proto.EngineReady && g.trip == nil {
-		return g.every
+		return min(g.every, max(g.pace(), 10*g.took)) // a scrape takes a third of a second of a busy frontend
 	}
 	return min(probeWaiting, g.every)
 }
@@ -124,12 +126,13 @@ func (g *gate) probe(ctx context.Context) {
 	pctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	st, err := g.engine.Probe(pctx)
 	cancel()
+	took := time.Since(begun)
 	if ctx.Err() != nil {
 		return
 	}
 	g.take(begun, st, err)
 	g.mu.Lock()
-	g.ended = n
+	g.ended, g.took = n, took
 	close(g.turn)
 	g.turn = make(chan struct{})
 	g.mu.Unlock()

@@ -111,7 +111,7 @@ func (s *session) openWatchers() {
 	s.control = newControl(s.Conn.JS, s.Log)
 	s.control.changed, s.control.missing = s.controlled, missing
 	s.beat = &beat{js: s.Conn.JS, log: s.Log, id: s.id, record: s.record, missing: missing, kick: make(chan struct{}, 1)}
-	s.gate = &gate{engine: s.Engine, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, retry: s.RetryEvery,
+	s.gate = &gate{engine: s.Engine, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, pace: s.limit.pace, retry: s.RetryEvery,
 		kick: make(chan struct{}, 1), turn: make(chan struct{}), started: s.began,
 		found: s.found, opened: s.adjust, busy: s.slots.inFlight, inside: s.slots.older, others: s.others,
 		abort: func(cause error) { s.slots.abort(cause, all) }}
@@ -296,7 +296,8 @@ func (s *session) accept(l *line) {
 	if s.unwanted(l) {
 		return
 	}
-	if s.limit.expects(l.req.Body) {
+	l.most = maxTokens(l.req.Body)
+	if s.limit.expects(len(l.req.Body), l.most) {
 		s.adjust()
 	}
 	s.slots.offer(l)
@@ -355,7 +356,7 @@ func (s *session) adjust() {
 
 // found follows what a probe found of a ready engine.
 func (s *session) found(st Status) {
-	s.limit.observe(st, time.Now())
+	s.limit.observe(st, s.slots.inFlight(), time.Now())
 	models := s.Models
 	if models == nil {
 		models = st.Models
@@ -408,5 +409,6 @@ func (s *session) record() *proto.Worker {
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
 		KVTokens: st.Gauges.KVTokens, MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
+		LimitWhy: s.limit.reason(),
 	}
 }

@@ -79,58 +79,6 @@ func TestNewHTTP(t *testing.T) {
 	}
 }
 
-func ready(kv, maxLen int64) Status {
-	return Status{State: proto.EngineReady, MaxLen: maxLen, Gauges: Gauges{Known: true, KVTokens: kv}}
-}
-
-// TestLimit: from the context, over the bodies, to what lines really hold.
-func TestLimit(t *testing.T) {
-	now := time.Now()
-	l := newLimit(0)
-	l.observe(ready(11816, 4096), now)
-	if got := l.get(); got != minLimit {
-		t.Errorf("limit %d by the context", got)
-	}
-	body := []byte(`{"max_tokens":308,"messages":[{"role":"user","content":"` + strings.Repeat("word ", 625) + `"}]}`)
-	l.expects(body)
-	if got := l.get(); got < 10 || got > 11 {
-		t.Errorf("limit %d by a body", got)
-	}
-	for range 50 { // answers end early, half of the prompt is shared
-		l.finished(proto.Usage{Counted: true, Prompt: 788, Cached: 400, Completion: 12})
-		l.observe(ready(11816, 4096), now)
-	}
-	if got := l.get(); got != 29 { // 11816 / 400
-		t.Errorf("limit %d by lines", got)
-	}
-	if l.expects(body) {
-		t.Error("bodies still count")
-	}
-}
-
-func TestLimitBounds(t *testing.T) {
-	now := time.Now()
-	for _, c := range []struct {
-		kv   int64
-		want int
-	}{{0, blindLimit}, {100, minLimit}, {100_000, smallSeqs}, {4_000_000, largeSeqs}} {
-		l := newLimit(0)
-		l.observe(ready(c.kv, 4096), now)
-		l.finished(proto.Usage{Counted: true, Prompt: 10, Completion: 10})
-		for range 40 {
-			l.observe(ready(c.kv, 4096), now)
-		}
-		if got := l.get(); got != c.want {
-			t.Errorf("KV %d: limit %d, want %d", c.kv, got, c.want)
-		}
-	}
-	l := newLimit(7)
-	l.observe(ready(4_000_000, 4096), now)
-	if l.expects([]byte(`{}`)) || l.get() != 7 {
-		t.Errorf("limit %d, asked for 7", l.get())
-	}
-}
-
 func TestLimitBackPressure(t *testing.T) {
 	now := time.Now()
 	l := newLimit(60)
@@ -149,7 +97,7 @@ func TestLimitBackPressure(t *testing.T) {
 	}
 	for range 30 {
 		now = now.Add(5 * time.Second)
-		l.observe(ready(0, 0), now)
+		l.observe(Status{State: proto.EngineReady}, 0, now)
 	}
 	if got := l.get(); got != 60 {
 		t.Errorf("limit %d after a while", got)
@@ -164,7 +112,7 @@ func TestLimitBusyNowAndThen(t *testing.T) {
 	for range 30 {
 		now = now.Add(time.Second)
 		for range 3 {
-			l.finished(proto.Usage{})
+			l.finished(proto.Usage{}, 0, 0, 0)
 		}
 		l.refused(now)
 	}

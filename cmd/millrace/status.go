@@ -73,6 +73,7 @@ type workerRow struct {
 	State    string   `json:"state"`
 	Reason   string   `json:"reason,omitempty"`
 	Limit    int64    `json:"limit"`
+	LimitWhy string   `json:"limit_reason"`
 	InFlight int64    `json:"in_flight"`
 	Held     int64    `json:"held"`
 	OK       int64    `json:"ok"`
@@ -213,7 +214,7 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 		}
 		ws[c] = some
 		for _, w := range some {
-			o.Workers = append(o.Workers, workerRow{w.ID, w.Host, w.Engine, w.Version, w.Models, w.State, w.Reason, w.Limit, w.InFlight, w.Held, w.OK, w.Failed})
+			o.Workers = append(o.Workers, workerRow{w.ID, w.Host, w.Engine, w.Version, w.Models, w.State, w.Reason, w.Limit, w.LimitWhy, w.InFlight, w.Held, w.OK, w.Failed})
 		}
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
