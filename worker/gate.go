@@ -76,6 +76,7 @@ const (
 	probeTimeout = 5 * time.Second
 	probeWaiting = 500 * time.Millisecond // between probes of an engine that is not ready
 	probeGap     = 50 * time.Millisecond  // at least between any two
+	probeMost    = 10 * time.Second       // between those of an engine that takes long to answer them
 	slowProbes   = 3                      // probes without an answer in time, until a ready engine is thought gone
 )
 
@@ -104,7 +105,7 @@ func (g *gate) interval() time.Duration {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.status.State == proto.EngineReady && g.trip == nil {
-		return min(g.every, max(g.pace(), 10*g.took)) // a scrape takes a third of a second of a busy frontend
+		return max(min(g.every, g.pace()), min(10*g.took, probeMost)) // a scrape takes a third of a second of a busy frontend
 	}
 	return min(probeWaiting, g.every)
 }

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -19,8 +20,9 @@ import (
 //   - Until as many lines have finished as are in flight, it computes: KV tokens / tokens of a line at its end where
 //     pre-emptions are dear, up to KV tokens / tokens of a line halfway where they are cheap. Prompts are measured
 //     (tokens in use / running), outputs are guessed from max_tokens and from what was made so far.
-//   - From then on it steers. It looks back over the life of one line: where the pre-emptions per finished line stay
-//     under what one more request is worth, it grows, and above that it shrinks and waits for one life.
+//   - From then on it steers. It looks back over the life of one line: where the pre-emptions per finished line stay well
+//     under what more requests are worth, or the KV cache was never full, it grows; above that it shrinks and waits for
+//     one life.
 //
 // Both weigh pre-emptions by the model of load.go. All methods may be called from any goroutine.
 type limit struct {
@@ -43,10 +45,12 @@ type limit struct {
 	begun  mean // of lines that were taken
 	ended  mean // of lines that were answered
 	looks  []look
-	first  look // since the start of the engine, or ours
-	count  int  // answers since first
-	made   float64
-	all    int // answers
+	first  look    // since the start of the engine, or ours, or since nothing was in flight
+	count  int     // answers since first
+	made   float64 // tokens in these
+	all    int     // answers, ever
+	bodies int     // that were asked for
+	steers bool    // so many lines have ended that it need not compute any more
 }
 
 const (
@@ -58,6 +62,9 @@ const (
 	endedLines = 512  // lines that ended remembers, at most
 	fewLines   = 64   // and at least
 	maxLooks   = 512
+	// requests that run tell how long prompts are from so many on
+	seenRunning = 4
+	mostGrowth  = 0.25 // of the limit, in the life of a line
 )
 
 // look is what a probe saw.
@@ -100,12 +107,27 @@ func (l *limit) expects(bytes, most int) bool {
 	if l.fixed > 0 {
 		return false
 	}
-	l.begun.add(begunLines, float64(bytes), 0, 0, 0, float64(most))
-	if l.kv <= 0 || len(l.looks) > 1 || l.all > 0 {
+	b := &l.begun
+	b.add(begunLines, b.usual(float64(bytes), b.bytes), 0, 0, 0, b.usual(float64(most), b.most))
+	n := len(l.looks)
+	if l.kv <= 0 || l.all > 0 || n > 0 && l.looks[n-1].g.Running >= seenRunning {
 		return false
 	}
 	l.begin(look{})
 	return true
+}
+
+// asks finds how many output tokens a body asks for; 0: it did not look. It looks into every body at the beginning, and
+// into some later.
+func (l *limit) asks(body []byte) int {
+	l.mu.Lock()
+	l.bodies++
+	look := l.fixed == 0 && (l.begun.n < begunLines || l.bodies%8 == 0)
+	l.mu.Unlock()
+	if !look {
+		return 0
+	}
+	return maxTokens(body)
 }
 
 // finished takes in what a line held. Lines whose engine counts nothing do not tell.
@@ -130,7 +152,7 @@ func (l *limit) observe(st Status, inFlight int, now time.Time) {
 	l.relax(now)
 	l.maxLen = float64(st.MaxLen)
 	g := st.Gauges
-	if g.KVTokens > 0 {
+	if g.KVTokens > 0 && g.KVTokens >= st.MaxLen { // a smaller one is that of a model that keeps nothing
 		l.capacity(float64(g.KVTokens))
 	}
 	switch {
@@ -149,7 +171,7 @@ func (l *limit) pace() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case l.fixed > 0 || l.kv <= 0:
+	case l.fixed > 0 || l.kv <= 0 || len(l.looks) > 0 && l.looks[len(l.looks)-1].inFlight == 0:
 		return time.Hour
 	case l.ended.n == 0:
 		return 100 * time.Millisecond << min(len(l.looks), 4)
@@ -161,13 +183,13 @@ func (l *limit) capacity(kv float64) {
 	if kv == l.kv {
 		return
 	}
-	l.kv, l.seqs = kv, mostSeqs
+	l.kv = kv
 	l.forget()
 }
 
 // forget starts anew with an engine whose counters start anew. What lines hold is still known.
 func (l *limit) forget() {
-	l.looks, l.first, l.count, l.made, l.hold = nil, look{}, 0, 0, time.Time{}
+	l.looks, l.first, l.count, l.made, l.hold, l.seqs = nil, look{}, 0, 0, time.Time{}, mostSeqs
 	if l.ended.n >= fewLines {
 		l.set(load{prompt: l.ended.prompt, output: l.ended.output}.fits(fill * l.kv))
 	}
@@ -181,14 +203,21 @@ func (l *limit) steer(now look) {
 			now.answers = 0
 		}
 	}
-	if len(l.looks) == 0 {
+	if now.inFlight == 0 {
+		l.seqs, l.count, l.made, now.answers = mostSeqs, 0, 0, 0
+	}
+	if len(l.looks) == 0 || now.inFlight == 0 {
 		l.first = now
+	}
+	if float64(now.inFlight) < l.base/2 { // what was seen so far says nothing of an engine that is full
+		l.looks = l.looks[:0]
 	}
 	l.looks = append(l.looks, now)
 	life := max(time.Duration(l.ended.took*float64(time.Second)), 2*time.Second)
 	l.trim(now.at.Add(-life))
+	l.steers = l.steers || l.all >= max(int(l.base), fewLines/2)
 	switch {
-	case l.all < int(l.base) && l.ended.n < endedLines:
+	case !l.steers:
 		l.begin(now)
 	case now.at.Before(l.hold):
 	default:
@@ -223,60 +252,86 @@ func (l *limit) begin(now look) {
 }
 
 // prompt is how many tokens the prompt of a line holds of its own. Before the engine has shown that, a byte is taken
-// for a token, which errs on the side of few.
+// for a token, which errs on the side of few, and before the first line, its context.
 func (l *limit) prompt(now look) float64 {
-	p := max(l.begun.bytes, 1)
-	if l.ended.n > 0 && l.ended.bytes > 0 {
+	p := l.begun.bytes
+	switch {
+	case l.begun.n == 0:
+		p = cmp.Or(l.maxLen, 4096)
+	case l.ended.n > 0 && l.ended.bytes > 0:
 		p *= l.ended.prompt / l.ended.bytes
-	} else if l.maxLen > 0 {
+	case l.maxLen > 0:
 		p = min(p, l.maxLen)
 	}
-	if r := float64(now.g.Running); r >= 8 || r >= 4 && now.g.Waiting == 0 {
+	ours := now.g.Running <= int64(now.inFlight)+int64(now.inFlight)/8+2 // else there are others, of whom nothing is known
+	if r := float64(now.g.Running); ours && now.g.KVUsage > 0 && (r >= 2*seenRunning || r >= seenRunning && now.g.Waiting == 0) {
 		made := max(0, float64(now.g.Generation-l.first.g.Generation)-l.made)
-		p = min(p, now.g.KVUsage*l.kv/r-made/r)
+		p = min(p, max(now.g.KVUsage*l.kv/r-made/r, l.begun.bytes/16))
 	}
 	return max(p, 1)
 }
 
+// window is what the looks over the life of a line show.
+type window struct {
+	whole               bool    // it spans a life, all of it with about as many in flight as may be
+	use                 float64 // of the KV cache, at most
+	waiting, running    float64 // mean
+	least, most, queued float64 // running at least and at most; waiting at least
+	held                float64 // tokens in the KV cache per running request, mean; 0: not told
+}
+
+func (l *limit) window(life time.Duration) (w window) {
+	first, last := l.looks[0], l.looks[len(l.looks)-1]
+	w.whole = last.at.Sub(first.at) >= life*9/10
+	w.least, w.queued = math.Inf(1), math.Inf(1)
+	for _, k := range l.looks {
+		running, waiting := float64(k.g.Running), float64(k.g.Waiting)
+		w.whole = w.whole && float64(k.inFlight) >= 0.9*min(l.base, float64(first.inFlight))
+		w.use = max(w.use, k.g.KVUsage)
+		w.waiting += waiting / float64(len(l.looks))
+		w.running += running / float64(len(l.looks))
+		w.least, w.most, w.queued = min(w.least, running), max(w.most, running), min(w.queued, waiting)
+		w.held += k.g.KVUsage * l.kv / max(running, 1) / float64(len(l.looks))
+	}
+	return w
+}
+
 // grow moves the limit by what was seen over the life of one line.
 func (l *limit) grow(now look, life time.Duration) {
-	old := l.looks[0]
-	var use, waiting, running, most float64
-	for _, k := range l.looks {
-		use = max(use, k.g.KVUsage)
-		waiting += float64(k.g.Waiting)
-		running += float64(k.g.Running)
-		most = max(most, float64(k.g.Running))
+	w := l.window(life)
+	line := load{prompt: l.ended.prompt, output: l.ended.output}
+	if w.held > 0 {
+		line.prompt = min(line.prompt, max(w.held-line.output/2, 1)) // what is shared costs nothing
 	}
-	waiting, running = waiting/float64(len(l.looks)), running/float64(len(l.looks))
-	load := load{prompt: l.ended.prompt, output: l.ended.output}
-	step, cost := load.spare(l.base), load.again(l.base)
-	preempted := float64(now.g.Preemptions-old.g.Preemptions) / math.Max(1, float64(now.answers-old.answers))
+	step, cost := line.spare(l.base), line.again(l.base)
+	old := l.looks[0]
+	preempted := float64(now.g.Preemptions-old.g.Preemptions) / max(1, float64(now.answers-old.answers), l.base/8)
 	bearable := step / ((3 + 7*(1-step)) * cost)
-	l.why = fmt.Sprintf("KV used up to %.0f %%, %.3f pre-emptions a line, bearable %.3f", 100*use, preempted, bearable)
+	l.why = fmt.Sprintf("KV used up to %.0f %%, %.3f pre-emptions a line, bearable %.3f", 100*w.use, preempted, bearable)
 	dt := now.at.Sub(l.looks[max(0, len(l.looks)-2)].at).Seconds() / life.Seconds()
 	switch {
-	case l.ahead(load):
+	case l.ahead(line):
 	case preempted > bearable:
-		l.set(l.base * max(0.9, 1-0.1*(preempted/bearable-1)))
+		most := 1.1 * l.kv / (line.prompt + line.output/2 + 1)
+		l.set(min(most, l.base*max(0.9, 1-0.1*(preempted/bearable-1))))
 		l.hold = now.at.Add(life)
-	case waiting > 0.2*running+1:
-		if use < 0.9 && len(l.looks) > 3 {
-			l.seqs = most*1.02 + 2 // it runs no more at once, whatever room there is
+	case w.waiting > 0.2*w.running+1:
+		if w.whole && w.use < 0.9 && w.queued > 0 && w.least >= 0.95*w.most && w.most >= minLimit {
+			l.seqs = w.most*1.02 + 2 // it runs no more at once, whatever room there is
 			l.set(l.seqs)
 		}
 	case preempted > bearable/2, float64(now.inFlight) < 0.9*l.base:
 	default:
 		by := step / 3
-		if use < 0.95 {
-			by = max(by, 0.97/max(use, 0.1)-1)
+		if w.whole && w.use > 0 && w.use < 0.95 {
+			by = max(by, min(0.97/w.use-1, mostGrowth))
 		}
 		l.set(l.base * (1 + by*min(dt, 1)))
 	}
 }
 
 // ahead lowers the limit when the lines to come are much larger than those that it was found with.
-func (l *limit) ahead(now load) bool {
+func (l *limit) ahead(line load) bool {
 	larger := func(next, last float64) float64 {
 		if next > 1.5*last && last > 0 {
 			return next / last
@@ -287,7 +342,7 @@ func (l *limit) ahead(now load) bool {
 	if bytes == 1 && most == 1 {
 		return false
 	}
-	top := 1.1 * l.kv / (now.prompt*bytes + now.output*most/2)
+	top := 1.1 * l.kv / (line.prompt*bytes + line.output*most/2 + 1)
 	if l.base <= top {
 		return false
 	}
@@ -296,8 +351,12 @@ func (l *limit) ahead(now load) bool {
 	return true
 }
 
+// set makes n the limit, within its bounds.
 func (l *limit) set(n float64) {
-	l.base = min(max(n, minLimit), max(l.seqs, minLimit))
+	if math.IsNaN(n) {
+		return
+	}
+	l.base = max(min(n, l.seqs), minLimit)
 }
 
 // relax gives back what back-pressure took, a quarter every five seconds.

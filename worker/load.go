@@ -28,8 +28,8 @@ func (l load) again(n float64) float64 {
 // fits is how many lines to have at once in a KV cache before any pre-emption was seen: as many as it holds to their
 // ends, or, where pre-emptions cost less than they bring, as many as it holds halfway.
 func (l load) fits(kv float64) float64 {
-	ends := kv / (l.prompt + l.output)
-	return ends + (kv/(l.prompt+l.output/2)-ends)*l.eager(ends)
+	ends := kv / max(l.prompt+l.output, 1)
+	return ends + (kv/max(l.prompt+l.output/2, 1)-ends)*l.eager(ends)
 }
 
 // eager is 0 where pre-emptions are dear and 1 where they are cheap.
@@ -76,6 +76,15 @@ type mean struct {
 	output float64 // tokens
 	took   float64 // seconds
 	most   float64 // output tokens that it may have; 0: unknown
+}
+
+// usual is a figure of one line, cut to three times its mean: one line that is far larger than the others says nothing of
+// those that follow it.
+func (m *mean) usual(v, mean float64) float64 {
+	if m.n < 8 || mean == 0 {
+		return v
+	}
+	return min(v, 3*mean)
 }
 
 // add takes in one line; the mean remembers as many as keep.

@@ -28,7 +28,7 @@ type regime struct {
 	mute   bool // its metrics vanish after a quarter of the lines
 }
 
-// The engines are those of sim.TestMeasured, with a KV cache of any size.
+// The engines have the times of those of sim.TestMeasured, a KV cache of any size, and no sliding window.
 func card(kv, seqs, batched int, step, decode, prefill time.Duration) sim.Config {
 	return sim.Config{KVTokens: kv, MaxNumSeqs: seqs, MaxBatchedTokens: batched, StepTime: step * time.Microsecond, DecodeTime: decode * time.Microsecond, PrefillTime: prefill * time.Microsecond}
 }

@@ -53,7 +53,7 @@ func (g *Gauges) add(name, labels string, v float64) {
 		g.Running += int64(v)
 	case "vllm:num_requests_waiting":
 		g.Waiting += int64(v)
-	case "vllm:kv_cache_usage_perc":
+	case "vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc": // the latter of older versions
 		g.KVUsage = max(g.KVUsage, v)
 	case "vllm:prompt_tokens_total":
 		g.Prompt += int64(v)

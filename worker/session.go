@@ -296,7 +296,7 @@ func (s *session) accept(l *line) {
 	if s.unwanted(l) {
 		return
 	}
-	l.most = maxTokens(l.req.Body)
+	l.most = s.limit.asks(l.req.Body)
 	if s.limit.expects(len(l.req.Body), l.most) {
 		s.adjust()
 	}

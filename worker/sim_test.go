@@ -271,7 +271,7 @@ func TestSimAuto(t *testing.T) {
 	allOK(t, r.Wait(n), n)
 	r.Until("heartbeat tells it", func() bool {
 		got := r.State(proto.EngineReady)
-		return got.KVTokens == 4096 && got.MaxLen == 512 && got.Limit >= 20 && got.Limit <= 60 && got.Simulated && got.OK == n
+		return got.KVTokens == 4096 && got.MaxLen == 512 && got.Limit >= 20 && got.Limit <= 100 && got.Simulated && got.OK == n
 	})
 }
 
