@@ -51,6 +51,7 @@ type limit struct {
 	all    int     // answers, ever
 	bodies int     // that were asked for
 	steers bool    // so many lines have ended that it need not compute any more
+	idle   bool    // nothing was in flight at the last look, and no line has come since
 }
 
 const (
@@ -100,21 +101,22 @@ func (l *limit) reason() string {
 }
 
 // expects takes in what a line asks for, before it runs. most is the output tokens that it may have, 0 when nobody
-// looked. It says whether the limit may have moved.
-func (l *limit) expects(bytes, most int) bool {
+// looked. It says whether the limit may have moved, and whether the engine was idle, so that a look is due.
+func (l *limit) expects(bytes, most int) (moved, wake bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.fixed > 0 {
-		return false
+		return false, false
 	}
+	wake, l.idle = l.idle, false
 	b := &l.begun
 	b.add(begunLines, b.usual(float64(bytes), b.bytes), 0, 0, 0, b.usual(float64(most), b.most))
 	n := len(l.looks)
 	if l.kv <= 0 || l.all > 0 || n > 0 && l.looks[n-1].g.Running >= seenRunning {
-		return false
+		return false, wake
 	}
 	l.begin(look{})
-	return true
+	return true, wake
 }
 
 // asks finds how many output tokens a body asks for; 0: it did not look. It looks into every body at the beginning, and
@@ -150,7 +152,7 @@ func (l *limit) observe(st Status, inFlight int, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.relax(now)
-	l.maxLen = float64(st.MaxLen)
+	l.maxLen, l.idle = float64(st.MaxLen), inFlight == 0
 	g := st.Gauges
 	if g.KVTokens > 0 && g.KVTokens >= st.MaxLen { // a smaller one is that of a model that keeps nothing
 		l.capacity(float64(g.KVTokens))
@@ -215,10 +217,11 @@ func (l *limit) steer(now look) {
 	l.looks = append(l.looks, now)
 	life := max(time.Duration(l.ended.took*float64(time.Second)), 2*time.Second)
 	l.trim(now.at.Add(-life))
-	l.steers = l.steers || l.all >= max(int(l.base), fewLines/2)
 	switch {
 	case !l.steers:
-		l.begin(now)
+		enough := l.all >= max(int(l.base), fewLines/2)
+		l.begin(now) // the last time with what lines really held
+		l.steers = enough
 	case now.at.Before(l.hold):
 	default:
 		l.grow(now, life)
@@ -324,7 +327,8 @@ func (l *limit) grow(now look, life time.Duration) {
 	default:
 		by := step / 3
 		if w.whole && w.use > 0 && w.use < 0.95 {
-			by = max(by, min(0.97/w.use-1, mostGrowth))
+			lives := life.Seconds() / max(l.ended.took, 0.05) // of short lines, many: what is seen is what there will be
+			by = max(by, min(0.97/w.use-1, mostGrowth*min(max(lives, 1), 4)))
 		}
 		l.set(l.base * (1 + by*min(dt, 1)))
 	}

@@ -26,7 +26,7 @@ func TestLimitBegins(t *testing.T) {
 	if got := l.get(); got < 415 || got > 440 {
 		t.Errorf("limit %d by the KV cache in use", got)
 	}
-	if l.expects(3152, 308) {
+	if moved, _ := l.expects(3152, 308); moved {
 		t.Error("bodies still count")
 	}
 }
@@ -64,7 +64,7 @@ func TestLimitFallsBack(t *testing.T) {
 	}
 	l = newLimit(7)
 	l.observe(seen(473807, Gauges{}), 0, now)
-	if l.expects(10, 10) || l.get() != 7 {
+	if moved, wake := l.expects(10, 10); moved || wake || l.get() != 7 {
 		t.Errorf("limit %d, asked for 7", l.get())
 	}
 	l = newLimit(0)

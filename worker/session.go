@@ -297,8 +297,12 @@ func (s *session) accept(l *line) {
 		return
 	}
 	l.most = s.limit.asks(l.req.Body)
-	if s.limit.expects(len(l.req.Body), l.most) {
+	moved, wake := s.limit.expects(len(l.req.Body), l.most)
+	if moved {
 		s.adjust()
+	}
+	if wake {
+		s.gate.hurry()
 	}
 	s.slots.offer(l)
 	if s.taking.Err() != nil || s.gate.quota() == 0 {
