@@ -31,11 +31,11 @@ func (h *Holder) Unwrap() error { return ErrInUse }
 
 // LockDir takes the folder, which it makes if need be.
 func LockDir(dir string) (*Lock, error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("make folder: %w; choose another --data", err)
-	}
 	name := filepath.Join(dir, dirLock)
 	for range lockTries {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("make folder: %w; choose another --data", err)
+		}
 		f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o644)
 		if err != nil {
 			return nil, fmt.Errorf("open lock file: %w; choose another --data", err)
@@ -48,9 +48,6 @@ func LockDir(dir string) (*Lock, error) {
 			return l, nil
 		}
 		l.Unlock() // the folder was removed between our opening and our locking it
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, fmt.Errorf("make folder: %w; choose another --data", err)
-		}
 	}
 	return nil, errTaken(name)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -26,7 +25,7 @@ func Create(ctx context.Context, conn *broker.Conn, spec proto.Job, again bool) 
 	for n := int64(1); ; n++ {
 		job = spec
 		if n > 1 {
-			job.ID, job.Again = spec.ID+"-r"+strconv.FormatInt(n, 10), n-1
+			job.ID, job.Again = proto.RunID(spec.ID, n), n-1
 		}
 		if job.After, err = removedAt(ctx, kv, job.ID); err != nil {
 			return job, nil, err

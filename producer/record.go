@@ -284,10 +284,7 @@ func (r *run) read(ctx context.Context) error {
 	anew := r.said != said
 	r.said = said
 	r.mu.Unlock()
-	r.demand(r.judge(c, p))
-	if anew { // it may have been a pause that is over
-		r.turnOver()
-	}
+	r.demand(r.judge(c, p), anew) // a user's word may have been a pause that is over
 	return nil
 }
 

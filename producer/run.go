@@ -201,23 +201,14 @@ func (r *run) phase(ctx context.Context) (context.Context, demand) {
 	return pctx, r.want
 }
 
-func (r *run) demand(want demand) {
+// demand takes what is demanded now. The phase begins anew where that is something else, or anew says so.
+func (r *run) demand(want demand, anew bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.want == want || r.want >= wantHalt && want < r.want { // what was given up stays given up
-		return
+	if r.want != want && (r.want < wantHalt || want >= r.want) { // what was given up stays given up
+		r.want, anew = want, true
 	}
-	r.want = want
-	if r.turn != nil {
-		r.turn(errTurn)
-	}
-}
-
-// turnOver begins the phase anew.
-func (r *run) turnOver() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.turn != nil {
+	if anew && r.turn != nil {
 		r.turn(errTurn)
 	}
 }

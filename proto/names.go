@@ -3,6 +3,7 @@ package proto
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"strconv"
 	"strings"
 	"time"
 
@@ -81,6 +82,14 @@ func Slug(s string, n int) string {
 		return "x"
 	}
 	return b.String()
+}
+
+// RunID is the id of the nth run of a job, the first of which has the id base.
+func RunID(base string, n int64) string {
+	if n == 1 {
+		return base
+	}
+	return base + "-r" + strconv.FormatInt(n, 10)
 }
 
 // RequestStream is the name of the stream that holds the requests for a model.

@@ -15,13 +15,12 @@ type Loop struct {
 
 	// All three may be nil. Look is called after a step, and again after as long as it says.
 	Sent  func(r *Request)
-	Ended func(r *Request, f Finish, took time.Duration)
+	Ended func(r *Request, took time.Duration)
 	Look  func(inFlight int) time.Duration
 }
 
 // Figures are what came of a Loop.
 type Figures struct {
-	Took        time.Duration
 	Rate        float64 // output tokens a second
 	Running     float64 // requests, mean over time
 	MostRunning int
@@ -68,9 +67,9 @@ func (l *Loop) Run(v *Virtual) Figures {
 		out.MostRunning = max(out.MostRunning, load.Running)
 		done += len(ended)
 		inside -= len(ended)
-		for _, f := range ended {
+		for _, id := range ended {
 			if l.Ended != nil {
-				l.Ended(&l.Requests[f.ID], f, v.Now()-sent[f.ID])
+				l.Ended(&l.Requests[id], v.Now()-sent[id])
 			}
 		}
 		if l.Look != nil && v.Now() >= look {
@@ -79,7 +78,7 @@ func (l *Loop) Run(v *Virtual) Figures {
 		fill()
 	}
 	load, wall := v.Load(), v.Now().Seconds()
-	out.Took, out.Rate, out.Running, out.Preemptions = v.Now(), float64(load.Generated)/wall, area/wall, load.Preemptions
+	out.Rate, out.Running, out.Preemptions = float64(load.Generated)/wall, area/wall, load.Preemptions
 	return out
 }
 

@@ -32,15 +32,6 @@ type Load struct {
 	Generated        int64 // output tokens
 }
 
-// Finish is the end of a request.
-type Finish struct {
-	ID     int
-	Prompt int
-	Output int
-	Cached int // prompt tokens found in the prefix cache
-	Times  int // it was pre-empted
-}
-
 // NewVirtual returns an engine that has nothing to do. Of cfg it takes the sizes and the times of a step.
 func NewVirtual(cfg Config) (*Virtual, error) {
 	if len(cfg.Models) == 0 {
@@ -77,14 +68,13 @@ func (v *Virtual) Submit(r Request) {
 	v.sched.add(s.call)
 }
 
-// Step runs one step and returns what has finished with it. It reports false when there was nothing to do.
-func (v *Virtual) Step() ([]Finish, bool) {
+// Step runs one step and returns the IDs of what has finished with it. It reports false when there was nothing to do.
+func (v *Virtual) Step() (ended []int, ok bool) {
 	if !v.sched.busy() {
 		return nil, false
 	}
 	v.sched.schedule(&v.plan, int64(v.now))
 	v.now += stepTime(v.cfg, &v.plan)
-	var out []Finish
 	finished := v.sched.advance(&v.plan)
 	for _, s := range v.plan.seqs {
 		if !s.emitted {
@@ -92,10 +82,10 @@ func (v *Virtual) Step() ([]Finish, bool) {
 		}
 		v.made++
 		if finished && s.made == s.want {
-			out = append(out, Finish{ID: s.choice, Prompt: s.prompt, Output: s.made, Cached: max(s.cached, 0), Times: s.preempted})
+			ended = append(ended, s.choice)
 		}
 	}
-	return out, true
+	return ended, true
 }
 
 // Load returns the gauges.

@@ -103,11 +103,11 @@ func (l *limit) reason() string {
 // expects takes in what a line asks for, before it runs. most is the output tokens that it may have, 0 when nobody
 // looked. It says whether the limit may have moved, and whether the engine was idle, so that a look is due.
 func (l *limit) expects(bytes, most int) (moved, wake bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.fixed > 0 {
 		return false, false
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	wake, l.idle = l.idle, false
 	b := &l.begun
 	b.add(begunLines, b.usual(float64(bytes), b.bytes), 0, 0, 0, b.usual(float64(most), b.most))
@@ -122,9 +122,12 @@ func (l *limit) expects(bytes, most int) (moved, wake bool) {
 // asks finds how many output tokens a body asks for; 0: it did not look. It looks into every body at the beginning, and
 // into some later.
 func (l *limit) asks(body []byte) int {
+	if l.fixed > 0 {
+		return 0
+	}
 	l.mu.Lock()
 	l.bodies++
-	look := l.fixed == 0 && (l.begun.n < begunLines || l.bodies%8 == 0)
+	look := l.begun.n < begunLines || l.bodies%8 == 0
 	l.mu.Unlock()
 	if !look {
 		return 0
@@ -248,8 +251,7 @@ func (l *limit) begin(now look) {
 	if l.maxLen > 0 {
 		most = min(most, max(1, l.maxLen-p))
 	}
-	made := max(0, float64(now.g.Generation-l.first.g.Generation))
-	b := beginning{kv: fill * l.kv, prompt: p, most: most, made: made, answers: float64(now.answers)}
+	b := beginning{kv: fill * l.kv, prompt: p, most: most, made: l.generated(now), answers: float64(now.answers)}
 	l.set(b.fits())
 	l.why = fmt.Sprintf("KV %.0f tokens; a line is taken to hold %.0f and to make up to %.0f", l.kv, p, most)
 }
@@ -268,10 +270,15 @@ func (l *limit) prompt(now look) float64 {
 	}
 	ours := now.g.Running <= int64(now.inFlight)+int64(now.inFlight)/8+2 // else there are others, of whom nothing is known
 	if r := float64(now.g.Running); ours && now.g.KVUsage > 0 && (r >= 2*seenRunning || r >= seenRunning && now.g.Waiting == 0) {
-		made := max(0, float64(now.g.Generation-l.first.g.Generation)-l.made)
+		made := max(0, l.generated(now)-l.made) // by those in flight
 		p = min(p, max(now.g.KVUsage*l.kv/r-made/r, l.begun.bytes/16))
 	}
 	return max(p, 1)
+}
+
+// generated is how many output tokens the engine has made since first.
+func (l *limit) generated(now look) float64 {
+	return max(0, float64(now.g.Generation-l.first.g.Generation))
 }
 
 // window is what the looks over the life of a line show.

@@ -139,7 +139,7 @@ func (g *regime) run(t testing.TB, lines []ask, inFlight int) (f sim.Figures, le
 		begun++
 		c.Expects(bytesPerToken*r.Prompt, lines[r.ID].most)
 	}
-	loop.Ended = func(r *sim.Request, f sim.Finish, took time.Duration) {
+	loop.Ended = func(r *sim.Request, took time.Duration) {
 		done++
 		c.Finished(proto.Usage{Counted: true, Prompt: int64(r.Prompt), Completion: int64(r.Output)}, bytesPerToken*r.Prompt, lines[r.ID].most, took)
 	}

@@ -51,11 +51,11 @@ func (a *app) kept() (all []kept) {
 // nextRun is the id of the run that --again would make of the job after this one.
 func nextRun(id string) string {
 	if at := strings.LastIndex(id, "-r"); at > 0 {
-		if n, err := strconv.Atoi(id[at+len("-r"):]); err == nil {
-			return fmt.Sprintf("%s-r%d", id[:at], n+1)
+		if n, err := strconv.ParseInt(id[at+len("-r"):], 10, 64); err == nil {
+			return proto.RunID(id[:at], n+1)
 		}
 	}
-	return id + "-r2"
+	return proto.RunID(id, 2)
 }
 
 // verify compares the files of a finished run with its manifest, as long as they are its own.

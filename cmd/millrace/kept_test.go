@@ -39,10 +39,9 @@ func keep(t *testing.T, data, id string) (dir string) {
 	return p.dir
 }
 
-// brokerWith is a broker that holds these jobs.
-func brokerWith(t *testing.T, token string, ids ...string) *broker.Server {
+// startBroker starts a broker and connects to it, both until the end of the test at the latest.
+func startBroker(t *testing.T, srv *broker.Server) *broker.Conn {
 	t.Helper()
-	srv := &broker.Server{Dir: t.TempDir(), Addr: "127.0.0.1:0", Token: token, Log: slog.New(slog.DiscardHandler)}
 	if err := srv.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +50,15 @@ func brokerWith(t *testing.T, token string, ids ...string) *broker.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(conn.Close)
+	return conn
+}
+
+// brokerWith is a broker that holds these jobs.
+func brokerWith(t *testing.T, token string, ids ...string) *broker.Server {
+	t.Helper()
+	srv := &broker.Server{Dir: t.TempDir(), Addr: "127.0.0.1:0", Token: token, Log: slog.New(slog.DiscardHandler)}
+	conn := startBroker(t, srv)
 	for _, id := range ids {
 		if _, _, err := producer.Create(t.Context(), conn, proto.Job{ID: id}, false); err != nil {
 			t.Fatal(err)

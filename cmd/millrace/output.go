@@ -165,7 +165,7 @@ func (e *replacedError) Error() string {
 // family is the id of a job's first run.
 func family(id string, again int64) string {
 	if again > 0 {
-		return strings.TrimSuffix(id, fmt.Sprintf("-r%d", again+1))
+		return strings.TrimSuffix(id, proto.RunID("", again+1))
 	}
 	return id
 }

@@ -54,7 +54,7 @@ func readMemo(dir string) (memo, error) {
 // place finds the folder of the job: that of its newest run. again takes another one when that is finished, or was halted.
 func (a *app) place(job *proto.Job, again bool) (*place, error) {
 	base, n := job.ID, a.newestRun(job.ID)
-	job.ID, job.Again = runID(base, n), n-1
+	job.ID, job.Again = proto.RunID(base, n), n-1
 	p := &place{dir: a.runDir(job.ID)}
 	m, err := readMemo(p.dir)
 	switch p.known = err == nil; {
@@ -62,20 +62,12 @@ func (a *app) place(job *proto.Job, again bool) (*place, error) {
 	case err != nil:
 		return nil, fmt.Errorf("read the job's folder: %w", err)
 	case again && (m.Finished || m.Halted):
-		job.ID, job.Again = runID(base, n+1), n
+		job.ID, job.Again = proto.RunID(base, n+1), n
 		p.dir = a.runDir(job.ID)
 	case m.Finished:
 		p.finished = m.Manifest
 	}
 	return p, nil
-}
-
-// runID is the id of the nth run of a job, the first of which is base.
-func runID(base string, n int64) string {
-	if n == 1 {
-		return base
-	}
-	return fmt.Sprintf("%s-r%d", base, n)
 }
 
 // newestRun is the number of the newest run of a job that is kept; 1 where none is.

@@ -27,15 +27,7 @@ func endingRun(t *testing.T, a *app, state, trigger string, hold bool) (said cha
 		t.Fatal(err)
 	}
 	srv := &broker.Server{Dir: p.dir + "/broker", Addr: "127.0.0.1:0", Token: newToken(), Log: a.log}
-	if err := srv.Start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(srv.Stop)
-	conn, err := srv.Connect(t.Context(), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(conn.Close)
+	conn := startBroker(t, srv)
 	put := func(key string, record encoder) {
 		kv, err := conn.JS.KeyValue(t.Context(), proto.JobsBucket)
 		if err != nil {
