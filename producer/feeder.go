@@ -307,7 +307,9 @@ func (f *feeder) send(ctx context.Context, c chunk) error {
 	var n int
 	var err error
 	if len(c.msgs) > 0 {
-		n, err = f.q.pub.send(ctx, f.q.subject, c.msgs)
+		sctx, end := outlast(ctx, publishTimeout)
+		n, err = f.q.pub.send(sctx, f.q.subject, c.msgs)
+		end()
 	}
 	to := c.to
 	if n < len(c.msgs) {
@@ -337,4 +339,14 @@ func (f *feeder) send(ctx context.Context, c chunk) error {
 		f.r.trouble("enqueue for "+f.q.model, err)
 	}
 	return errAgain
+}
+
+// outlast returns a context that lasts longer than ctx: what the broker stored just before the end is known to be sent
+// then, and no next owner sends it once more.
+func outlast(ctx context.Context, d time.Duration) (longer context.Context, end func()) {
+	longer, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		time.AfterFunc(d, func() { cancel(context.Cause(ctx)) })
+	})
+	return longer, func() { stop(); cancel(nil) }
 }

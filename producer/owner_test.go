@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
@@ -217,6 +218,36 @@ func TestContinue(t *testing.T) {
 	}
 	if f := w.feed(o.Job.ID); f.Enqueued != 200 || f.Resent != 0 {
 		t.Errorf("record %+v", f)
+	}
+}
+
+// TestStopCounts: what the broker stored is in the record of an owner that is stopped at any moment, and is not sent again.
+func TestStopCounts(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	for n := range 10 {
+		o := w.owner(scanned(t, Input{Path: file(t, linesOf(2000, "m", fmt.Sprint("m", n)))}))
+		var seen atomic.Int64
+		var s *started
+		begun := make(chan struct{})
+		sub, err := w.conn.NC.Subscribe(proto.RequestFilter("m", o.Job.ID), func(*nats.Msg) {
+			if <-begun; seen.Add(1) == int64(1+n*100) {
+				s.stop()
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s = w.run(o)
+		close(begun)
+		if err := s.end(); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		if err := sub.Unsubscribe(); err != nil {
+			t.Fatal(err)
+		}
+		if f, queued := w.feed(o.Job.ID), w.queued(&o.Job); f.Enqueued != int64(queued) {
+			t.Errorf("%d in the record, %d queued", f.Enqueued, queued)
+		}
 	}
 }
 
