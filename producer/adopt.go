@@ -316,7 +316,7 @@ func (a *Adopter) fetch(ctx context.Context, job proto.Job) (*Dataset, error) {
 		}
 	}
 	broker.CrashPoint("adopt.downloaded")
-	d, err := Scan(ctx, Input{Path: name, Name: job.Name, Override: job.Override, SkipInvalid: job.SkipInvalid,
+	d, err := Scan(ctx, Input{Path: name, Name: job.Name, Override: job.Override, SkipInvalid: job.SkipInvalid, InputOrder: job.InputOrder,
 		MaxPayload: a.Conn.NC.MaxPayload(), Dir: a.Dir, MaxAttempts: job.MaxAttempts, TimeoutMS: job.TimeoutMS}, nil)
 	if err == nil && d.SHA256 == job.SHA256 {
 		return d, nil

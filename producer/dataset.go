@@ -90,16 +90,22 @@ func (d *Dataset) Job() proto.Job {
 		Invalid: d.Invalid, Models: d.Models(), Override: d.in.Override, MaxAttempts: d.in.MaxAttempts,
 		TimeoutMS: d.in.TimeoutMS, CreatedMS: time.Now().UnixMilli(), MaxErrors: d.in.MaxErrors,
 		LifetimeMS: d.in.LifetimeMS, Program: d.in.Program, SkipInvalid: d.in.SkipInvalid, Lane: d.in.Lane, Limit: d.in.Limit,
+		InputOrder: d.in.InputOrder,
 	}
 }
 
 // id is a slug of the file's name and a hash of the content and of all that changes requests, and of the name that the
 // user gave. What only changes how the job is run (lane, thresholds, lifetime) is not part of it, nor are compression
-// and --skip-invalid: with invalid lines there is no job without it.
+// and --skip-invalid: with invalid lines there is no job without it. The order is, because owners note how far they came
+// in it.
 func (d *Dataset) id() string {
 	h := sha256.New()
-	for _, s := range []string{d.SHA256, d.in.Override, d.in.Name, strconv.FormatInt(d.in.Limit, 10),
-		strconv.FormatInt(d.in.MaxAttempts, 10), strconv.FormatInt(d.in.TimeoutMS, 10)} {
+	parts := []string{d.SHA256, d.in.Override, d.in.Name, strconv.FormatInt(d.in.Limit, 10),
+		strconv.FormatInt(d.in.MaxAttempts, 10), strconv.FormatInt(d.in.TimeoutMS, 10)}
+	if d.in.InputOrder {
+		parts = append(parts, "input order")
+	}
+	for _, s := range parts {
 		fmt.Fprintf(h, "%d:%s,", len(s), s)
 	}
 	return proto.Slug(d.src.base, 40) + "-" + hex.EncodeToString(h.Sum(nil))[:10]

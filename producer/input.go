@@ -21,6 +21,7 @@ type Input struct {
 	Override    string    // model that replaces the one of every line; empty: none
 	Limit       int64     // lines that are taken, the first ones; 0: all
 	SkipInvalid bool      // invalid lines become lines that fail, instead of stopping everything
+	InputOrder  bool      // lines are sent in the order of the input; else those of a model that share a prefix together
 	MaxPayload  int64     // bytes of a message that the broker takes; 0: proto.MaxPayload
 	MaxPlain    int64     // bytes to which a compressed input may unpack; 0: what the disk of Dir has room for
 	Dir         string    // where plain copies, the line table and sort runs lie; made if it is not there

@@ -221,6 +221,9 @@ func (s *scan) noteLine(sp span, p *parsed) error {
 		r.ref, p.wrong = s.model(p.model)
 	}
 	e := entry{group: r.ref, key: p.prefix, index: index}
+	if s.d.in.InputOrder {
+		e.key = 0
+	}
 	if p.wrong != "" {
 		r.flags |= flagInvalid
 		e = entry{group: math.MaxUint32, index: index}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -308,6 +309,13 @@ func TestPrefixOrder(t *testing.T) {
 	}
 	if changes != 2 {
 		t.Errorf("%d changes of prefix in %v", changes, at)
+	}
+	plain := scanned(t, Input{Path: file(t, b.String()), InputOrder: true})
+	if at, err = plain.order.read(plain.groups()[0], 0, at); err != nil || !slices.IsSorted(at) {
+		t.Errorf("order of the input: %v, %v", at, err)
+	}
+	if a, b := d.Job(), plain.Job(); a.ID == b.ID || a.InputOrder || !b.InputOrder {
+		t.Errorf("jobs %+v and %+v", a, b)
 	}
 }
 

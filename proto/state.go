@@ -26,8 +26,9 @@ type Job struct {
 	Lane        string // one of the Lane constants; empty: normal
 	// After is when a job of this id was removed before this one was created, Unix ns on the broker's clock: what is
 	// left of that one is not this one's. 0: there was none, as far as the broker knows.
-	After int64
-	Limit int64 // --limit: how many lines of the input were taken at most; 0: all
+	After      int64
+	Limit      int64 // --limit: how many lines of the input were taken at most; 0: all
+	InputOrder bool  // --order input: lines are sent in the order of the input; else those that share a prefix together
 }
 
 // ModelLines counts the lines of a job that name a model.
@@ -64,6 +65,7 @@ func (j *Job) visit(c *codec) {
 	c.str(&j.Lane)
 	c.int(&j.After)
 	c.int(&j.Limit)
+	c.bool(&j.InputOrder)
 }
 
 // Control is what the user last asked of a job. Key: ctl.<id>.

@@ -25,6 +25,7 @@ type jobFlags struct {
 	ackWait                           time.Duration
 	window                            int64
 	skipInvalid, again                bool
+	order                             string
 }
 
 func (j *jobFlags) bindInput(cmd *cobra.Command) {
@@ -32,6 +33,7 @@ func (j *jobFlags) bindInput(cmd *cobra.Command) {
 	f.StringVar(&j.model, "model", "", "replace the model of every line by `NAME`")
 	f.Int64Var(&j.limit, "limit", 0, "take only the first `N` lines; 0: all")
 	f.BoolVar(&j.skipInvalid, "skip-invalid", false, "invalid lines become error lines instead of refusing the file")
+	f.StringVar(&j.order, "order", "prefix", "`ORDER` in which lines are sent: prefix (those that share the beginning of their prompt together, for the engine's prefix cache) or input")
 	f.StringVar(&j.name, "name", "", "`NAME` of the job; another name makes another job of the same file")
 	f.Int64Var(&j.maxAttempts, "max-attempts", 4, "tries of a line before it fails, 1 to 100")
 	f.DurationVar(&j.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line")
@@ -63,6 +65,8 @@ func (j *jobFlags) check() error {
 		}
 	}
 	switch {
+	case j.order != "prefix" && j.order != "input":
+		return usagef("--order is %q, must be prefix or input", j.order)
 	case j.limit < 0:
 		return usagef("--limit is %d, must not be negative", j.limit)
 	case j.timeout < 0:
@@ -117,6 +121,7 @@ func (a *app) scan(ctx context.Context, j *jobFlags, file string, maxPayload int
 	}
 	ds, err := producer.Scan(ctx, producer.Input{
 		Path: file, Stdin: a.std.in, Name: j.name, Override: j.model, Limit: j.limit, SkipInvalid: j.skipInvalid,
+		InputOrder: j.order == "input",
 		MaxPayload: maxPayload, Dir: dir, MaxAttempts: j.maxAttempts, TimeoutMS: j.requestTimeout.Milliseconds(),
 		Program:   programVersion(),
 		MaxErrors: j.maxErrors, LifetimeMS: j.timeout.Milliseconds(),
