@@ -38,6 +38,9 @@ func run(args []string) int {
 	if len(args) == 1 && args[0] == "serve" { // how the harness starts its server as a process of its own
 		return report(serve(ctx))
 	}
+	if len(args) > 0 && args[0] == "bare" {
+		return report(bare(ctx, args[1:]))
+	}
 	var c config
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.StringVar(&c.bin, "bin", "bin/millrace", "the program to measure")
