@@ -11,7 +11,7 @@ type Virtual struct {
 	plan  plan
 	now   time.Duration
 	salt  uint64
-	made  int64 // output tokens
+	load  Load // what it has counted
 }
 
 // Request is a request to a Virtual engine. All counts are tokens.
@@ -19,6 +19,8 @@ type Request struct {
 	ID     int
 	Prompt int
 	Output int
+	// Choices is how many outputs it asks for, each of Output tokens; 0 is one.
+	Choices int
 	// The first Shared tokens of the prompt are those of every request of the same Group.
 	Shared int
 	Group  uint64
@@ -30,6 +32,9 @@ type Load struct {
 	KVUsage          float64 // 0 to 1
 	Preemptions      int64
 	Generated        int64 // output tokens
+	Prompts          int64 // prompt tokens of sequences that have made their first token
+	Finished         int64 // sequences
+	Held             int64 // tokens of sequences that have made their first token and not their last
 }
 
 // NewVirtual returns an engine that has nothing to do. Of cfg it takes the sizes and the times of a step.
@@ -53,19 +58,22 @@ func (v *Virtual) Wait(until time.Duration) { v.now = max(v.now, until) }
 // Submit puts a request at the end of the queue.
 func (v *Virtual) Submit(r Request) {
 	v.salt++
-	s := &sequence{prompt: r.Prompt, want: r.Output, reason: finishLength, choice: r.ID, tail: mix(v.salt << 20)}
-	s.call = &call{seqs: []*sequence{s}, left: 1}
+	var hashes []uint64
 	if v.sched.pool.caching {
-		s.hashes = make([]uint64, r.Prompt/blockSize)
-		for i := range s.hashes {
+		hashes = make([]uint64, r.Prompt/blockSize)
+		for i := range hashes {
 			if key := mix(v.salt); (i+1)*blockSize <= r.Shared {
-				s.hashes[i] = mix(mix(r.Group)+uint64(i)) | 1
+				hashes[i] = mix(mix(r.Group)+uint64(i)) | 1
 			} else {
-				s.hashes[i] = mix(key+uint64(i)) | 1
+				hashes[i] = mix(key+uint64(i)) | 1
 			}
 		}
 	}
-	v.sched.add(s.call)
+	c := &call{left: max(r.Choices, 1)}
+	for i := range c.left {
+		c.seqs = append(c.seqs, &sequence{call: c, prompt: r.Prompt, want: r.Output, reason: finishLength, choice: r.ID, hashes: hashes, tail: mix(v.salt<<20 + uint64(i))})
+	}
+	v.sched.add(c)
 }
 
 // Step runs one step and returns the IDs of what has finished with it. It reports false when there was nothing to do.
@@ -77,22 +85,35 @@ func (v *Virtual) Step() (ended []int, ok bool) {
 	v.now += stepTime(v.cfg, &v.plan)
 	finished := v.sched.advance(&v.plan)
 	for _, s := range v.plan.seqs {
-		if !s.emitted {
-			continue
-		}
-		v.made++
-		if finished && s.made == s.want {
+		if s.emitted && v.count(s, finished) {
 			ended = append(ended, s.choice)
 		}
 	}
 	return ended, true
 }
 
+// count takes in a token of s, and reports whether its request has ended with it.
+func (v *Virtual) count(s *sequence, finished bool) bool {
+	v.load.Generated++
+	v.load.Held++
+	if s.made == 1 {
+		v.load.Prompts += int64(s.prompt)
+		v.load.Held += int64(s.prompt)
+	}
+	if !finished || s.made < s.want {
+		return false
+	}
+	v.load.Finished++
+	v.load.Held -= int64(s.prompt + s.made)
+	s.call.left--
+	return s.call.left == 0
+}
+
 // Load returns the gauges.
 func (v *Virtual) Load() Load {
-	return Load{
-		Running: len(v.sched.running), Waiting: v.sched.waiting.len(),
-		KVUsage:     float64(v.sched.pool.used()) / float64(len(v.sched.pool.refs)),
-		Preemptions: int64(v.sched.preemptions), Generated: v.made,
-	}
+	l := v.load
+	l.Running, l.Waiting = len(v.sched.running), v.sched.waiting.len()
+	l.KVUsage = float64(v.sched.pool.used()) / float64(len(v.sched.pool.refs))
+	l.Preemptions = int64(v.sched.preemptions)
+	return l
 }

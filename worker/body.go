@@ -215,13 +215,19 @@ func (r *reply) ended(finish string) {
 
 const noMaxTokens = 512 // output tokens expected of a body that sets no limit
 
-// maxTokens finds how long an answer a body asks for, over all its choices.
-func maxTokens(body []byte) int {
+// wish is what a body asks for. Zero: nobody has looked.
+type wish struct {
+	most    int // output tokens, over all its sequences
+	choices int // sequences: n for each prompt
+}
+
+// readWish finds how long an answer a body asks for.
+func readWish(body []byte) wish {
 	d := jsontext.NewDecoder(bytes.NewBuffer(body), lenient) // in place, see readReply
 	if t, err := d.ReadToken(); err != nil || t.Kind() != '{' {
-		return noMaxTokens
+		return wish{noMaxTokens, 1}
 	}
-	tokens, n := noMaxTokens, 1
+	tokens, n, prompts, unused := noMaxTokens, 1, 1, 0
 	for d.PeekKind() == '"' {
 		name, err := d.ReadToken()
 		if err != nil {
@@ -232,16 +238,40 @@ func maxTokens(body []byte) int {
 		case "max_tokens", "max_completion_tokens", "max_output_tokens":
 			to = &tokens
 		case "n":
+		case "prompt", "input":
+			prompts = countPrompts(d)
+			continue
 		default:
-			to = nil
+			to = &unused
 		}
 		v, err := d.ReadValue()
 		if err != nil {
 			break
 		}
-		if i, err := strconv.Atoi(string(v)); err == nil && to != nil && i > 0 {
+		if i, err := strconv.Atoi(string(v)); err == nil && i > 0 {
 			*to = min(i, 1<<20)
 		}
 	}
-	return tokens * min(n, 128)
+	sequences := min(n, 128) * prompts
+	return wish{tokens * sequences, sequences}
+}
+
+// countPrompts reads a value that is one prompt (a text, or an array of tokens) or an array of prompts. Messages of
+// the Responses API, which are objects, make one prompt.
+func countPrompts(d *jsontext.Decoder) (n int) {
+	if d.PeekKind() != '[' {
+		_, _ = d.ReadValue() // an error comes again with the next name
+		return 1
+	}
+	_, _ = d.ReadToken()
+	for k := d.PeekKind(); k != ']' && k != 0; k = d.PeekKind() {
+		if k == '"' || k == '[' {
+			n++
+		}
+		if d.SkipValue() != nil {
+			break
+		}
+	}
+	_, _ = d.ReadToken()
+	return min(max(n, 1), 1<<10)
 }

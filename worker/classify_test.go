@@ -130,7 +130,7 @@ func TestReadInPlace(t *testing.T) {
 		for _, n := range []int{len(want), len(want) * 2 / 3, len(want) / 3} {
 			body := []byte(want[:n])
 			_, _ = readReply(body) // whether it can be read does not matter here
-			maxTokens(body)
+			readWish(body)
 			if string(body) != want[:n] {
 				t.Errorf("%q became %q", want[:n], body)
 			}
@@ -272,7 +272,7 @@ func FuzzClassify(f *testing.F) {
 		}
 		classify("/v1/completions", Answer{Status: 400, Body: b}, nil)
 		readGauges(b)
-		maxTokens(b)
+		readWish(b)
 	})
 }
 

@@ -36,8 +36,8 @@ func NewLimit() Limit                                 { return Limit{newLimit(0)
 func (l Limit) Get() int                              { return l.get() }
 func (l Limit) Pace() time.Duration                   { return l.pace() }
 func (l Limit) Why() string                           { return l.reason() }
-func (l Limit) Expects(bytes, most int)               { l.expects(bytes, most) }
+func (l Limit) Expects(bytes, most, choices int)      { l.expects(bytes, wish{most, choices}) }
 func (l Limit) Observe(st Status, n int, t time.Time) { l.observe(st, n, t) }
-func (l Limit) Finished(u proto.Usage, bytes, most int, took time.Duration) {
-	l.finished(u, bytes, most, took)
+func (l Limit) Finished(u proto.Usage, bytes, most, choices int, took time.Duration, now time.Time) {
+	l.finished(u, bytes, wish{most, choices}, took, now)
 }

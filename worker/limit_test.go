@@ -18,7 +18,7 @@ func TestLimitBegins(t *testing.T) {
 	now := time.Now()
 	l := newLimit(0)
 	l.observe(seen(473807, Gauges{}), 0, now)
-	l.expects(3152, 308) // 788 tokens, but a byte may be a token
+	l.expects(3152, wish{308, 1}) // 788 tokens, but a byte may be a token
 	if got := l.get(); got < 130 || got > 140 {
 		t.Errorf("limit %d by a body", got)
 	}
@@ -26,7 +26,7 @@ func TestLimitBegins(t *testing.T) {
 	if got := l.get(); got < 415 || got > 440 {
 		t.Errorf("limit %d by the KV cache in use", got)
 	}
-	if moved, _ := l.expects(3152, 308); moved {
+	if moved, _ := l.expects(3152, wish{308, 1}); moved {
 		t.Error("bodies still count")
 	}
 }
@@ -39,12 +39,12 @@ func TestLimitForgets(t *testing.T) {
 		now = now.Add(time.Second)
 		l.observe(seen(473807, g), 400, now)
 	}
-	l.expects(3152, 308)
+	l.expects(3152, wish{308, 1})
 	for i := range int64(4000) {
 		if i%50 == 0 {
 			look(Gauges{Running: 400, KVUsage: 0.8, Generation: 308 * i, Preemptions: 40 * i})
 		}
-		l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, 308, 10*time.Second)
+		l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, wish{308, 1}, 10*time.Second, now)
 	}
 	if got := l.get(); got > 300 {
 		t.Fatalf("limit %d while each line is pre-empted 40 times", got)
@@ -59,17 +59,17 @@ func TestLimitFallsBack(t *testing.T) {
 	now := time.Now()
 	l := newLimit(0)
 	l.observe(Status{State: proto.EngineReady}, 0, now)
-	if got := l.get(); got != blindLimit {
+	if got := l.get(); got != blindStart {
 		t.Errorf("limit %d without a capacity", got)
 	}
 	l = newLimit(7)
 	l.observe(seen(473807, Gauges{}), 0, now)
-	if moved, wake := l.expects(10, 10); moved || wake || l.get() != 7 {
+	if moved, wake := l.expects(10, wish{10, 1}); moved || wake || l.get() != 7 {
 		t.Errorf("limit %d, asked for 7", l.get())
 	}
 	l = newLimit(0)
 	l.observe(seen(16, Gauges{}), 0, now) // as of a model that only embeds
-	if got := l.get(); got != blindLimit {
+	if got := l.get(); got != blindStart {
 		t.Errorf("limit %d without a KV cache", got)
 	}
 	l = newLimit(0)
@@ -98,14 +98,14 @@ func TestLimitIdle(t *testing.T) {
 	if got := l.get(); got > 130 {
 		t.Errorf("limit %d before the first line", got)
 	}
-	l.expects(3152, 308)
+	l.expects(3152, wish{308, 1})
 	if got := l.get(); got < 120 || got > 145 {
 		t.Errorf("limit %d by the first line", got)
 	}
 	made := int64(0)
 	line := func() {
 		made += 308
-		l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, 308, 10*time.Second)
+		l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, wish{308, 1}, 10*time.Second, now)
 	}
 	full := func() {
 		look(l.get(), Gauges{Running: int64(l.get()), KVUsage: min(0.96, float64(l.get())*942/473807), Generation: made})
@@ -140,9 +140,9 @@ func TestLimitLargeLine(t *testing.T) {
 	second := func(bytes int) {
 		now = now.Add(time.Second)
 		for range 40 {
-			l.expects(bytes, 308)
+			l.expects(bytes, wish{308, 1})
 			made += 308
-			l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, 308, 10*time.Second)
+			l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, wish{308, 1}, 10*time.Second, now)
 		}
 		n := l.get()
 		l.observe(seen(473807, Gauges{Running: int64(n), KVUsage: min(0.96, float64(n)*942/473807), Generation: made}), n, now)
@@ -151,7 +151,7 @@ func TestLimitLargeLine(t *testing.T) {
 		second(3152)
 	}
 	was := l.get()
-	l.expects(8<<20, 308)
+	l.expects(8<<20, wish{308, 1})
 	second(3152)
 	if got := l.get(); got < was*9/10 {
 		t.Errorf("limit %d after one large line, %d before", got, was)

@@ -217,7 +217,7 @@ func TestBusy(t *testing.T) {
 	r.send(requests(20)...)
 	r.start(f.engine())
 	r.until("limit is smaller", func() bool {
-		return slices.ContainsFunc(r.workers(), func(w *proto.Worker) bool { return w.Limit > 0 && w.Limit < blindLimit && len(w.Models) > 0 })
+		return slices.ContainsFunc(r.workers(), func(w *proto.Worker) bool { return w.Limit > 0 && w.Limit < blindStart && len(w.Models) > 0 })
 	})
 	f.set(func() { f.work = f.ok })
 	r.unblamed(20)
@@ -233,7 +233,7 @@ func TestMetrics(t *testing.T) {
 	r.start(a.engine(), with)
 	exactly(t, r.wait(5), 5)
 	r.start(b.engine(), with)
-	r.until("both workers have asked their engines", func() bool { return value(t, reg, "millrace_worker_limit") == 2*blindLimit })
+	r.until("both workers have asked their engines", func() bool { return value(t, reg, "millrace_worker_limit") == 2*blindStart })
 	problems, err := testutil.GatherAndLint(reg)
 	must(t, err)
 	if len(problems) > 0 {

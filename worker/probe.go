@@ -2,10 +2,10 @@ package worker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
-	"sync"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -13,21 +13,14 @@ import (
 	"millrace/proto"
 )
 
-// about remembers what an engine says of itself and does not change while it runs.
-type about struct {
-	mu      sync.Mutex
-	version string
-	asked   bool // for the version, of this run of the engine
-}
-
-// Probe asks /health, /v1/models and /metrics, and once after each start of the engine /version. Ready means that
+// Probe asks /health, /v1/models and /metrics, and once after each start of the engine what it is. Ready means that
 // /health says 200, or is not there, and that /v1/models lists a model: while vLLM loads it answers nothing at all.
 func (h *HTTP) Probe(ctx context.Context) (Status, error) {
 	st, err := h.probe(ctx)
-	if err != nil || st.State != proto.EngineReady {
-		h.about.mu.Lock()
-		h.about.asked = false // what comes next may be another engine
-		h.about.mu.Unlock()
+	switch {
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), st.Gauges.Asleep: // it may be busy
+	case err != nil, st.State != proto.EngineReady:
+		h.about.forget()
 	}
 	return st, err
 }
@@ -56,8 +49,7 @@ func (h *HTTP) probe(ctx context.Context) (Status, error) {
 	if st.Gauges.Asleep {
 		st.State, st.Reason = proto.EngineWaiting, "engine is asleep; POST /wake_up wakes it"
 	}
-	st.Version = h.version(ctx)
-	st.Simulated = strings.Contains(st.Version, "-sim")
+	h.tell(ctx, &st)
 	return st, nil
 }
 
@@ -139,21 +131,15 @@ func (h *HTTP) readModels(a Answer) Status {
 	return st
 }
 
-// version asks once; an engine without /version has none.
-func (h *HTTP) version(ctx context.Context) string {
-	h.about.mu.Lock()
-	defer h.about.mu.Unlock()
-	if h.about.asked {
-		return h.about.version
+// tell adds what the engine says of itself.
+func (h *HTTP) tell(ctx context.Context, st *Status) {
+	p, run := h.profile(ctx)
+	st.Kind, st.Version, st.Run, st.Slots = p.kind, p.version, run, p.slots
+	st.Simulated = strings.Contains(st.Version, "-sim")
+	if st.MaxLen == 0 {
+		st.MaxLen = p.maxLen
 	}
-	a, err := h.get(ctx, "/version")
-	if err != nil {
-		return h.about.version
+	if st.Gauges.KVTokens == 0 {
+		st.Gauges.KVTokens = p.kvTokens
 	}
-	var v struct {
-		Version string `json:"version"`
-	}
-	_ = json.Unmarshal(a.Body, &v) // what is not JSON has no version
-	h.about.asked, h.about.version = true, proto.Truncate(v.Version, 100)
-	return h.about.version
 }

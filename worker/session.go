@@ -296,8 +296,8 @@ func (s *session) accept(l *line) {
 	if s.unwanted(l) {
 		return
 	}
-	l.most = s.limit.asks(l.req.Body)
-	moved, wake := s.limit.expects(len(l.req.Body), l.most)
+	l.asks = s.limit.asks(l.req.Body)
+	moved, wake := s.limit.expects(len(l.req.Body), l.asks)
 	if moved {
 		s.adjust()
 	}

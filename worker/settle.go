@@ -177,7 +177,7 @@ func reasonOf(c class) string {
 
 func (s *session) done(o *outcome) {
 	s.gate.success(o.started)
-	s.limit.finished(o.usage, len(o.req.Body), o.most, o.took)
+	s.limit.finished(o.usage, len(o.req.Body), o.asks, o.took, time.Now())
 	s.metrics.answered(o.queue.model, o.usage)
 	s.publish(o.line, s.result(o))
 }

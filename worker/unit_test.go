@@ -112,7 +112,7 @@ func TestLimitBusyNowAndThen(t *testing.T) {
 	for range 30 {
 		now = now.Add(time.Second)
 		for range 3 {
-			l.finished(proto.Usage{}, 0, 0, 0)
+			l.finished(proto.Usage{}, 0, wish{}, 0, now)
 		}
 		l.refused(now)
 	}
@@ -128,14 +128,18 @@ func TestLimitBusyNowAndThen(t *testing.T) {
 	}
 }
 
-func TestMaxTokens(t *testing.T) {
-	for body, want := range map[string]int{
-		`{"max_tokens":16}`: 16, `{"max_completion_tokens":5,"n":3}`: 15, `{"messages":[{"max_tokens":9}]}`: noMaxTokens,
-		`{"max_tokens":null}`: noMaxTokens, `{"max_tokens":"x"}`: noMaxTokens, `{"max_tokens":1e400}`: noMaxTokens, `[`: noMaxTokens, ``: noMaxTokens,
-		`{"max_tokens":12345678901234567890}`: noMaxTokens, `{"max_output_tokens":7}`: 7, `{"max_tokens":3`: 3,
+func TestReadWish(t *testing.T) {
+	one := func(n int) wish { return wish{n, 1} }
+	for body, want := range map[string]wish{
+		`{"max_tokens":16}`: one(16), `{"max_completion_tokens":5,"n":3}`: {15, 3}, `{"messages":[{"max_tokens":9}]}`: one(noMaxTokens),
+		`{"max_tokens":null}`: one(noMaxTokens), `{"max_tokens":"x"}`: one(noMaxTokens), `{"max_tokens":1e400}`: one(noMaxTokens), `[`: one(noMaxTokens), ``: one(noMaxTokens),
+		`{"max_tokens":12345678901234567890}`: one(noMaxTokens), `{"max_output_tokens":7}`: one(7), `{"max_tokens":3`: one(3),
+		`{"prompt":["a","b"],"max_tokens":4,"n":2}`: {16, 4}, `{"prompt":"a","max_tokens":4}`: one(4), `{"prompt":[1,2,3],"max_tokens":4}`: one(4),
+		`{"prompt":[[1,2],[3]],"max_tokens":4}`: {8, 2}, `{"prompt":[],"max_tokens":4}`: one(4), `{"input":[{"role":"user"},{"role":"user"}],"max_output_tokens":4}`: one(4),
+		`{"prompt":["a",`: one(noMaxTokens), `{"prompt":`: one(noMaxTokens),
 	} {
-		if got := maxTokens([]byte(body)); got != want {
-			t.Errorf("%s: %d, want %d", body, got, want)
+		if got := readWish([]byte(body)); got != want {
+			t.Errorf("%s: %v, want %v", body, got, want)
 		}
 	}
 }

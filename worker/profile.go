@@ -1,0 +1,162 @@
+package worker
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"millrace/proto"
+)
+
+// Kinds of engines, as they are discovered.
+const (
+	KindVLLM   = "vllm" // or a simulated one
+	KindSGLang = "sglang"
+	KindLlama  = "llama.cpp"
+	KindOllama = "ollama"
+	KindOther  = "other"
+)
+
+// profile is what an engine says of itself and does not change while it runs. It is asked once for each of its runs,
+// in this order, until one is known:
+//
+//	vLLM       /version           {"version"}; testdata/vllm
+//	SGLang     /get_server_info   {"version","max_total_num_tokens","dp_size","max_running_requests","internal_states":
+//	                              [{"effective_max_running_requests_per_dp"}]}; get_init_info and get_internal_state in
+//	                              python/sglang/srt/managers/scheduler.py, 0.5
+//	llama.cpp  /props             {"total_slots","build_info","default_generation_settings":{"n_ctx"}}; tools/server/README.md, 2026
+//	Ollama     /api/version       {"version"}; docs/api.md of github.com/ollama/ollama
+//
+// Two rules are the same for all of them. Ready is what says 200 at /health, or has none (Ollama), and lists a model: SGLang
+// and llama.cpp say 503 there while they load. Too much is 429, 503 or 529 (classify.go): SGLang's "The request queue is
+// full.", Ollama's "server busy". Metrics are in scrape.go. What the limit of in flight rests on then:
+//
+//	vLLM       capacity and use of its KV cache; its Rust frontend tells only the use
+//	SGLang     the same with --enable-metrics, else the capacity
+//	llama.cpp  its slots
+//	others     what they finish in a second
+type profile struct {
+	kind     string
+	version  string
+	kvTokens int64 // capacity of the KV cache, over all data-parallel engines; 0: not told
+	slots    int64 // most sequences that it runs at once, over all of them; 0: not told
+	maxLen   int64 // context of a sequence; 0: not told
+}
+
+// about remembers the profile of this run of the engine.
+type about struct {
+	mu    sync.Mutex
+	known *profile // nil: not asked yet
+	run   int      // of those that were asked
+}
+
+// forget says that what comes next may be another engine.
+func (a *about) forget() {
+	a.mu.Lock()
+	a.known = nil
+	a.mu.Unlock()
+}
+
+// profile asks once for each run. Where the engine breaks off, what is known is nothing, and the next probe asks again.
+func (h *HTTP) profile(ctx context.Context) (profile, int) {
+	h.about.mu.Lock()
+	defer h.about.mu.Unlock()
+	if h.about.known == nil {
+		p, err := h.discover(ctx)
+		if err != nil {
+			return profile{}, h.about.run
+		}
+		p.version = proto.Truncate(p.version, 100)
+		h.about.known = &p
+		h.about.run++
+	}
+	return *h.about.known, h.about.run
+}
+
+func (h *HTTP) discover(ctx context.Context) (profile, error) {
+	for _, ask := range []func(context.Context) (profile, error){h.isVLLM, h.isSGLang, h.isLlama, h.isOllama} {
+		if p, err := ask(ctx); err != nil || p.kind != "" {
+			return p, err
+		}
+	}
+	return profile{kind: KindOther}, nil
+}
+
+// askTimeout is for one question; a server that hangs at what it does not know is asked the next one.
+const askTimeout = time.Second
+
+// read asks for a JSON object and says whether it came. What is not there, or is something else, is not it.
+func (h *HTTP) read(ctx context.Context, path string, v any) (bool, error) {
+	short, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	a, err := h.get(short, path)
+	switch {
+	case err != nil && short.Err() != nil && ctx.Err() == nil:
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("ask engine for %s: %w", path, err)
+	}
+	return a.Status == http.StatusOK && json.Unmarshal(a.Body, v, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) == nil, nil
+}
+
+func (h *HTTP) isVLLM(ctx context.Context) (profile, error) {
+	var v struct {
+		Version string `json:"version"`
+	}
+	if ok, err := h.read(ctx, "/version", &v); !ok || v.Version == "" {
+		return profile{}, err
+	}
+	return profile{kind: KindVLLM, version: v.Version}, nil
+}
+
+func (h *HTTP) isSGLang(ctx context.Context) (profile, error) {
+	var v struct {
+		Version string `json:"version"`
+		Tokens  int64  `json:"max_total_num_tokens"` // of each data-parallel engine
+		Engines int64  `json:"dp_size"`
+		Seqs    int64  `json:"max_running_requests"` // of all; null: found out
+		States  []struct {
+			Seqs int64 `json:"effective_max_running_requests_per_dp"`
+		} `json:"internal_states"`
+	}
+	if ok, err := h.read(ctx, "/get_server_info", &v); !ok || v.Tokens <= 0 {
+		return profile{}, err
+	}
+	p := profile{kind: KindSGLang, version: v.Version, kvTokens: v.Tokens * max(v.Engines, 1)}
+	for _, s := range v.States {
+		p.slots += s.Seqs
+	}
+	if p.slots == 0 {
+		p.slots = v.Seqs
+	}
+	return p, nil
+}
+
+func (h *HTTP) isLlama(ctx context.Context) (profile, error) {
+	var v struct {
+		Slots    int64  `json:"total_slots"`
+		Build    string `json:"build_info"`
+		Settings struct {
+			Context int64 `json:"n_ctx"` // of a slot
+		} `json:"default_generation_settings"`
+	}
+	if ok, err := h.read(ctx, "/props", &v); !ok || v.Slots <= 0 {
+		return profile{}, err
+	}
+	return profile{kind: KindLlama, version: v.Build, slots: v.Slots, maxLen: v.Settings.Context}, nil
+}
+
+func (h *HTTP) isOllama(ctx context.Context) (profile, error) {
+	var v struct {
+		Version string `json:"version"`
+	}
+	if ok, err := h.read(ctx, "/api/version", &v); !ok || v.Version == "" {
+		return profile{}, err
+	}
+	return profile{kind: KindOllama, version: v.Version}, nil
+}

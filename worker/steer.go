@@ -1,0 +1,254 @@
+package worker
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+)
+
+// Steering has two stages.
+//
+//   - Until as many lines have finished as are in flight, it computes: KV tokens / tokens of a line at its end where
+//     pre-emptions are dear, up to KV tokens / tokens of a line halfway where they are cheap. Prompts are measured
+//     (tokens in use / running), outputs are guessed from max_tokens and from what was made so far.
+//   - From then on it looks back over the life of one line: where the pre-emptions per finished line stay well
+//     under what more requests are worth, or the KV cache was never full, it grows; above that it shrinks and waits for
+//     one life.
+//
+// Both weigh pre-emptions by the model of load.go.
+
+const (
+	maxLooks = 512
+	// requests that run tell how long prompts are from so many on
+	seenRunning = 4
+	mostGrowth  = 0.25 // of the limit, in the life of a line
+)
+
+// look is what a probe saw.
+type look struct {
+	at       time.Time
+	inFlight float64 // sequences of ours
+	answers  int     // sequences that were answered, since the start
+	g        Gauges
+}
+
+// steer moves the limit after a look at the engine.
+func (l *limit) steer(now look) {
+	if n := len(l.looks); n > 0 {
+		if last := l.looks[n-1].g; now.g.Generation < last.Generation || now.g.Preemptions < last.Preemptions {
+			l.forget()
+			now.answers = 0
+		}
+	}
+	if now.inFlight == 0 {
+		l.seqs, l.count, l.made, now.answers = l.most, 0, 0, 0
+	}
+	if len(l.looks) == 0 || now.inFlight == 0 {
+		l.first = now
+	}
+	if now.inFlight < l.base/2 { // what was seen so far says nothing of an engine that is full
+		l.looks = l.looks[:0]
+	}
+	l.looks = append(l.looks, now)
+	life := max(time.Duration(l.ended.took*float64(time.Second)), 2*time.Second)
+	l.trim(now.at.Add(-life))
+	switch {
+	case !l.steers:
+		enough := l.all >= l.enough()
+		l.begin(now) // the last time with what lines really held
+		l.steers = enough
+	case now.at.Before(l.hold):
+	default:
+		l.grow(now, life)
+	}
+}
+
+// trim forgets all looks before a time but the last of them.
+func (l *limit) trim(before time.Time) {
+	n := len(l.looks)
+	i := 0
+	for i < n-1 && !l.looks[i+1].at.After(before) || n-i > maxLooks {
+		i++
+	}
+	l.looks = slices.Delete(l.looks, 0, i)
+}
+
+// begin sets the limit from what the lines ask for and what is seen of those in flight.
+func (l *limit) begin(now look) {
+	b := l.beginning(now)
+	n := b.fits()
+	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
+	l.set(max(n-others, n/2)) // another worker does the same
+	l.why = fmt.Sprintf("KV cache has %.0f tokens, a line %.0f and up to %.0f; few have ended", l.kv, b.prompt, b.most)
+}
+
+func (l *limit) beginning(now look) beginning {
+	most := l.begun.most
+	if most == 0 {
+		most = noMaxTokens
+	}
+	p := l.prompt(now)
+	if l.maxLen > 0 {
+		most = min(most, max(1, l.maxLen-p))
+	}
+	return beginning{kv: fill * l.kv, prompt: p, most: most, made: l.generated(now), answers: float64(now.answers)}
+}
+
+// prompt is how many tokens the prompt of a line holds of its own. Before the engine has shown that, a byte is taken
+// for a token, which errs on the side of few, and before the first line, its context.
+func (l *limit) prompt(now look) float64 {
+	p := l.begun.bytes
+	switch {
+	case l.begun.n == 0:
+		p = cmp.Or(l.maxLen, 4096)
+	case l.ended.n > 0 && l.ended.bytes > 0:
+		p *= l.ended.prompt / l.ended.bytes
+	case l.maxLen > 0:
+		p = min(p, l.maxLen)
+	}
+	ours := float64(now.g.Running) <= now.inFlight*9/8+2 // else there are others, of whom nothing is known
+	if r := float64(now.g.Running); ours && now.g.KVUsage > 0 && (r >= 2*seenRunning || r >= seenRunning && now.g.Waiting == 0) {
+		made := max(0, l.generated(now)-l.made) // by those in flight
+		p = min(p, max(now.g.KVUsage*l.kv/r-made/r, l.begun.bytes/16))
+	}
+	return max(p, 1)
+}
+
+// generated is how many output tokens the engine has made since first, or ended lines have where it does not tell.
+func (l *limit) generated(now look) float64 {
+	if !now.g.Known {
+		return l.made
+	}
+	return max(0, float64(now.g.Generation-l.first.g.Generation))
+}
+
+// window is what the looks over the life of a line show.
+type window struct {
+	whole               bool    // it spans a life, all of it with about as many in flight as may be
+	use                 float64 // of the KV cache, at most
+	waiting, running    float64 // mean
+	least, most, queued float64 // running at least and at most; waiting at least
+	held                float64 // tokens in the KV cache per running request, mean; 0: not told
+}
+
+func (l *limit) window(life time.Duration) (w window) {
+	first, last := l.looks[0], l.looks[len(l.looks)-1]
+	w.whole = last.at.Sub(first.at) >= life*9/10
+	w.least, w.queued = math.Inf(1), math.Inf(1)
+	for _, k := range l.looks {
+		running, waiting := float64(k.g.Running), float64(k.g.Waiting)
+		w.whole = w.whole && k.inFlight >= 0.9*min(l.base, first.inFlight)
+		w.use = max(w.use, k.g.KVUsage)
+		w.waiting += waiting / float64(len(l.looks))
+		w.running += running / float64(len(l.looks))
+		w.least, w.most, w.queued = min(w.least, running), max(w.most, running), min(w.queued, waiting)
+		w.held += k.g.KVUsage * l.kv / max(running, 1) / float64(len(l.looks))
+	}
+	return w
+}
+
+// grow moves the limit by what was seen over the life of one line.
+func (l *limit) grow(now look, life time.Duration) {
+	w := l.window(life)
+	line := load{prompt: l.ended.prompt, output: l.ended.output}
+	if w.held > 0 {
+		line.prompt = min(line.prompt, max(w.held-line.output/2, 1)) // what is shared costs nothing
+	}
+	l.gain.meet(line)
+	step, cost := line.spare(l.base), line.again(l.base)
+	old := l.looks[0]
+	ended := max(float64(now.answers-old.answers), float64(now.g.Finished-old.g.Finished)) // those of others, too
+	preempted := float64(now.g.Preemptions-old.g.Preemptions) / max(1, ended, l.base/8)
+	bearable := step / ((3 + 7*(1-step)) * cost)
+	l.why = fmt.Sprintf("KV cache up to %.0f %% full, %.2f pre-emptions a line where %.2f are worth it", 100*w.use, preempted, bearable)
+	dt := now.at.Sub(l.looks[max(0, len(l.looks)-2)].at).Seconds() / life.Seconds()
+	switch {
+	case l.ahead(line):
+	case preempted > bearable:
+		most := 1.1 * l.kv / (line.prompt + line.output/2 + 1)
+		down := l.base - min(most, l.base*max(0.9, 1-0.1*(preempted/bearable-1)))
+		l.set(l.base - down*l.gain.turn(false, 1))
+		l.hold = now.at.Add(life)
+	case w.waiting > 0.2*w.running+1:
+		if w.whole && w.use < 0.9 && w.queued > 0 && w.least >= 0.95*w.most && w.most >= minLimit {
+			l.seqs = w.most*1.02 + 2 // it runs no more at once, whatever room there is
+			l.set(l.seqs)
+			l.why = fmt.Sprintf("engine runs no more than %.0f at once", w.most)
+		}
+	case preempted > bearable/2, now.inFlight < 0.9*l.base:
+	default:
+		by := step / 3 * l.gain.turn(true, dt)
+		if w.whole && w.use > 0 && w.use < 0.95 {
+			lives := life.Seconds() / max(l.ended.took, 0.05) // of short lines, many: what is seen is what there will be
+			by = max(by, min(0.97/w.use-1, mostGrowth*min(max(lives, 1), 4)))
+		}
+		l.set(l.base * (1 + by*min(dt, 1)))
+	}
+}
+
+// ahead lowers the limit when the lines to come are much larger than those that it was found with.
+func (l *limit) ahead(line load) bool {
+	larger := func(next, last float64) float64 {
+		if next > 1.5*last && last > 0 {
+			return next / last
+		}
+		return 1
+	}
+	bytes, most := larger(l.begun.bytes, l.ended.bytes), larger(l.begun.most, l.ended.most)
+	if bytes == 1 && most == 1 {
+		return false
+	}
+	top := 1.1 * l.kv / (line.prompt*bytes + line.output*most/2 + 1)
+	if l.base <= top {
+		return false
+	}
+	l.set(top)
+	l.why = "longer lines are coming"
+	return true
+}
+
+// set makes n the limit, within its bounds.
+func (l *limit) set(n float64) {
+	if math.IsNaN(n) {
+		return
+	}
+	l.base = max(min(n, l.seqs), minLimit*l.width())
+}
+
+// plan sets the limit to what fits, where the engine tells its capacity and not its load.
+func (l *limit) plan() {
+	b := l.beginning(look{answers: l.count})
+	l.set(b.fits())
+	l.why = fmt.Sprintf("KV cache has %.0f tokens, a line %.0f and up to %.0f; engine tells no load", l.kv, b.prompt, b.most)
+}
+
+// gain makes the steps smaller each time that the limit turns, so that it settles, and larger again where it goes on
+// in one direction.
+type gain struct {
+	size float64 // 1 at first
+	up   bool    // the last steps were up
+	run  float64 // for so many lives of a line
+	line float64 // tokens of a line when it was 1 last
+}
+
+const leastGain = 1. / 8
+
+// meet makes steps large again where lines are not what they were.
+func (g *gain) meet(line load) {
+	if n := line.prompt + line.output; n > 1.25*g.line || g.line > 1.25*n {
+		*g = gain{size: 1, line: n}
+	}
+}
+
+// turn takes in a step that lasts so many lives of a line, and returns the size of it.
+func (g *gain) turn(up bool, lives float64) float64 {
+	if up != g.up {
+		g.size, g.up, g.run = max(g.size/2, leastGain), up, 0
+	}
+	if g.run += lives; g.run >= 3 {
+		g.size, g.run = min(1, g.size*2), 0
+	}
+	return g.size
+}
