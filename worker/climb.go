@@ -23,11 +23,11 @@ type climb struct {
 	factor     float64 // from best to n; 0: the first number
 	settled    bool
 
-	window window2
+	trial trial
 }
 
-// window2 is the measurement of a number.
-type window2 struct {
+// trial is the measurement of a number.
+type trial struct {
 	skip  float64 // sequences that have to end before it begins
 	want  float64 // sequences that it goes on for
 	again bool    // it was prolonged
@@ -46,7 +46,7 @@ const (
 
 // finished takes in n sequences that were answered, and their work.
 func (c *climb) finished(n, work float64, now time.Time) {
-	w := &c.window
+	w := &c.trial
 	switch {
 	case c.n == 0 || w.want == 0:
 	case w.skip > 0:
@@ -59,15 +59,18 @@ func (c *climb) finished(n, work float64, now time.Time) {
 
 // look moves n where the measurement is complete. inFlight is how many sequences there are.
 func (c *climb) look(inFlight float64) {
-	w := &c.window
+	w := &c.trial
 	switch {
 	case w.want == 0 || inFlight < 0.9*math.Floor(c.n): // it shows nothing of n
 		c.measure()
 		return
-	case w.ended < w.want || !w.last.After(w.began):
+	case w.ended < c.n || !w.last.After(w.began):
 		return
 	}
 	rate := w.work / w.last.Sub(w.began).Seconds()
+	if w.ended < w.want && (c.settled || c.factor == 0 || rate > 0.8*c.rate && rate < 1.3*c.rate) {
+		return // not clear yet
+	}
 	if c.settled {
 		c.keep(rate)
 		return
@@ -82,12 +85,12 @@ func (c *climb) look(inFlight float64) {
 // measure begins a measurement of n.
 func (c *climb) measure() {
 	generations := max(2, math.Ceil(leastEnded/c.n))
-	c.window = window2{skip: c.n, want: generations * c.n}
+	c.trial = trial{skip: c.n, want: generations * c.n}
 }
 
 // judge decides what to try next, n having made so much a second.
 func (c *climb) judge(rate float64) {
-	w := c.window
+	w := c.trial
 	better := c.factor == 0 || rate > pays*c.rate || c.factor < 1 && rate > 1.02*c.rate
 	if better {
 		c.best, c.rate, c.lines, c.size = c.n, rate, w.ended/w.last.Sub(w.began).Seconds(), w.work/w.ended
@@ -128,7 +131,7 @@ func (c *climb) settle() {
 
 // keep watches a number that was settled on, and begins again when lines have become others.
 func (c *climb) keep(rate float64) {
-	w := c.window
+	w := c.trial
 	size := w.work / w.ended
 	if size > 1.5*c.size || c.size > 1.5*size {
 		*c = climb{n: c.n, least: c.least, most: c.most, step: c.step}

@@ -285,7 +285,8 @@ func (l *limit) meet(st Status) {
 	l.way = byNothing
 }
 
-// pace is how long to wait for the next look: a quarter of a line's life, and less before there is one.
+// pace is how long to wait for the next look: a quarter of a line's life, twice that once the limit has settled, and
+// less before there is one.
 func (l *limit) pace() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -298,6 +299,8 @@ func (l *limit) pace() time.Duration {
 		return max(life, least)
 	case l.ended.n == 0:
 		return 100 * time.Millisecond << min(len(l.looks), 4)
+	case l.steers && l.gain.size <= settledGain:
+		return 2 * max(life, least)
 	}
 	return max(life, least)
 }

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -161,5 +162,112 @@ func TestLimitLargeLine(t *testing.T) {
 	}
 	if got := l.get(); got > was/3 {
 		t.Errorf("limit %d when all lines are large, %d before", got, was)
+	}
+}
+
+// TestLimitSlots: an engine that tells its slots has as many lines, and a few that wait; never less than 8.
+func TestLimitSlots(t *testing.T) {
+	for slots, want := range map[int64]int{4: 8, 32: 37} {
+		l := newLimit(0)
+		l.observe(Status{State: proto.EngineReady, Kind: KindLlama, Run: 1, Slots: slots}, 0, time.Now())
+		if got := l.get(); got != want {
+			t.Errorf("limit %d with %d slots, want %d", got, slots, want)
+		}
+	}
+}
+
+// TestLimitChoices: a line with four choices is four sequences, and holds what they hold.
+func TestLimitChoices(t *testing.T) {
+	now := time.Now()
+	l := newLimit(0)
+	l.observe(seen(473807, Gauges{}), 0, now)
+	l.expects(788, wish{4 * 308, 4})
+	if got, want := l.get(), 473807*98/100/(788+4*308); got < want*95/100 || got > want*130/100 {
+		t.Errorf("limit %d, %d fit", got, want)
+	}
+	l.expects(788, wish{}) // nobody looked
+	made := int64(0)
+	for range 40 {
+		now = now.Add(time.Second)
+		n := l.get()
+		l.observe(seen(473807, Gauges{Running: int64(4 * n), KVUsage: min(0.96, float64(n)*(788+2*308)/473807), Generation: made}), n, now)
+		for range 40 {
+			made += 4 * 308
+			l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 4 * 308}, 788, wish{4 * 308, 4}, 10*time.Second, now)
+		}
+	}
+	if got := l.get(); got < 220 || got > 256 { // 1,024 sequences
+		t.Errorf("limit %d of an engine that runs 1024 sequences", got)
+	}
+}
+
+// TestLimitOthers: what another worker of the engine has there is left to it, up to half.
+func TestLimitOthers(t *testing.T) {
+	now := time.Now()
+	l := newLimit(0)
+	l.observe(seen(473807, Gauges{}), 0, now)
+	for range begunLines {
+		l.expects(788, wish{308, 1})
+	}
+	alone := l.get()
+	l.observe(seen(473807, Gauges{Running: 100 + int64(alone)/4, KVUsage: 0.1}), 100, now.Add(time.Second))
+	if got := l.get(); got < alone*7/10 || got > alone*8/10 {
+		t.Errorf("limit %d beside %d of another worker, %d alone", got, alone/4, alone)
+	}
+	l.observe(seen(473807, Gauges{Running: 400, Waiting: 5000, KVUsage: 0.7}), 100, now.Add(2*time.Second))
+	if got := l.get(); got != alone/2 && got != (alone+1)/2 {
+		t.Errorf("limit %d beside many of another worker, %d alone", got, alone)
+	}
+}
+
+// TestLimitOfAnotherEngine: what was found of an engine that died or was replaced counts no more, also where the new one
+// tells nothing.
+func TestLimitOfAnotherEngine(t *testing.T) {
+	now := time.Now()
+	l := newLimit(0)
+	st := seen(473807, Gauges{})
+	st.Kind, st.Version, st.Run = KindVLLM, "1", 1
+	l.observe(st, 0, now)
+	l.expects(3152, wish{308, 1})
+	if got := l.get(); got < 100 {
+		t.Fatalf("limit %d", got)
+	}
+	l.observe(Status{State: proto.EngineReady, Kind: KindVLLM, Version: "1", Run: 1}, 0, now.Add(time.Second))
+	if got := l.get(); got < 100 {
+		t.Errorf("limit %d when the metrics have gone", got)
+	}
+	l.observe(Status{State: proto.EngineReady, Kind: KindOther, Run: 2}, 0, now.Add(2*time.Second))
+	if got := l.get(); got != blindStart {
+		t.Errorf("limit %d of another engine that tells nothing", got)
+	}
+	l.observe(Status{State: proto.EngineReady, Kind: KindOllama, Version: "1", Run: 3}, 0, now.Add(3*time.Second))
+	if got := l.get(); got != ollamaStart {
+		t.Errorf("limit %d of Ollama", got)
+	}
+}
+
+// TestLimitReplicas: counters that go back and forth are those of several engines; those that go back once are of one
+// that was started anew.
+func TestLimitReplicas(t *testing.T) {
+	for _, replicas := range []int{1, 2} {
+		now := time.Now()
+		l := newLimit(0)
+		made := [2]int64{1000, 2000}
+		for i := range 20 {
+			now = now.Add(2 * time.Second)
+			made[i%2] += 500
+			g := Gauges{Running: 40, KVUsage: 0.5, Generation: made[i%replicas]}
+			if i >= 10 && replicas == 1 {
+				g.Generation -= made[0] / 2 // it is another one
+			}
+			l.observe(seen(473807, g), 80, now)
+			l.expects(3152, wish{308, 1})
+		}
+		if l.several.sure != (replicas == 2) || (l.way == byClimb) != (replicas == 2) {
+			t.Errorf("%d replicas: several %v, way %v", replicas, l.several.sure, l.way)
+		}
+		if why := l.reason(); replicas == 2 && !strings.HasPrefix(why, "several engines at one address; ") {
+			t.Errorf("why: %s", why)
+		}
 	}
 }

@@ -360,6 +360,7 @@ func (s *session) adjust() {
 
 // found follows what a probe found of a ready engine.
 func (s *session) found(st Status) {
+	st.Gauges.KVTokens = s.capacity(st)
 	s.limit.observe(st, s.slots.inFlight(), time.Now())
 	models := s.Models
 	if models == nil {
@@ -382,6 +383,14 @@ func (s *session) found(st Status) {
 	s.mu.Unlock()
 	s.queues.want(serves)
 	s.equip()
+}
+
+// capacity is the engine's KV cache in tokens, as far as anybody knows.
+func (s *session) capacity(st Status) int64 {
+	if st.Gauges.KVTokens == 0 && s.KVTokens != nil {
+		return s.KVTokens()
+	}
+	return st.Gauges.KVTokens
 }
 
 // equip tells the gate whether there is a model to pull for, and a queue to pull from.
@@ -412,7 +421,7 @@ func (s *session) record() *proto.Worker {
 		ID: s.id, Host: s.Self.Machine(), PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
-		KVTokens: st.Gauges.KVTokens, MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
+		KVTokens: s.capacity(st), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
 		LimitWhy: s.limit.reason(),
 	}
 }

@@ -233,7 +233,10 @@ type gain struct {
 	line float64 // tokens of a line when it was 1 last
 }
 
-const leastGain = 1. / 8
+const (
+	leastGain   = 1. / 8
+	settledGain = 1. / 4
+)
 
 // meet makes steps large again where lines are not what they were.
 func (g *gain) meet(line load) {

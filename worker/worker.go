@@ -11,7 +11,7 @@
 //	session.settle  does what follows from it                                   settle.go
 //	outbox          publishes the result, then acknowledges the request         outbox.go
 //
-// and beside them gate (gate.go, trip.go, degraded.go, doubt.go, hang.go, refusing.go) says whether the engine can be used, limit how much at once,
+// and beside them gate (gate.go, trip.go, degraded.go, doubt.go, hang.go, refusing.go) says whether the engine can be used, limit how much at once (limit.go and what it names),
 // queues declares streams, control knows what users want of jobs, beat tells the others that we are here.
 package worker
 
@@ -42,6 +42,7 @@ type Worker struct {
 	StallTimeout   time.Duration // without a token until an engine with requests is thought hung; 0: 2 min
 	ProbeEvery     time.Duration // between looks at an engine that is ready; 0: 2 s
 	RetryEvery     time.Duration // between lines let through to a degraded, hung or denying engine; 0: 30 s
+	KVTokens       func() int64  // capacity of the engine's KV cache in tokens, asked where its metrics do not tell, 0: unknown; nil: nobody knows
 
 	Log      *slog.Logger          // nil: none
 	Registry prometheus.Registerer // nil: none

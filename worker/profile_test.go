@@ -1,0 +1,144 @@
+package worker
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"millrace/proto"
+)
+
+// engineOf answers GET requests with what stands there for their paths, and counts them.
+type engineOf struct {
+	mu    sync.Mutex
+	say   map[string]string
+	asked map[string]int
+}
+
+func (e *engineOf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	e.mu.Lock()
+	body, ok := e.say[r.URL.Path]
+	e.asked[r.URL.Path]++
+	e.mu.Unlock()
+	switch {
+	case body == "hang":
+		<-r.Context().Done()
+	case body == "503":
+		w.WriteHeader(http.StatusServiceUnavailable)
+	case ok:
+		say(w, 200, body)
+	default:
+		say(w, 404, `{"detail":"Not Found"}`)
+	}
+}
+
+func (e *engineOf) change(path, body string) {
+	e.mu.Lock()
+	e.say[path] = body
+	e.mu.Unlock()
+}
+
+func newEngineOf(t *testing.T, say map[string]string) (*engineOf, *HTTP) {
+	say["/v1/models"] = `{"data":[{"id":"m"}]}`
+	e := &engineOf{say: say, asked: map[string]int{}}
+	srv := httptest.NewServer(e)
+	t.Cleanup(srv.Close)
+	h, err := NewHTTP(srv.URL, "")
+	must(t, err)
+	t.Cleanup(h.Close)
+	return e, h
+}
+
+// TestProfile: what the kinds of engines say of themselves, as their sources or recordings have it, is found.
+func TestProfile(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		say  map[string]string
+		want Status
+	}{
+		{"vLLM", map[string]string{"/health": "", "/version": `{"version":"0.32.0"}`, "/metrics": `vllm:cache_config_info{block_size="16",num_gpu_blocks="10"} 1.0`},
+			Status{Kind: KindVLLM, Version: "0.32.0", Gauges: Gauges{KVTokens: 160}}},
+		{"Rust frontend", map[string]string{"/health": "", "/version": `{"version":"0.26.0","rust_frontend_version":"0.1.0"}`}, Status{Kind: KindVLLM, Version: "0.26.0"}},
+		{"SGLang", map[string]string{"/health": "", "/get_server_info": `{"version":"0.5.20","max_total_num_tokens":270336,"dp_size":8,"max_running_requests":null,
+			"internal_states":[{"memory_usage":{"token_capacity":270336},"effective_max_running_requests_per_dp":2},{"effective_max_running_requests_per_dp":2}]}`},
+			Status{Kind: KindSGLang, Version: "0.5.20", Slots: 4, Gauges: Gauges{KVTokens: 8 * 270336}}},
+		{"SGLang, one engine", map[string]string{"/health": "", "/get_server_info": `{"version":"0.5.20","max_total_num_tokens":326223,"max_running_requests":48}`},
+			Status{Kind: KindSGLang, Version: "0.5.20", Slots: 48, Gauges: Gauges{KVTokens: 326223}}},
+		{"llama.cpp", map[string]string{"/health": `{"status":"ok"}`, "/props": `{"default_generation_settings":{"n_ctx":8192},"total_slots":4,"build_info":"b6700-abc"}`},
+			Status{Kind: KindLlama, Version: "b6700-abc", Slots: 4, MaxLen: 8192}},
+		{"Ollama", map[string]string{"/api/version": `{"version":"0.14.1"}`}, Status{Kind: KindOllama, Version: "0.14.1"}},
+		{"others", map[string]string{"/version": "<html>", "/props": `{"total_slots":"x"}`, "/get_server_info": `[]`}, Status{Kind: KindOther}},
+		{"one that hangs", map[string]string{"/version": "hang", "/api/version": `{"version":"0.14.1"}`}, Status{Kind: KindOllama, Version: "0.14.1"}},
+	} {
+		_, h := newEngineOf(t, c.say)
+		st, err := h.Probe(t.Context())
+		must(t, err)
+		w := &c.want
+		if st.State != proto.EngineReady || st.Kind != w.Kind || st.Version != w.Version || st.Slots != w.Slots || st.MaxLen != w.MaxLen || st.Run != 1 || st.Gauges.KVTokens != w.Gauges.KVTokens {
+			t.Errorf("%s: %+v, want %+v", c.name, st, w)
+		}
+	}
+}
+
+// TestProfileOnce: an engine is asked once for each of its runs.
+func TestProfileOnce(t *testing.T) {
+	e, h := newEngineOf(t, map[string]string{"/version": `{"version":"1"}`, "/health": ""})
+	probe := func() Status {
+		st, err := h.Probe(t.Context())
+		must(t, err)
+		return st
+	}
+	probe()
+	if st := probe(); st.Run != 1 || e.asked["/version"] != 1 {
+		t.Errorf("run %d, asked %d times", st.Run, e.asked["/version"])
+	}
+	e.change("/health", "503")
+	probe()
+	e.change("/health", "")
+	e.change("/version", `{"version":"2"}`)
+	if st := probe(); st.Run != 2 || st.Version != "2" {
+		t.Errorf("run %d, version %s after a new start", st.Run, st.Version)
+	}
+	e.change("/metrics", `vllm:engine_sleep_state{sleep_state="awake"} 0`)
+	probe()
+	e.change("/metrics", "")
+	if st := probe(); st.Run != 2 {
+		t.Errorf("run %d of an engine that slept", st.Run)
+	}
+}
+
+// TestKVTokens: a capacity that the engine does not tell comes from who knows it, and is shown.
+func TestKVTokens(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	f.set(func() { f.metrics = gauges(0, 0) })
+	r.start(f.engine(), func(w *Worker) { w.KVTokens = func() int64 { return 20480 } })
+	r.until("the capacity is known", func() bool {
+		return slices.ContainsFunc(r.workers(), func(w *proto.Worker) bool {
+			return w.KVTokens == 20480 && strings.HasPrefix(w.LimitWhy, "KV cache has 20480 tokens")
+		})
+	})
+}
+
+// TestHangUsage: an engine that counts tokens only when a request ends lives while its KV cache fills.
+func TestHangUsage(t *testing.T) {
+	now := time.Now()
+	var h hangWatch
+	look := func(usage float64) bool {
+		now = now.Add(time.Second)
+		return h.stalled(now, Gauges{Known: true, KVUsage: usage, Generation: 7}, 1, 0, 3*time.Second)
+	}
+	for i := range 10 {
+		if look(float64(i) / 100) {
+			t.Fatal("it is called hung")
+		}
+	}
+	look(0.09)
+	look(0.09)
+	if !look(0.09) {
+		t.Error("it stands still and is not called hung")
+	}
+}
