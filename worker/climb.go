@@ -147,9 +147,11 @@ func (c *climb) keep(rate float64) {
 func (c *climb) why(width float64) string {
 	switch {
 	case c.rate == 0:
-		return "engine tells no KV capacity; found by lines a second"
+		return "engine tells no KV capacity; being found by lines a second"
+	case c.settled && c.best >= c.most:
+		return fmt.Sprintf("made %.3g lines a second, most of all; more are not tried", c.lines/width)
 	case c.settled:
-		return fmt.Sprintf("found by lines a second: %.3g, and no more with more in flight", c.lines/width)
+		return fmt.Sprintf("made %.3g lines a second; more in flight made no more", c.lines/width)
 	}
-	return fmt.Sprintf("by lines a second: %.0f in flight make %.3g; trying %.0f", c.best/width, c.lines/width, c.n/width)
+	return fmt.Sprintf("%.0f in flight made %.3g lines a second; trying %.0f", c.best/width, c.lines/width, c.n/width)
 }

@@ -14,7 +14,7 @@ const blockWaste = 8
 //
 // What sequences hold is counted from their first token on, and on for those that were pre-empted. So the guess errs on
 // the side of few while prompts are computed, and is not made while pre-empted ones wait.
-func (l *limit) guess(g Gauges, inFlight float64) {
+func (l *limit) guess(g Gauges) {
 	if l.told || !g.Known || g.Held <= 0 {
 		return
 	}
@@ -29,9 +29,13 @@ func (l *limit) guess(g Gauges, inFlight float64) {
 		return
 	}
 	l.guesses.usage = max(l.guesses.usage, g.KVUsage)
-	if kv := held / g.KVUsage; kv > l.kv {
+	switch kv := held / g.KVUsage; {
+	case l.kv == 0:
 		l.kv = kv
-	} else {
+		l.forget() // to begin with what is known of the lines
+	case kv > l.kv:
+		l.kv = kv
+	default:
 		l.kv += (kv - l.kv) / 16
 	}
 }

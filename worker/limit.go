@@ -60,6 +60,7 @@ type limit struct {
 	bodies int     // that were asked for
 	steers bool    // so many lines have ended that it need not compute any more
 	idle   bool    // nothing was in flight at the last look, and no line has come since
+	early  int     // looks since then, before any line has ended
 }
 
 // way is how the limit is found.
@@ -193,6 +194,9 @@ func (l *limit) observe(st Status, inFlight int, now time.Time) {
 	l.relax(now)
 	l.meet(st)
 	l.maxLen, l.idle = float64(st.MaxLen), inFlight == 0
+	if l.early++; l.idle {
+		l.early = 0
+	}
 	if l.fixed > 0 {
 		return
 	}
@@ -204,9 +208,8 @@ func (l *limit) observe(st Status, inFlight int, now time.Time) {
 	if g.KVTokens > 0 && g.KVTokens >= st.MaxLen { // a smaller one is that of a model that keeps nothing
 		l.capacity(float64(g.KVTokens))
 	}
-	n := float64(inFlight) * l.width()
-	l.guess(g, n)
-	l.follow(st, look{at: now, inFlight: n, answers: l.count, g: g})
+	l.guess(g)
+	l.follow(st, look{at: now, inFlight: float64(inFlight) * l.width(), answers: l.count, g: g})
 }
 
 // follow moves the limit the way that the engine allows.
@@ -226,7 +229,7 @@ func (l *limit) follow(st Status, now look) {
 		l.way = bySlots
 		l.base = max(float64(st.Slots+st.Slots/8+1), minLimit*l.width())
 		l.why = fmt.Sprintf("engine has %d slots; a few lines more wait for one", st.Slots)
-	case now.g.Held > 0 && now.g.Running < 2*seenRunning, now.g.Known && now.g.Running == 0 && l.way == byNothing:
+	case l.way == byNothing && now.g.Known && now.g.Running < 2*seenRunning:
 		l.base, l.why = blindStart*l.width(), "engine tells no KV capacity; it shows when lines run"
 	case st.Kind == KindOllama:
 		l.climbOn(now, ollamaStart*l.width(), 2)
@@ -295,10 +298,10 @@ func (l *limit) pace() time.Duration {
 	switch {
 	case l.fixed > 0, l.idle, l.way == byPlan, l.way == bySlots, l.way == byClimb && l.climb.settled:
 		return time.Hour
-	case l.way == byClimb:
+	case l.way == byClimb, l.way == byNothing:
 		return max(life, least)
 	case l.ended.n == 0:
-		return 100 * time.Millisecond << min(len(l.looks), 4)
+		return 100 * time.Millisecond << min(l.early, 4)
 	case l.steers && l.gain.size <= settledGain:
 		return 2 * max(life, least)
 	}

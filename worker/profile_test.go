@@ -118,7 +118,7 @@ func TestKVTokens(t *testing.T) {
 	r.start(f.engine(), func(w *Worker) { w.KVTokens = func() int64 { return 20480 } })
 	r.until("the capacity is known", func() bool {
 		return slices.ContainsFunc(r.workers(), func(w *proto.Worker) bool {
-			return w.KVTokens == 20480 && strings.HasPrefix(w.LimitWhy, "KV cache has 20480 tokens")
+			return w.KVTokens == 20480 && strings.HasPrefix(w.LimitWhy, "KV cache of 20480 tokens")
 		})
 	})
 }

@@ -81,7 +81,7 @@ func (l *limit) begin(now look) {
 	n := b.fits()
 	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
 	l.set(max(n-others, n/2)) // another worker does the same
-	l.why = fmt.Sprintf("KV cache has %.0f tokens, a line %.0f and up to %.0f; few have ended", l.kv, b.prompt, b.most)
+	l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of %.0f + up to %.0f; few have ended", l.kv, b.prompt, b.most)
 }
 
 func (l *limit) beginning(now look) beginning {
@@ -221,7 +221,7 @@ func (l *limit) set(n float64) {
 func (l *limit) plan() {
 	b := l.beginning(look{answers: l.count})
 	l.set(b.fits())
-	l.why = fmt.Sprintf("KV cache has %.0f tokens, a line %.0f and up to %.0f; engine tells no load", l.kv, b.prompt, b.most)
+	l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of %.0f + up to %.0f; engine tells no load", l.kv, b.prompt, b.most)
 }
 
 // gain makes the steps smaller each time that the limit turns, so that it settles, and larger again where it goes on
