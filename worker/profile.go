@@ -25,12 +25,12 @@ const (
 // profile is what an engine says of itself and does not change while it runs. It is asked once for each of its runs,
 // in this order, until one is known:
 //
-//	vLLM       /version           {"version"}; testdata/vllm
-//	SGLang     /get_server_info   {"version","max_total_num_tokens","dp_size","max_running_requests","internal_states":
-//	                              [{"effective_max_running_requests_per_dp"}]}; get_init_info and get_internal_state in
-//	                              python/sglang/srt/managers/scheduler.py, 0.5
-//	llama.cpp  /props             {"total_slots","build_info","default_generation_settings":{"n_ctx"}}; tools/server/README.md, 2026
-//	Ollama     /api/version       {"version"}; docs/api.md of github.com/ollama/ollama
+//	vLLM       /version          {"version"}; testdata/vllm
+//	SGLang     /get_server_info  {"version","max_total_num_tokens","dp_size","max_running_requests","internal_states":
+//	                             [{"effective_max_running_requests_per_dp"}]}; /server_info, too, in newer ones; get_init_info
+//	                             and get_internal_state in python/sglang/srt/managers/scheduler.py, 0.5
+//	llama.cpp  /props            {"total_slots","build_info","default_generation_settings":{"n_ctx"}}; tools/server/README.md, 2026
+//	Ollama     /api/version      {"version"}; docs/api.md of github.com/ollama/ollama
 //
 // Two rules are the same for all of them. Ready is what says 200 at /health, or has none (Ollama), and lists a model: SGLang
 // and llama.cpp say 503 there while they load. Too much is 429, 503 or 529 (classify.go): SGLang's "The request queue is
@@ -51,24 +51,30 @@ type profile struct {
 // about remembers the profile of this run of the engine.
 type about struct {
 	mu    sync.Mutex
-	known *profile // nil: not asked yet
+	known *profile // nil: not known yet
+	tries int      // that brought no answer
 	run   int      // of those that were asked
 }
+
+const (
+	askTimeout = time.Second // for one question: SGLang asks its scheduler, others may hang at what they do not know
+	mostTries  = 3           // until an engine that does not answer is one of the others
+)
 
 // forget says that what comes next may be another engine.
 func (a *about) forget() {
 	a.mu.Lock()
-	a.known = nil
+	a.known, a.tries = nil, 0
 	a.mu.Unlock()
 }
 
-// profile asks once for each run. Where the engine breaks off, what is known is nothing, and the next probe asks again.
+// profile asks once for each run, and again at the next probe where an answer was missing.
 func (h *HTTP) profile(ctx context.Context) (profile, int) {
 	h.about.mu.Lock()
 	defer h.about.mu.Unlock()
 	if h.about.known == nil {
 		p, err := h.discover(ctx)
-		if err != nil {
+		if h.about.tries++; err != nil && h.about.tries < mostTries {
 			return profile{}, h.about.run
 		}
 		p.version = proto.Truncate(p.version, 100)
@@ -78,27 +84,27 @@ func (h *HTTP) profile(ctx context.Context) (profile, int) {
 	return *h.about.known, h.about.run
 }
 
+// discover asks until the kind is known. An error says that it might be one that did not answer.
 func (h *HTTP) discover(ctx context.Context) (profile, error) {
+	var missing error
 	for _, ask := range []func(context.Context) (profile, error){h.isVLLM, h.isSGLang, h.isLlama, h.isOllama} {
-		if p, err := ask(ctx); err != nil || p.kind != "" {
-			return p, err
+		p, err := ask(ctx)
+		if p.kind != "" {
+			return p, nil
+		}
+		if missing == nil {
+			missing = err
 		}
 	}
-	return profile{kind: KindOther}, nil
+	return profile{kind: KindOther}, missing
 }
-
-// askTimeout is for one question; a server that hangs at what it does not know is asked the next one.
-const askTimeout = time.Second
 
 // read asks for a JSON object and says whether it came. What is not there, or is something else, is not it.
 func (h *HTTP) read(ctx context.Context, path string, v any) (bool, error) {
-	short, cancel := context.WithTimeout(ctx, askTimeout)
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	a, err := h.get(short, path)
-	switch {
-	case err != nil && short.Err() != nil && ctx.Err() == nil:
-		return false, nil
-	case err != nil:
+	a, err := h.get(ctx, path)
+	if err != nil {
 		return false, fmt.Errorf("ask engine for %s: %w", path, err)
 	}
 	return a.Status == http.StatusOK && json.Unmarshal(a.Body, v, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) == nil, nil
@@ -124,7 +130,11 @@ func (h *HTTP) isSGLang(ctx context.Context) (profile, error) {
 			Seqs int64 `json:"effective_max_running_requests_per_dp"`
 		} `json:"internal_states"`
 	}
-	if ok, err := h.read(ctx, "/get_server_info", &v); !ok || v.Tokens <= 0 {
+	ok, err := h.read(ctx, "/get_server_info", &v)
+	if !ok && err == nil {
+		ok, err = h.read(ctx, "/server_info", &v)
+	}
+	if !ok || v.Tokens <= 0 {
 		return profile{}, err
 	}
 	p := profile{kind: KindSGLang, version: v.Version, kvTokens: v.Tokens * max(v.Engines, 1)}

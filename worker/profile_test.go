@@ -27,6 +27,8 @@ func (e *engineOf) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case body == "hang":
 		<-r.Context().Done()
+	case body == "cut":
+		panic(http.ErrAbortHandler)
 	case body == "503":
 		w.WriteHeader(http.StatusServiceUnavailable)
 	case ok:
@@ -40,6 +42,12 @@ func (e *engineOf) change(path, body string) {
 	e.mu.Lock()
 	e.say[path] = body
 	e.mu.Unlock()
+}
+
+func (e *engineOf) count(path string) int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.asked[path]
 }
 
 func newEngineOf(t *testing.T, say map[string]string) (*engineOf, *HTTP) {
@@ -66,13 +74,13 @@ func TestProfile(t *testing.T) {
 		{"SGLang", map[string]string{"/health": "", "/get_server_info": `{"version":"0.5.20","max_total_num_tokens":270336,"dp_size":8,"max_running_requests":null,
 			"internal_states":[{"memory_usage":{"token_capacity":270336},"effective_max_running_requests_per_dp":2},{"effective_max_running_requests_per_dp":2}]}`},
 			Status{Kind: KindSGLang, Version: "0.5.20", Slots: 4, Gauges: Gauges{KVTokens: 8 * 270336}}},
-		{"SGLang, one engine", map[string]string{"/health": "", "/get_server_info": `{"version":"0.5.20","max_total_num_tokens":326223,"max_running_requests":48}`},
+		{"SGLang, one engine", map[string]string{"/health": "", "/server_info": `{"version":"0.5.20","max_total_num_tokens":326223,"max_running_requests":48}`},
 			Status{Kind: KindSGLang, Version: "0.5.20", Slots: 48, Gauges: Gauges{KVTokens: 326223}}},
 		{"llama.cpp", map[string]string{"/health": `{"status":"ok"}`, "/props": `{"default_generation_settings":{"n_ctx":8192},"total_slots":4,"build_info":"b6700-abc"}`},
 			Status{Kind: KindLlama, Version: "b6700-abc", Slots: 4, MaxLen: 8192}},
 		{"Ollama", map[string]string{"/api/version": `{"version":"0.14.1"}`}, Status{Kind: KindOllama, Version: "0.14.1"}},
 		{"others", map[string]string{"/version": "<html>", "/props": `{"total_slots":"x"}`, "/get_server_info": `[]`}, Status{Kind: KindOther}},
-		{"one that hangs", map[string]string{"/version": "hang", "/api/version": `{"version":"0.14.1"}`}, Status{Kind: KindOllama, Version: "0.14.1"}},
+		{"one that hangs at others' questions", map[string]string{"/version": "hang", "/api/version": `{"version":"0.14.1"}`}, Status{Kind: KindOllama, Version: "0.14.1"}},
 	} {
 		_, h := newEngineOf(t, c.say)
 		st, err := h.Probe(t.Context())
@@ -81,6 +89,21 @@ func TestProfile(t *testing.T) {
 		if st.State != proto.EngineReady || st.Kind != w.Kind || st.Version != w.Version || st.Slots != w.Slots || st.MaxLen != w.MaxLen || st.Run != 1 || st.Gauges.KVTokens != w.Gauges.KVTokens {
 			t.Errorf("%s: %+v, want %+v", c.name, st, w)
 		}
+	}
+}
+
+// TestProfileTries: one that does not answer is asked again at the next probes, not for ever.
+func TestProfileTries(t *testing.T) {
+	e, h := newEngineOf(t, map[string]string{"/health": "", "/get_server_info": "cut"})
+	var asked int // some times more than there are probes: net/http repeats what breaks off
+	for i, want := range []string{"", "", KindOther, KindOther} {
+		asked = e.count("/get_server_info")
+		if st, err := h.Probe(t.Context()); err != nil || st.State != proto.EngineReady || st.Kind != want {
+			t.Errorf("probe %d: %+v, %v; want kind %q", i, st, err, want)
+		}
+	}
+	if got := e.count("/get_server_info"); got != asked {
+		t.Errorf("asked %d times more", got-asked)
 	}
 }
 
@@ -93,8 +116,8 @@ func TestProfileOnce(t *testing.T) {
 		return st
 	}
 	probe()
-	if st := probe(); st.Run != 1 || e.asked["/version"] != 1 {
-		t.Errorf("run %d, asked %d times", st.Run, e.asked["/version"])
+	if st := probe(); st.Run != 1 || e.count("/version") != 1 {
+		t.Errorf("run %d, asked %d times", st.Run, e.count("/version"))
 	}
 	e.change("/health", "503")
 	probe()
