@@ -22,6 +22,7 @@ type climb struct {
 	step       float64 // by which it goes up at first; above fineStep it knows little
 	factor     float64 // from best to n; 0: the first number
 	settled    bool
+	few        int // looks in a row that found fewer than n
 
 	trial trial
 }
@@ -60,8 +61,11 @@ func (c *climb) finished(n, work float64, now time.Time) {
 // look moves n where the measurement is complete. inFlight is how many sequences there are.
 func (c *climb) look(inFlight float64) {
 	w := &c.trial
+	if c.few++; inFlight >= 0.9*math.Floor(c.n) {
+		c.few = 0
+	}
 	switch {
-	case w.want == 0 || inFlight < 0.9*math.Floor(c.n): // it shows nothing of n
+	case w.want == 0, c.few > 1: // what comes shows nothing of n; one such look is between two generations
 		c.measure()
 		return
 	case w.ended < c.n || !w.last.After(w.began):

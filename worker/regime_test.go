@@ -26,6 +26,7 @@ type regime struct {
 	line   func(r *rand.Rand, i, of int) ask
 	mute   bool // its metrics vanish after a quarter of the lines
 	steady bool // what lines hold stays the same
+	prefix bool // they share it, which only the load of the engine shows
 	pause  bool // half of the lines come a minute after the others have ended
 	others int  // requests of another client that are always there
 	shared int  // workers that share the engine; 0: one
@@ -110,7 +111,7 @@ func regimes(most int) (out []regime) {
 		add("300 + long tail, median 150", 547, longTail(300, 150, 1, 3000)).steady = false // what is in flight differs by a tenth
 		add("100 + 100, then 1,500 + 600", 1150, half(fixed(100, 100), fixed(1500, 600))).steady = false
 		add("1,500 + 600, then 100 + 100", 1150, half(fixed(1500, 600), fixed(100, 100))).steady = false
-		add("788 + 308, of them 600 shared by a fifth", 1096, shared(600, 5, fixed(788, 308)))
+		add("788 + 308, of them 600 shared by a fifth", 1096, shared(600, 5, fixed(788, 308))).prefix = true
 		if size.fit == 30 || size.fit == 432 {
 			add("788 + 50 to 600, a minute's pause", 1113, uniform(788, 50, 600)).pause = true
 			add("788 + 50 to 600, another client", 1113, uniform(788, 50, 600)).others = size.fit / 3
@@ -342,10 +343,10 @@ func TestRegimes(t *testing.T) {
 		}
 		t.Logf("| %d | %s | %d | %.0f | %.0f | %.3f | %d to %d | %.3f | %.0f | %d | %.3f | %.3f | %.3f | %.3f |", g.fit, g.name, n, rate, c.rate, of,
 			c.least, c.largest, c.preemptions, c.looks, n3, of3, less[0], less[1], less[2])
-		if of < 0.94 || of3 < 0.84 {
+		if of < 0.94 || of3 < 0.86 {
 			t.Errorf("%s, %d fit: %.3f and %.3f of the best", g.name, g.fit, of, of3)
 		}
-		if less[0] < 0.94 || less[1] < 0.9 || less[2] < 0.6 {
+		if less[0] < 0.94 || less[1] < 0.92 && !g.prefix || less[1] < 0.7 || less[2] < 0.86 {
 			t.Errorf("%s, %d fit: %.3f of the best for engines that tell less", g.name, g.fit, less)
 		}
 	}
@@ -358,7 +359,7 @@ func TestSettles(t *testing.T) {
 			continue
 		}
 		c := g.run(t, g.lines(60*g.fit), 0, tellsAll)
-		t.Logf("%s, %d fit: %d to %d", g.name, g.fit, c.least, c.largest)
+		t.Logf("%s, %d fit: %d to %d, %.0f looks for 1,000 lines", g.name, g.fit, c.least, c.largest, c.looks)
 		if c.least == 0 || float64(c.largest) > max(1.1*float64(c.least), float64(c.least)+1) {
 			t.Errorf("%s, %d fit: the limit goes from %d to %d while lines stay as they are", g.name, g.fit, c.least, c.largest)
 		}
