@@ -151,7 +151,7 @@ func (c *climb) keep(rate float64) {
 func (c *climb) why(width float64) string {
 	switch {
 	case c.rate == 0:
-		return "engine tells no KV capacity; being found by lines a second"
+		return fmt.Sprintf("measuring what %.0f in flight make", c.n/width)
 	case c.settled && c.best >= c.most:
 		return fmt.Sprintf("made %.3g lines a second, most of all; more are not tried", c.lines/width)
 	case c.settled:

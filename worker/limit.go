@@ -105,6 +105,13 @@ func (l *limit) get() int {
 	return max(1, int(l.base/l.width()*l.share+0.5))
 }
 
+// tokens is the capacity of the KV cache, told or guessed; 0: unknown.
+func (l *limit) tokens() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return int64(l.kv)
+}
+
 // reason says why the limit is what it is.
 func (l *limit) reason() string {
 	l.mu.Lock()
@@ -248,15 +255,16 @@ func (l *limit) climbOn(now look, start, step float64) {
 	}
 	l.climb.look(now.inFlight)
 	l.base = l.climb.n
-	l.why = l.climb.why(l.width())
+	tells := "engine tells no KV capacity"
 	switch {
 	case l.several.sure:
-		l.why = "several engines at one address; " + l.why
+		tells = "several engines at one address"
 	case l.kv > 0 && l.engine.kind == KindSGLang:
-		l.why = "engine tells no load (SGLang does with --enable-metrics); " + l.why
+		tells = "engine tells no load (SGLang does with --enable-metrics)"
 	case l.kv > 0:
-		l.why = "engine tells no load; " + l.why
+		tells = "engine tells no load"
 	}
+	l.why = tells + "; " + l.climb.why(l.width())
 }
 
 // enough is how many lines have to end before it is known what they hold.

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -421,7 +422,7 @@ func (s *session) record() *proto.Worker {
 		ID: s.id, Host: s.Self.Machine(), PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
-		KVTokens: s.capacity(st), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
+		KVTokens: cmp.Or(s.capacity(st), s.limit.tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
 		LimitWhy: s.limit.reason(),
 	}
 }

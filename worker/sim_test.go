@@ -1,8 +1,14 @@
 package worker_test
 
 import (
+	"bytes"
 	"context"
+	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -291,4 +297,47 @@ func TestSimKey(t *testing.T) {
 	}
 	r.Start(e.client())
 	allOK(t, r.Wait(5), 5)
+}
+
+// TestSimTellsUse: a frontend that does not tell the capacity of the KV cache, as vLLM's in Rust. It is found from what the
+// cache holds.
+func TestSimTellsUse(t *testing.T) {
+	r := worker.NewRig(t)
+	e := newEngine(t, func(c *sim.Config) {
+		c.StepTime, c.KVTokens, c.OutputTokens = 2*time.Millisecond, 32768, sim.Range{Min: 100, Max: 200}
+	})
+	to, err := url.Parse("http://" + e.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(to)
+	proxy.ModifyResponse = func(a *http.Response) error {
+		if a.Request.URL.Path != "/metrics" {
+			return nil
+		}
+		b, err := io.ReadAll(a.Body)
+		b = []byte(strings.ReplaceAll(string(b), "vllm:cache_config_info", "vllm:other"))
+		a.Body, a.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
+		a.Header.Set("Content-Length", strconv.Itoa(len(b)))
+		return err
+	}
+	front := httptest.NewServer(proxy)
+	defer front.Close()
+	client, err := worker.NewHTTP(front.URL, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(client.Close)
+	const n = 400
+	r.Send(worker.Requests(n)...)
+	r.Start(client)
+	allOK(t, r.Wait(n), n)
+	var found int64
+	r.Until("the capacity is found", func() bool {
+		found = r.State(proto.EngineReady).KVTokens
+		return found > 0
+	})
+	if found < 32768*7/10 || found > 32768*13/10 {
+		t.Errorf("KV cache of %d tokens, it has 32768", found)
+	}
 }
