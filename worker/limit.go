@@ -236,7 +236,7 @@ func (l *limit) follow(st Status, now look) {
 		l.way = bySlots
 		l.base = max(float64(st.Slots+st.Slots/8+1), minLimit*l.width())
 		l.why = fmt.Sprintf("engine has %d slots; a few lines more wait for one", st.Slots)
-	case l.way == byNothing && now.g.Known && now.g.Running < 2*seenRunning:
+	case l.way == byNothing && now.g.Known && now.g.Running < 2*seenRunning && l.all < l.enough():
 		l.base, l.why = blindStart*l.width(), "engine tells no KV capacity; it shows when lines run"
 	case st.Kind == KindOllama:
 		l.climbOn(now, ollamaStart*l.width(), 2)

@@ -73,6 +73,16 @@ func TestLimitFallsBack(t *testing.T) {
 	if got := l.get(); got != blindStart {
 		t.Errorf("limit %d without a KV cache", got)
 	}
+	for i := range 20 * blindStart { // its lines are so short that none is seen to run
+		now = now.Add(50 * time.Millisecond / time.Duration(l.get())) // twice as many in flight make twice as many
+		l.finished(proto.Usage{Counted: true, Prompt: 100}, 400, wish{}, 50*time.Millisecond, now)
+		if i%blindStart == 0 {
+			l.observe(seen(16, Gauges{Prompt: int64(100 * i)}), l.get(), now)
+		}
+	}
+	if got := l.get(); got < 4*blindStart {
+		t.Errorf("limit %d of an engine that does more with more", got)
+	}
 	l = newLimit(0)
 	l.observe(seen(4096, Gauges{}), 0, now)
 	if got := l.get(); got != minLimit {
