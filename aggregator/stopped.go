@@ -2,8 +2,10 @@ package aggregator
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -12,10 +14,13 @@ import (
 
 // Stopped writes to w what the aggregator that works in dir has of a job, while it does not run: the lines that ended ok,
 // those that failed, or all, as which says (one of proto's Which constants, but for the manifest), in the order in which
-// they came. It changes nothing there. The caller sees to it that no aggregator starts meanwhile.
+// they came; nothing of a job that it has not begun with. It changes nothing there. The caller sees to it that no aggregator starts meanwhile.
 func Stopped(dir, id, which string, w io.Writer) error {
 	dir = filepath.Join(dir, "jobs", id)
 	spec, err := readSpec(filepath.Join(dir, fileSpec))
+	if errors.Is(err, fs.ErrNotExist) { // it is written when the aggregator hears of the job
+		return nil
+	}
 	if err != nil {
 		return err
 	}

@@ -311,6 +311,7 @@ func tcpWorld(t *testing.T) *world {
 func (w *world) restart(change func(dir string)) {
 	w.t.Helper()
 	w.srv.Stop()
+	until(w.t, "the broker is gone", func() bool { return !w.conn.NC.IsConnected() })
 	if change != nil {
 		change(w.srv.Dir)
 	}

@@ -39,6 +39,7 @@ func (r *rig) restart(dir string) {
 		dir = r.server.Dir
 	}
 	r.server.Stop()
+	r.until("connection is gone", func() bool { return !r.conn.NC.IsConnected() })
 	r.server = &broker.Server{Dir: dir, Addr: addr}
 	must(r.tb, r.server.Start(context.Background()))
 	r.until("connection is back", r.conn.NC.IsConnected)
