@@ -31,7 +31,7 @@ func goldenRecords() map[string]record {
 		"request-empty": &Request{},
 		"result": &Result{Job: "j", Index: 7, CustomID: "c", Line: 8, Model: "m", URL: "/v1/completions", OK: true, Status: 200,
 			RequestID: "cmpl-1", Body: []byte{0, 1, 0xff}, Finish: "stop", Usage: Usage{true, 308, 121, 240}, Worker: "w",
-			StartUS: 1, DurationUS: 70000, LoadUS: 1 << 40, Attempts: attempts[:1]},
+			StartUS: 1, DurationUS: 70000, LoadUS: 1 << 40, Attempts: attempts[:1], Pace: Pace{437, 1 << 33, true, 5, 9}},
 		"result-error": &Result{Job: "j", Index: -1, Code: CodeCancelled, Message: "cancelled"},
 		"job": &Job{ID: "j", Name: "n", Input: "/in", Host: "h", SHA256: "00", Bytes: 1, Lines: 2, Invalid: 1,
 			Models: []ModelLines{{"m", 2}}, Override: "o", MaxAttempts: 3, TimeoutMS: 4, Object: "x", Again: 5, CreatedMS: 6,
@@ -40,7 +40,9 @@ func goldenRecords() map[string]record {
 		"feed":    &Feed{Owner{"id", "h", 42, "99"}, FeedWaiting, "note", 10, 1, 2, []ModelLines{{"m", 10}}, 3, 300, 1795477737000000001, 1795477737000000002, 17},
 		"progress": &Progress{State: FoldDone, Lines: 2, OK: 1, Failed: 1, Models: []ModelProgress{{"m", 1, 1, Usage{true, 1, 2, 0}}},
 			Errors: []ErrorCount{{CodeBadResponse, 200, 1, "c", "m", 4, true}}, Stream: 1795477737000000001, Seq: 12, RateLines: 1.5, After: 8},
-		"worker":  &Worker{ID: "w", Models: []string{"a", "b"}, State: EngineReady, Limit: 437, KVTokens: 473807, Simulated: true, LimitWhy: "why"},
+		"worker": &Worker{ID: "w", Models: []string{"a", "b"}, State: EngineReady, Limit: 437, KVTokens: 473807, Simulated: true, LimitWhy: "why",
+			Metered: true, KVUsage: 0.5, Preemptions: 3, TokenRate: 9300.5, RateOf: RateEngine, LastError: "HTTP 500: boom", LastErrorUS: 4000000,
+			Flags: []string{"block_size=16"}, GPUs: []GPU{{"0", "GPU-1", "NVIDIA H100 80GB HBM3", 7 << 30, 80 << 30, 612.25, 0.98}}, OwnGPUs: true},
 		"missing": &MissingAnswer{Known: true, Ranges: []Range{{0, 5}, {9, 10}}, Next: 11},
 	}
 }

@@ -101,6 +101,7 @@ type Result struct {
 	DurationUS int64  // of this (last) attempt at the engine, on the worker's monotonic clock
 	LoadUS     int64  // from the start of that worker until its engine was first ready
 	Attempts   []Attempt
+	Pace       Pace // of that worker around this attempt
 }
 
 func (r *Result) visit(c *codec) {
@@ -123,6 +124,27 @@ func (r *Result) visit(c *codec) {
 	c.int(&r.DurationUS)
 	c.int(&r.LoadUS)
 	list(c, &r.Attempts)
+	c.nested(&r.Pace)
+}
+
+// Pace is how full a worker kept its engine, and what the engine paid for that, as far as the worker knew when it started
+// and ended an attempt. All of it counts from the worker's start, on its monotonic clock, and is for lines of any job: what
+// two results of one worker differ by is what happened between them.
+type Pace struct {
+	Limit  int64 // requests that might be in flight when the attempt was started; 0: not known
+	FullUS int64 // how long 95 % of the limit or more had been in flight until then, in µs
+	// Pre-emptions that the engine had counted when the attempt was started and when it ended, each as of the last look at
+	// its metrics. Metered is false where it does not count them.
+	Metered       bool
+	Before, After int64
+}
+
+func (p *Pace) visit(c *codec) {
+	c.int(&p.Limit)
+	c.int(&p.FullUS)
+	c.bool(&p.Metered)
+	c.int(&p.Before)
+	c.int(&p.After)
 }
 
 // Encode renders the result for the wire.

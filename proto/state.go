@@ -268,6 +268,45 @@ type Worker struct {
 	Program   string
 	Simulated bool   // the engine says that its text is simulated
 	LimitWhy  string // why Limit is what it is, for people
+
+	// What follows is as of the last look at the engine, and of late.
+	Metered     bool     // the engine has metrics: KVUsage and Preemptions are known
+	KVUsage     float64  // share of the KV cache in use, 0 to 1
+	Preemptions int64    // that the engine counted since the worker's start
+	TokenRate   float64  // output tokens per second over the last 15 s or more
+	RateOf      string   // whose TokenRate is, one of the Rate constants; empty: nobody's, it is not known
+	LastError   string   // what went wrong with the last attempt that failed, for people; empty: none has
+	LastErrorUS int64    // how long ago that was
+	Flags       []string // the engine's, where they are known: of its command line, or NAME=VALUE as its metrics tell
+	GPUs        []GPU    // of the worker's machine, where the engine is on it and nvidia-smi is there
+	OwnGPUs     bool     // these are the engine's; otherwise nobody knows which of them are
+}
+
+// Whose tokens a rate counts.
+const (
+	RateEngine  = "engine"  // all that the engine made, for whomever
+	RateAnswers = "answers" // those of the answers to this worker, as they came
+)
+
+// GPU is what nvidia-smi says of a GPU. What it does not say is negative.
+type GPU struct {
+	Index       string // as nvidia-smi counts
+	UUID        string
+	Name        string
+	MemoryUsed  int64   // bytes
+	MemoryTotal int64   // bytes
+	Power       float64 // W
+	Utilization float64 // share of the last sample period in which any kernel ran, 0 to 1
+}
+
+func (g *GPU) visit(c *codec) {
+	c.str(&g.Index)
+	c.str(&g.UUID)
+	c.str(&g.Name)
+	c.int(&g.MemoryUsed)
+	c.int(&g.MemoryTotal)
+	c.float(&g.Power)
+	c.float(&g.Utilization)
 }
 
 // States of an engine as its worker sees it.
@@ -304,6 +343,16 @@ func (w *Worker) visit(c *codec) {
 	c.str(&w.Program)
 	c.bool(&w.Simulated)
 	c.str(&w.LimitWhy)
+	c.bool(&w.Metered)
+	c.float(&w.KVUsage)
+	c.int(&w.Preemptions)
+	c.float(&w.TokenRate)
+	c.str(&w.RateOf)
+	c.str(&w.LastError)
+	c.int(&w.LastErrorUS)
+	each(c, &w.Flags, c.str)
+	list(c, &w.GPUs)
+	c.bool(&w.OwnGPUs)
 }
 
 // Encode renders the record for the wire.

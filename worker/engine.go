@@ -41,6 +41,7 @@ type Status struct {
 	MaxLen    int64 // longest context of any of the models, in tokens
 	Simulated bool
 	Gauges    Gauges
+	Settings  []string // NAME=VALUE
 }
 
 // Gauges is what an engine counts itself, over all engines behind one server. Known is false where it has no metrics:

@@ -30,6 +30,7 @@ type line struct {
 	ctx     context.Context // ends when the line is to be let go of, or its time is over; set when it is started
 	cancel  context.CancelCauseFunc
 	started time.Time    // of the attempt
+	pace    proto.Pace   // as it was then
 	until   atomic.Int64 // Unix ns after which the attempt is overdue, and the line not kept any more; 0: it is not at the engine
 
 	// reply is where acknowledgements go, verb the last word on the message where it could not be sent yet.

@@ -233,7 +233,7 @@ func TestMetrics(t *testing.T) {
 	r.start(a.engine(), with)
 	exactly(t, r.wait(5), 5)
 	r.start(b.engine(), with)
-	r.until("both workers have asked their engines", func() bool { return value(t, reg, "millrace_worker_limit") == 2*blindStart })
+	r.until("both workers have asked their engines", func() bool { return value(t, reg, "millrace_inflight_limit") == 2*blindStart })
 	problems, err := testutil.GatherAndLint(reg)
 	must(t, err)
 	if len(problems) > 0 {

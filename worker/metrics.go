@@ -76,8 +76,11 @@ func (m *metrics) watch(s *session) func() {
 	}
 	labels := prometheus.Labels{"engine": s.Engine.String()}
 	gauges := []prometheus.Collector{
-		gauge("millrace_worker_in_flight", "Requests that the engine works on for this worker.", labels, func() float64 { return float64(s.slots.inFlight()) }),
-		gauge("millrace_worker_limit", "Requests that may be in flight.", labels, func() float64 { return float64(s.limit.get()) }),
+		gauge("millrace_inflight_requests", "Requests that the engine works on for this worker.", labels, func() float64 { return float64(s.slots.inFlight()) }),
+		gauge("millrace_inflight_limit", "Requests that may be in flight.", labels, func() float64 { return float64(s.limit.get()) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "millrace_inflight_full_seconds_total", ConstLabels: labels,
+			Help: "For how long 95 % of the limit or more were in flight."}, func() float64 { return s.slots.wasFull().Seconds() }),
+		newKnownGauges(&s.meter, labels),
 		gauge("millrace_worker_held", "Requests that were pulled and are not acknowledged yet.", labels, func() float64 { return float64(s.held.len()) }),
 	}
 	for _, state := range states() {
@@ -88,6 +91,9 @@ func (m *metrics) watch(s *session) func() {
 				}
 				return 0
 			}))
+	}
+	if s.GPUs != nil && here(s.Engine.String()) {
+		_ = s.Registry.Register(s.GPUs) // once for all workers of the process, and for good: what is old is not shown
 	}
 	var ours []prometheus.Collector
 	for _, g := range gauges {

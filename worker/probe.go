@@ -44,7 +44,7 @@ func (h *HTTP) probe(ctx context.Context) (Status, error) {
 	if m, err := h.get(ctx, "/metrics"); err != nil {
 		return Status{}, err
 	} else if m.Status == http.StatusOK {
-		st.Gauges = readGauges(m.Body)
+		st.Gauges, st.Settings = readGauges(m.Body), readSettings(m.Body)
 	}
 	if st.Gauges.Asleep {
 		st.State, st.Reason = proto.EngineWaiting, "engine is asleep; POST /wake_up wakes it"

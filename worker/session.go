@@ -40,6 +40,7 @@ type session struct {
 	beat    *beat
 	journal *journal
 	metrics *metrics
+	meter   meter
 
 	waits  sync.WaitGroup // lines that are away from their slot
 	ok     atomic.Int64
@@ -145,7 +146,7 @@ func (s *session) work(take context.Context) error {
 
 	life, end := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
-	for _, run := range []func(context.Context){s.gate.run, s.queues.run, s.control.run, s.beat.run, s.held.keep, s.writeJournal, s.watchBroker} {
+	for _, run := range []func(context.Context){s.gate.run, s.queues.run, s.control.run, s.beat.run, s.held.keep, s.writeJournal, s.watchBroker, s.watchGPUs} {
 		parts.Go(func() { run(life) })
 	}
 	s.outbox.waiting.Go(s.outbox.run)
@@ -362,7 +363,9 @@ func (s *session) adjust() {
 // found follows what a probe found of a ready engine.
 func (s *session) found(st Status) {
 	st.Gauges.KVTokens = s.capacity(st)
-	s.limit.observe(st, s.slots.inFlight(), time.Now())
+	now := time.Now()
+	s.limit.observe(st, s.slots.inFlight(), now)
+	s.meter.look(st.Gauges, now)
 	models := s.Models
 	if models == nil {
 		models = st.Models
@@ -418,11 +421,14 @@ func (s *session) record() *proto.Worker {
 	if reason == "" {
 		reason = s.queues.trouble()
 	}
-	return &proto.Worker{
+	w := &proto.Worker{
 		ID: s.id, Host: s.Self.Machine(), PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
 		KVTokens: cmp.Or(s.capacity(st), s.limit.tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
-		LimitWhy: s.limit.reason(),
+		LimitWhy: s.limit.reason(), Flags: s.flags(st),
 	}
+	w.GPUs, w.OwnGPUs = s.gpus(st)
+	s.meter.tell(w, time.Now())
+	return w
 }

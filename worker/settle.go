@@ -29,6 +29,7 @@ func (s *session) attempt(l *line) {
 		return
 	}
 	s.journal.write()
+	l.pace.Before, l.pace.Metered = s.meter.preempted()
 	timeout := s.timeout(l)
 	l.until.Store(l.started.Add(timeout + overdue).UnixNano())
 	timer := time.AfterFunc(timeout, func() { l.cancel(context.DeadlineExceeded) }) // a context of its own costs more
@@ -85,6 +86,9 @@ func (s *session) interrupted(l *line, cause error) {
 // settle does what follows from an attempt.
 func (s *session) settle(o *outcome) {
 	s.gate.note(o)
+	if o.class != classDone {
+		s.meter.failed(o.said())
+	}
 	switch o.class {
 	case classDone:
 		s.done(o)
@@ -179,6 +183,7 @@ func (s *session) done(o *outcome) {
 	s.gate.success(o.started)
 	s.limit.finished(o.usage, len(o.req.Body), o.asks, o.took, time.Now())
 	s.metrics.answered(o.queue.model, o.usage)
+	s.meter.answered(o.usage)
 	s.publish(o.line, s.result(o))
 }
 
@@ -217,7 +222,9 @@ func (s *session) result(o *outcome) *proto.Result {
 		OK: o.class == classDone, Status: int64(o.answer.Status), RequestID: o.id, Body: o.answer.Body,
 		Code: o.code, Message: o.message, Finish: o.finish, Usage: o.usage, Attempts: o.req.Attempts,
 		Worker: s.id, StartUS: o.started.Sub(s.began).Microseconds(), DurationUS: o.took.Microseconds(), LoadUS: loaded.Microseconds(),
+		Pace: o.pace,
 	}
+	r.Pace.After, _ = s.meter.preempted()
 	if o.class == classBroken || o.class == classTimeout || !r.OK && r.Status/100 == 2 { // what came of an answer is not one
 		r.Status, r.Body = 0, nil
 	}

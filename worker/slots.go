@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"millrace/proto"
 )
 
 // slots runs lines, at most limit at once, and keeps a few more ready so that a slot never waits for the broker.
@@ -26,6 +28,7 @@ type slots struct {
 	mu       sync.Mutex
 	limit    int
 	trial    bool // what is started now tries the engine
+	full     fullness
 	ready    fifo
 	doubted  fifo // lines with one suspicion for which there is no room among the suspects
 	alone    fifo // lines with two suspicions or more
@@ -79,6 +82,7 @@ func (s *slots) setLimit(n int, trial bool) {
 	s.mu.Lock()
 	s.limit, s.trial = n, trial
 	s.fill()
+	s.full.see(time.Now(), len(s.running), s.usual())
 	s.mu.Unlock()
 	s.more()
 }
@@ -167,6 +171,8 @@ func (s *slots) start(l *line) *line {
 	}
 	s.running[l] = struct{}{}
 	l.started, l.alone, l.trial = time.Now(), s.single, s.trial
+	l.pace = proto.Pace{Limit: int64(s.usual()), FullUS: s.full.upTo(l.started).Microseconds()}
+	s.full.see(l.started, len(s.running), s.usual())
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
 	if l.suspect() {
 		s.suspects++
@@ -197,6 +203,9 @@ func (s *slots) next(l *line, in chan *line) *line {
 	}
 	s.single = false
 	n := s.pick()
+	if n == nil {
+		s.full.see(time.Now(), len(s.running), s.usual())
+	}
 	switch {
 	case n != nil:
 	case s.ended:
@@ -277,6 +286,21 @@ func (s *slots) older(than time.Time) bool {
 		}
 	}
 	return false
+}
+
+// usual is the limit, or 0 while the engine gets none but lines that try it. Called with mu held.
+func (s *slots) usual() int {
+	if s.trial {
+		return 0
+	}
+	return s.limit
+}
+
+// wasFull is for how long nearly as much was in flight as might be.
+func (s *slots) wasFull() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.full.upTo(time.Now())
 }
 
 // inFlight is how many lines run.

@@ -78,7 +78,7 @@ func inFlight(reg prometheus.Gatherer) (n int, known bool) {
 	for _, f := range fams {
 		for _, m := range f.GetMetric() {
 			switch f.GetName() {
-			case "millrace_worker_in_flight":
+			case "millrace_inflight_requests":
 				engines++
 				n += int(m.GetGauge().GetValue())
 			case "millrace_engine_state":

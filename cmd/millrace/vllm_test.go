@@ -168,7 +168,7 @@ func (r *realRun) midway() {
 	poll(r.t, "lines are answered and others are in flight", func() bool {
 		r.seen = scrape(r.engine.url())
 		w := r.worker()
-		return r.seen.sum("vllm:num_requests_running") >= 16 && w.sum("millrace_worker_in_flight") >= 16 &&
+		return r.seen.sum("vllm:num_requests_running") >= 16 && w.sum("millrace_inflight_requests") >= 16 &&
 			w.sum("millrace_worker_requests_total", `outcome="ok"`) >= realLines/10
 	})
 }
@@ -176,10 +176,10 @@ func (r *realRun) midway() {
 // let waits until the worker has nothing in flight at the engine that died, and knows that it did.
 func (r *realRun) let() {
 	r.t.Helper()
-	w := r.away("waiting", func(w samples) bool { return w.sum("millrace_worker_in_flight") == 0 })
+	w := r.away("waiting", func(w samples) bool { return w.sum("millrace_inflight_requests") == 0 })
 	r.answered = tokens{w.sum("millrace_worker_tokens_total", `kind="prompt"`), w.sum("millrace_worker_tokens_total", `kind="completion"`)}
 	// What the engine had counted and was not answered is what was in flight, at most.
-	limit := w.sum("millrace_worker_limit")
+	limit := w.sum("millrace_inflight_limit")
 	lost := engineTokens(r.seen).minus(engineTokens(r.base)).minus(r.answered)
 	if lost.prompt > limit*int64(promptTokens(realLines)) || lost.completion > limit*mostTokens {
 		r.t.Errorf("the dead engine had counted %+v tokens more than the worker, with at most %d lines in flight", lost, limit)
@@ -333,7 +333,7 @@ func TestRealEngine(t *testing.T) {
 		send(t, e.core(t), syscall.SIGSTOP)
 		w := r.away("hung", func(w samples) bool { return w.sum("millrace_worker_given_back_total", `reason="suspect"`) >= 16 })
 		send(t, e.core(t), syscall.SIGCONT)
-		limit := w.sum("millrace_worker_limit")
+		limit := w.sum("millrace_inflight_limit")
 		r.slack = tokens{limit * int64(promptTokens(realLines)), limit * mostTokens}
 		r.audit()
 	})

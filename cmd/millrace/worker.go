@@ -156,6 +156,7 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 		return nil, err
 	}
 	var out []*worker.Worker
+	gpus := new(worker.GPUs)
 	for _, u := range e.urls {
 		eng, err := newEngineClient(u, key, models)
 		if err != nil {
@@ -164,7 +165,7 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 		out = append(out, &worker.Worker{
 			Conn: conn, Self: broker.Self(), Engine: eng, Concurrency: n, RequestTimeout: e.requestTimeout,
 			MaxAttempts: int(e.maxAttempts), AckWait: ackWait, StallTimeout: e.stallTimeout,
-			Log: a.log, Registry: reg, Program: programVersion(),
+			Log: a.log, Registry: reg, Program: programVersion(), GPUs: gpus,
 		})
 		if dir != "" {
 			out[len(out)-1].Dir = filepath.Join(dir, proto.ModelToken(placeOf(eng.String())))
