@@ -151,7 +151,7 @@ func (f *finisher) write(ctx context.Context, j *job, to Files) (*Manifest, erro
 	}
 	m := newManifest(f.program, j.spec, rep.Close())
 	m.FirstResult, m.LastResult = rep.Times()
-	m.engines(f.s.enginesOf(j))
+	m.Engines = rep.engines(f.s.enginesOf(j))
 	if err := check(ctx, m, to, facts); err != nil {
 		return nil, err
 	}

@@ -39,7 +39,7 @@ type job struct {
 	first    uint64      // sequence of the job's first result in the present stream; 0: none yet, or not known
 	durable  int64       // bytes of the spool that a checkpoint counts
 	seal     int64       // of the spool, see newSeal; 0: made by an older program
-	engines  engines     // what the workers of its results said of themselves
+	engines  engines     // what the workers of its results last said of their engines
 	finished *proto.Progress
 	note     string    // why the files cannot be written, for people
 	failed   time.Time // when that was last found; the finisher's alone
@@ -57,7 +57,7 @@ type job struct {
 	stop context.CancelFunc
 }
 
-// engines maps the id of a worker to what it said of itself; nil until it was heard.
+// engines maps the id of a worker to what it said of its engine, see learn; nil until it was heard.
 type engines map[string]*proto.Worker
 
 // Names in a job's folder.
@@ -358,17 +358,6 @@ func (j *job) wasted() proto.Usage {
 	u := j.drops.Wasted
 	addUsage(&u, j.undone, 1)
 	return u
-}
-
-func (e engines) known() []*proto.Worker {
-	var out []*proto.Worker
-	for _, w := range e {
-		if w != nil {
-			out = append(out, w)
-		}
-	}
-	sortBy(out, func(w *proto.Worker) string { return w.ID })
-	return out
 }
 
 // rate tells how fast two counters went of late: over the last rateWindow, or since the first look if that is less.

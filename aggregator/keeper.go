@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"time"
 
 	"millrace/broker"
@@ -85,10 +86,10 @@ func (j *job) meet(workers func(id string) *proto.Worker) {
 	if j.finished != nil {
 		return
 	}
-	for id, w := range j.engines {
-		if w == nil {
-			if w = workers(id); w != nil {
-				j.engines[id], j.met = w, true
+	for id, old := range j.engines {
+		if w := workers(id); w != nil {
+			if now := learn(old, w); !reflect.DeepEqual(now, old) {
+				j.engines[id], j.met = now, true
 			}
 		}
 	}

@@ -89,18 +89,6 @@ type FileFacts struct {
 	WithoutUsage     int64  `json:"without_usage"` // lines whose body holds no usage
 }
 
-// Engine is what a worker of the job said of itself while it was there to be asked.
-type Engine struct {
-	Worker    string   `json:"worker"`
-	Host      string   `json:"host,omitempty"`
-	Version   string   `json:"engine_version,omitempty"`
-	Models    []string `json:"models,omitempty"`
-	KVTokens  int64    `json:"kv_tokens,omitempty"`
-	MaxLen    int64    `json:"max_model_len,omitempty"`
-	Program   string   `json:"millrace,omitempty"`
-	Simulated bool     `json:"simulated"`
-}
-
 // newManifest describes a job, but for its files and the verdict.
 func newManifest(program string, spec *proto.Job, s *Statistics) *Manifest {
 	m := &Manifest{
@@ -113,15 +101,6 @@ func newManifest(program string, spec *proto.Job, s *Statistics) *Manifest {
 		m.Counts.ByModel = append(m.Counts.ByModel, ModelCount{v.Model, v.Completed, v.Failed})
 	}
 	return m
-}
-
-func (m *Manifest) engines(ws []*proto.Worker) {
-	for _, w := range ws {
-		m.Engines = append(m.Engines, Engine{
-			Worker: w.ID, Host: w.Host, Version: w.Version, Models: w.Models, KVTokens: w.KVTokens, MaxLen: w.MaxLen,
-			Program: w.Program, Simulated: w.Simulated,
-		})
-	}
 }
 
 // judge sets the verdict.

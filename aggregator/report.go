@@ -19,6 +19,7 @@ type Report struct {
 	models      map[string]*hdrhistogram.Histogram
 	failures    kinds
 	workers     map[string]int64 // attempts
+	paces       map[string]*pace // of workers
 	begin       int64            // µs on the broker's clock: where the first request began at the latest; see whole
 	first, last time.Time        // timestamps of the first and the last result
 	dropped     Dropped
@@ -54,7 +55,7 @@ const (
 func (r *Report) Add(res *proto.Result, at time.Time) {
 	if r.parts == nil {
 		r.parts, r.models = map[partKey]*part{}, map[string]*hdrhistogram.Histogram{}
-		r.workers = map[string]int64{}
+		r.workers, r.paces = map[string]int64{}, map[string]*pace{}
 		r.begin, r.first, r.last = math.MaxInt64, at, at
 	}
 	us := at.UnixMicro()
@@ -75,6 +76,7 @@ func (r *Report) Add(res *proto.Result, at time.Time) {
 		r.failures.add(res, 1)
 	}
 	if res.Worker != "" {
+		r.pace(res)
 		r.time(p, res, us)
 	}
 }

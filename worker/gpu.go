@@ -68,9 +68,18 @@ func (g *GPUs) now() []proto.GPU {
 	return g.seen
 }
 
-// watch looks again and again until ctx ends, or it turns out that there is nothing to look with.
-func (g *GPUs) watch(ctx context.Context) {
-	for ctx.Err() == nil && !errors.Is(g.look(ctx), errNoSMI) {
+// watch looks again and again until ctx ends, or it turns out that there is nothing to look with. It calls first when it
+// has seen something for the first time.
+func (g *GPUs) watch(ctx context.Context, first func()) {
+	for ctx.Err() == nil {
+		err := g.look(ctx)
+		if errors.Is(err, errNoSMI) {
+			return
+		}
+		if err == nil && first != nil {
+			first()
+			first = nil
+		}
 		wait(ctx, gpuEvery)
 	}
 }

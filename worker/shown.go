@@ -68,7 +68,7 @@ func (s *session) gpus(st Status) (all []proto.GPU, own bool) {
 // watchGPUs keeps an eye on the GPUs of a machine that has the engine.
 func (s *session) watchGPUs(ctx context.Context) {
 	if s.GPUs != nil && here(s.Engine.String()) {
-		s.GPUs.watch(ctx)
+		s.GPUs.watch(ctx, s.beat.soon) // a job may be over soon
 	}
 }
 

@@ -67,7 +67,7 @@ func TestGPUs(t *testing.T) {
 // TestNoGPUs: a machine without nvidia-smi is asked once, a program that fails or hangs is tried again.
 func TestNoGPUs(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
-	new(GPUs).watch(t.Context()) // returns
+	new(GPUs).watch(t.Context(), nil) // returns
 	smi(t, "echo 'Failed to initialize NVML'; exit 9\n")
 	if err := new(GPUs).look(t.Context()); err == nil || errors.Is(err, errNoSMI) {
 		t.Error(err)

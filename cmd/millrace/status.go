@@ -64,22 +64,6 @@ type topError struct {
 	Mixed    bool   `json:"mixed,omitempty"` // the messages of these lines differ
 }
 
-type workerRow struct {
-	ID       string   `json:"id"`
-	Host     string   `json:"host"`
-	Engine   string   `json:"engine"`
-	Version  string   `json:"engine_version"`
-	Models   []string `json:"models"`
-	State    string   `json:"state"`
-	Reason   string   `json:"reason,omitempty"`
-	Limit    int64    `json:"limit"`
-	LimitWhy string   `json:"limit_reason"`
-	InFlight int64    `json:"in_flight"`
-	Held     int64    `json:"held"`
-	OK       int64    `json:"ok"`
-	Failed   int64    `json:"failed"`
-}
-
 type queueRow struct {
 	Model    string `json:"model"`
 	Waiting  int64  `json:"waiting"`
@@ -214,7 +198,7 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 		}
 		ws[c] = some
 		for _, w := range some {
-			o.Workers = append(o.Workers, workerRow{w.ID, w.Host, w.Engine, w.Version, w.Models, w.State, w.Reason, w.Limit, w.LimitWhy, w.InFlight, w.Held, w.OK, w.Failed})
+			o.Workers = append(o.Workers, rowOfWorker(&w))
 		}
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
@@ -257,9 +241,12 @@ func (o *overview) print(w io.Writer, detail bool) error {
 	for _, j := range o.Jobs {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d\t%.1f\t%.0f\t%s\n", j.ID, shown(j.State, j.Outcome), part(j.OK+j.Failed, j.Lines), j.OK, j.Failed, j.RateLines, j.RateTokens, j.Note)
 	}
-	fmt.Fprintln(tw, "\nWORKER\tSTATE\tIN FLIGHT\tOK\tFAILED\tENGINE\tMODELS\t")
-	for _, r := range o.Workers {
-		fmt.Fprintf(tw, "%s\t%s\t%d/%d\t%d\t%d\t%s\t%s\t%s\n", r.ID, r.State, r.InFlight, r.Limit, r.OK, r.Failed, r.Engine, strings.Join(r.Models, ","), r.Reason)
+	fmt.Fprintln(tw)
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	if err := printWorkers(w, o.Workers); err != nil {
+		return err
 	}
 	fmt.Fprintln(tw, "\nQUEUE\tWAITING\tHANDED OUT\tSIZE\tOF AT MOST")
 	for _, q := range o.Queues {

@@ -1,0 +1,175 @@
+package aggregator
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+
+	"millrace/proto"
+)
+
+// Engine is the engine of one worker of a job; a worker that started again is another one. What it is was said by the
+// worker while it was there to be asked, and the last that is known counts; how it did comes from the results. None of it
+// can be had from the files, so nothing of it is verified. What is not known is null, or not there.
+type Engine struct {
+	Worker    string   `json:"worker"`
+	Host      string   `json:"host,omitempty"`
+	Version   string   `json:"engine_version,omitempty"`
+	Models    []string `json:"models,omitempty"`
+	KVTokens  int64    `json:"kv_tokens,omitempty"` // capacity of its KV cache
+	MaxLen    int64    `json:"max_model_len,omitempty"`
+	Program   string   `json:"millrace,omitempty"`
+	Simulated bool     `json:"simulated"`
+	// Flags are those of its command line, keys left out, where the worker knows it; otherwise settings that its metrics
+	// tell, as NAME=VALUE.
+	Flags []string `json:"engine_flags,omitempty"`
+	// GPUs are those of the engine where OwnGPUs says so. Otherwise they are those of its machine, and nobody knows which
+	// of them it has.
+	GPUs    []GPU `json:"gpus,omitempty"`
+	OwnGPUs bool  `json:"gpus_are_the_engines,omitzero"`
+
+	Lines int64 `json:"lines"` // of this job that it ended
+	// InFlight is how many requests it might have at once when the last of these lines was started: what was found to be
+	// right for it, or what --concurrency said.
+	InFlight *int64 `json:"in_flight_limit"`
+	// FullShare is the share of the time from the start of the first of these lines to that of the last in which at least
+	// 95 % of as many as might be were in flight, lines of other jobs included. Null where they were all started at once.
+	FullShare *float64 `json:"full_share"`
+	// Preemptions were counted by the engine from the start of the first of these lines to the end of the last, give or
+	// take a few seconds; those of other jobs, and of other clients of the engine, are among them.
+	Preemptions        *int64   `json:"preemptions"`
+	PreemptionsPerLine *float64 `json:"preemptions_per_line"` // Preemptions / Lines
+}
+
+// GPU is a GPU as nvidia-smi names it.
+type GPU struct {
+	UUID        string `json:"uuid,omitempty"`
+	Name        string `json:"name"`
+	MemoryBytes int64  `json:"memory_bytes,omitzero"`
+}
+
+// pace is what the results of one worker tell of how full it kept its engine.
+type pace struct {
+	lines         int64
+	told          bool // what follows is known: workers of older versions do not tell
+	first, last   mark
+	metered       bool
+	before, after int64 // pre-emptions
+}
+
+// mark is a start of a line, on the worker's clock.
+type mark struct{ startUS, fullUS, limit int64 }
+
+// pace takes in the pace of a result.
+func (r *Report) pace(res *proto.Result) {
+	p := r.paces[res.Worker]
+	if p == nil {
+		p = new(pace)
+		r.paces[res.Worker] = p
+	}
+	p.lines++
+	w := &res.Pace
+	if w.Limit <= 0 {
+		return
+	}
+	at := mark{res.StartUS, w.FullUS, w.Limit}
+	if !p.told || at.startUS < p.first.startUS {
+		p.first = at
+	}
+	if !p.told || at.startUS > p.last.startUS {
+		p.last = at
+	}
+	p.told = true
+	if !w.Metered {
+		return
+	}
+	if !p.metered || w.Before < p.before {
+		p.before = w.Before
+	}
+	p.metered, p.after = true, max(p.after, w.After)
+}
+
+// fill tells the pace of an engine.
+func (p *pace) fill(e *Engine) {
+	e.Lines = p.lines
+	if p.told {
+		e.InFlight = &p.last.limit
+	}
+	if d := p.last.startUS - p.first.startUS; d > 0 {
+		e.FullShare = round(min(max(float64(p.last.fullUS-p.first.fullUS)/float64(d), 0), 1))
+	}
+	if p.metered {
+		n := max(p.after-p.before, 0)
+		e.Preemptions, e.PreemptionsPerLine = &n, round(float64(n)/float64(p.lines))
+	}
+}
+
+// engines lists the engines of the workers that were heard, and of those whose results tell something.
+func (r *Report) engines(heard []*proto.Worker) []Engine {
+	all := map[string]*Engine{}
+	for _, w := range heard {
+		all[w.ID] = engineOf(w)
+	}
+	for id, p := range r.paces {
+		if all[id] == nil && p.told {
+			all[id] = &Engine{Worker: id}
+		}
+		if e := all[id]; e != nil {
+			p.fill(e)
+		}
+	}
+	out := []Engine{}
+	for _, id := range slices.Sorted(maps.Keys(all)) {
+		out = append(out, *all[id])
+	}
+	return out
+}
+
+func engineOf(w *proto.Worker) *Engine {
+	e := &Engine{
+		Worker: w.ID, Host: w.Host, Version: w.Version, Models: w.Models, KVTokens: w.KVTokens, MaxLen: w.MaxLen,
+		Program: w.Program, Simulated: w.Simulated, Flags: w.Flags, OwnGPUs: w.OwnGPUs,
+	}
+	for _, g := range w.GPUs {
+		e.GPUs = append(e.GPUs, GPU{g.UUID, g.Name, max(g.MemoryTotal, 0)})
+	}
+	return e
+}
+
+// learn returns what is to be remembered of a worker's engine: what stays the same for long, of what it says now, and of
+// what it said before where it does not say it any more.
+func learn(old, now *proto.Worker) *proto.Worker {
+	w := &proto.Worker{
+		ID: now.ID, Host: now.Host, Version: now.Version, Models: now.Models, KVTokens: now.KVTokens, MaxLen: now.MaxLen,
+		Program: now.Program, Simulated: now.Simulated, Flags: now.Flags, OwnGPUs: now.OwnGPUs,
+	}
+	for _, g := range now.GPUs {
+		w.GPUs = append(w.GPUs, proto.GPU{Index: g.Index, UUID: g.UUID, Name: g.Name, MemoryTotal: g.MemoryTotal})
+	}
+	if old == nil {
+		return w
+	}
+	w.Version, w.KVTokens, w.MaxLen = cmp.Or(w.Version, old.Version), cmp.Or(w.KVTokens, old.KVTokens), cmp.Or(w.MaxLen, old.MaxLen)
+	w.Simulated = w.Simulated || old.Simulated
+	if len(w.Models) == 0 {
+		w.Models = old.Models
+	}
+	if len(w.Flags) == 0 {
+		w.Flags = old.Flags
+	}
+	if len(w.GPUs) == 0 {
+		w.GPUs, w.OwnGPUs = old.GPUs, old.OwnGPUs
+	}
+	return w
+}
+
+func (e engines) known() []*proto.Worker {
+	var out []*proto.Worker
+	for _, w := range e {
+		if w != nil {
+			out = append(out, w)
+		}
+	}
+	sortBy(out, func(w *proto.Worker) string { return w.ID })
+	return out
+}

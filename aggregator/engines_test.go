@@ -1,0 +1,114 @@
+package aggregator
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"millrace/proto"
+)
+
+// paced is a result of a line that w0 started at a second.
+func paced(index, second int64, p proto.Pace) *proto.Result {
+	r := good("j", index, 0)
+	r.Worker, r.StartUS, r.Pace = "w0", second*1e6, p
+	return r
+}
+
+// TestPace: how full an engine was comes from the results, in whatever order they come.
+func TestPace(t *testing.T) {
+	results := []*proto.Result{
+		paced(0, 20, proto.Pace{Limit: 100, FullUS: 12e6, Metered: true, Before: 30, After: 41}),
+		paced(1, 10, proto.Pace{Limit: 90, FullUS: 4e6, Metered: true, Before: 5, After: 38}),
+		paced(2, 15, proto.Pace{FullUS: 4e6, Metered: true}), // it tried the engine
+		paced(3, 50, proto.Pace{Limit: 110, FullUS: 36e6}),   // the metrics are gone
+	}
+	older := good("j", 5, 0) // w1 does not tell
+	for _, order := range [][]int{{0, 1, 2, 3}, {3, 2, 1, 0}, {1, 3, 0, 2}} {
+		var r Report
+		for _, i := range order {
+			r.Add(results[i], time.Unix(1000, 0))
+		}
+		r.Add(older, time.Unix(1000, 0))
+		got, err := json.Marshal(r.engines([]*proto.Worker{{ID: "w1", Version: "1"}, {ID: "w2"}}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := `[{"worker":"w0","simulated":false,"lines":4,"in_flight_limit":110,"full_share":0.8,"preemptions":36,"preemptions_per_line":9},` +
+			`{"worker":"w1","engine_version":"1","simulated":false,"lines":1,"in_flight_limit":null,"full_share":null,"preemptions":null,"preemptions_per_line":null},` +
+			`{"worker":"w2","simulated":false,"lines":0,"in_flight_limit":null,"full_share":null,"preemptions":null,"preemptions_per_line":null}]`
+		if string(got) != want {
+			t.Errorf("%v:\n%s\nwant\n%s", order, got, want)
+		}
+	}
+}
+
+// TestLearn: the last that an engine said of itself counts, and what it does not say any more stays known.
+func TestLearn(t *testing.T) {
+	gpu := proto.GPU{Index: "0", UUID: "GPU-1", Name: "H100", MemoryUsed: 5, MemoryTotal: 80, Power: 600, Utilization: 1}
+	first := learn(nil, &proto.Worker{ID: "w", State: proto.EngineReady, Version: "1", KVTokens: 7, Limit: 3, Models: []string{"m"}, Flags: []string{"a=1"}, GPUs: []proto.GPU{gpu}, OwnGPUs: true})
+	still := gpu
+	still.MemoryUsed, still.Power, still.Utilization = 0, 0, 0
+	want := &proto.Worker{ID: "w", Version: "1", KVTokens: 7, Models: []string{"m"}, Flags: []string{"a=1"}, GPUs: []proto.GPU{still}, OwnGPUs: true}
+	if !reflect.DeepEqual(first, want) {
+		t.Errorf("%+v", first)
+	}
+	if got := learn(first, &proto.Worker{ID: "w", State: proto.EngineWaiting}); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v", got)
+	}
+	want.Version, want.KVTokens, want.Flags = "2", 9, []string{"a=2"}
+	if got := learn(first, &proto.Worker{ID: "w", Version: "2", KVTokens: 9, Flags: []string{"a=2"}}); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v", got)
+	}
+}
+
+// TestEnginesOutliveEverybody: what was said last is in the manifest though worker and aggregator have gone since.
+func TestEnginesOutliveEverybody(t *testing.T) {
+	r := newRig(t)
+	kv, err := r.conn.JS.KeyValue(t.Context(), proto.WorkersBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	say := func(w *proto.Worker) {
+		b, err := w.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := kv.Put(t.Context(), w.ID, b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	about := filepath.Join(r.dir, "jobs", "j", fileAbout)
+	first := r.start()
+	r.job("j", 3)
+	heard := func(text string) {
+		for n := int64(0); ; n++ {
+			if b, err := os.ReadFile(about); err == nil && strings.Contains(string(b), text) {
+				return
+			}
+			r.send(good("j", 0, n)) // a duplicate: something to wait for
+			r.await("j", func(p *proto.Progress) bool { return p.Duplicates > n })
+		}
+	}
+	r.send(paced(0, 1, proto.Pace{Limit: 10, FullUS: 1}))
+	say(&proto.Worker{ID: "w0", State: proto.EngineReady, KVTokens: 7}) // it tells no version
+	heard(`"KVTokens":7`)
+	say(&proto.Worker{ID: "w0", State: proto.EngineReady, KVTokens: 7, Flags: []string{"--seed 1"}, GPUs: []proto.GPU{{UUID: "GPU-1", Name: "H100"}}})
+	heard("--seed 1")
+	first.stop()
+	if err := kv.Delete(t.Context(), "w0"); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	r.send(paced(1, 3, proto.Pace{Limit: 12, FullUS: 1e6 + 1}), good("j", 2, 0))
+	r.await("j", done)
+	e := r.verify("j").Engines
+	if len(e) != 1 || e[0].KVTokens != 7 || len(e[0].Flags) != 1 || len(e[0].GPUs) != 1 || e[0].GPUs[0].Name != "H100" ||
+		e[0].InFlight == nil || *e[0].InFlight != 12 || e[0].FullShare == nil || *e[0].FullShare != 0.5 || e[0].Preemptions != nil {
+		t.Errorf("%+v", e)
+	}
+}
