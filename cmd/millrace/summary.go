@@ -75,6 +75,7 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 		fmt.Fprintln(w, "the text is simulated: no model ran, and the figures are the simulator's")
 	}
 	printFigures(w, m.Statistics)
+	printEngines(w, m.Engines)
 	if s := repeats(&m.Statistics.Dropped.Losses); s != "" {
 		fmt.Fprintln(w, s)
 	}
@@ -101,8 +102,7 @@ func simulated(m *aggregator.Manifest) bool {
 	return false
 }
 
-// printFigures prints a row for each model, and one for all where there are several, without the columns of which
-// nothing is known.
+// printFigures prints a row for each model, and one for all where there are several.
 func printFigures(w io.Writer, s *aggregator.Statistics) {
 	rows := [][]string{{"model", "ok", "failed", "attempts", "prompt tok", "output tok", "out tok/s", "total tok/s", "steady out tok/s", "steady total tok/s", "p50 s", "p95 s"}}
 	for i := range s.ByModel {
@@ -111,6 +111,11 @@ func printFigures(w io.Writer, s *aggregator.Statistics) {
 	if len(s.ByModel) > 1 {
 		rows = append(rows, figures("all", &s.Figures))
 	}
+	table(w, rows)
+}
+
+// table prints rows under the first of them, without the columns of which nothing is known.
+func table(w io.Writer, rows [][]string) {
 	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(tw)
 	for _, row := range rows {

@@ -117,19 +117,16 @@ func printWorkers(w io.Writer, all []workerRow) error {
 			proto.Truncate(strings.TrimPrefix(r.Engine, "http://"), wideEngine))
 	}
 	_ = tw.Flush() // to memory
-	head := true
-	for line := range strings.Lines(table.String()) {
-		if _, err := io.WriteString(w, line); err != nil {
+	for i, line := range strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n") {
+		if _, err := fmt.Fprintln(w, line); err != nil {
 			return err
 		}
-		if !head {
-			all[0].notes(w, len(all) <= manyWorkers)
-			all = all[1:]
+		if i > 0 { // under the head
+			all[i-1].notes(w, len(all) <= manyWorkers)
 		}
-		head = false
 	}
 	if ours {
-		fmt.Fprintln(w, "* of the answers: the engine has no counter of tokens that is known here")
+		fmt.Fprintln(w, "* of the answers to this worker: the engine tells no count of its tokens")
 	}
 	return nil
 }
