@@ -54,12 +54,12 @@ func shown(flags []string) []string {
 }
 
 // gpus are those of the engine, if it is known which these are, or else those of the machine, one of which may be its own.
-func (s *session) gpus(st Status) (all []proto.GPU, own bool) {
-	if s.GPUs == nil || st.Simulated || !here(s.Engine.String()) {
+func (w *Worker) gpus(st Status) (all []proto.GPU, own bool) {
+	if w.GPUs == nil || st.Simulated || !here(w.Engine.String()) {
 		return nil, false
 	}
-	all = s.GPUs.now()
-	if its := among(all, s.Devices); len(its) > 0 {
+	all = w.GPUs.now()
+	if its := among(all, w.Devices); len(its) > 0 {
 		return its, true
 	}
 	return all, false

@@ -26,7 +26,7 @@ func printEngines(w io.Writer, all []aggregator.Engine) {
 	if len(all) > mostEngines {
 		shown, rest = all[:mostEngines-1], all[mostEngines-1:]
 	}
-	rows := [][]string{{"engine of", "version", "gpu", "KV tok", "lines", "in flight", "full", "pre-emptions", "per line"}}
+	rows := [][]string{{"engine of", "version", "gpu", "KV tok", "lines", "limit", "full", "pre-emptions", "per line"}}
 	for i := range shown {
 		rows = append(rows, engineRow(&shown[i]))
 	}

@@ -29,7 +29,7 @@ func TestManyEngines(t *testing.T) {
 	var b strings.Builder
 	printEngines(&b, all)
 	want := `
-  engine of  version         gpu  KV tok  lines   in flight            full  pre-emptions  per line
+  engine of  version         gpu  KV tok  lines       limit            full  pre-emptions  per line
         w49   0.26.0   of 2 × H100    1000    149         449           99.0%             2     0.010
         w48   0.26.0      2 × H100    1000    148         448           98.0%             2     0.010
         w47   0.26.0   of 2 × H100    1000    147         447           97.0%             2     0.010

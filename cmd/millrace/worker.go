@@ -249,13 +249,17 @@ func (c *crew) wait() error {
 func (a *app) workerCommand() *cobra.Command {
 	var e engineFlags
 	var ackWait time.Duration
+	var check bool
 	cmd := &cobra.Command{
 		Use:   "worker --engine URL",
 		Short: "Keep an engine full: pull requests, call it, publish results",
 		Long: `Keep an engine full: pull requests of the models that it serves, call it, publish results. It waits for its engine and
 for its broker, and says so. One worker for each engine is usual; one process can have several.
 
-  millrace worker --engine http://127.0.0.1:8000`,
+  millrace worker --engine http://127.0.0.1:8000
+
+With --check it asks no broker and runs nothing: it prints what it sees of its engine and what it would do, and ends with 0
+if it would run lines now, else with 7.`,
 		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if len(e.urls) == 0 {
@@ -271,6 +275,12 @@ for its broker, and says so. One worker for each engine is usual; one process ca
 				return err
 			}
 			e.once(a.std.err)
+			switch {
+			case check:
+				return a.check(cmd.Context(), &e)
+			case a.json:
+				return usagef("--json is for --check; a worker prints nothing else as JSON")
+			}
 			defer runtime.KeepAlive(spareHeap())
 			take, stop, done := a.phases(cmd.Context(), e.drainTimeout, "")
 			defer done()
@@ -282,6 +292,8 @@ for its broker, and says so. One worker for each engine is usual; one process ca
 	f.DurationVar(&e.requestTimeout, "request-timeout", 30*time.Minute, "time for one try of a line whose job does not say")
 	f.Int64Var(&e.maxAttempts, "max-attempts", 4, "tries of a line whose job does not say, 1 to 100")
 	f.DurationVar(&ackWait, "ack-wait", 0, "how long a request may go without a heartbeat (default: as the broker's, 1m)")
+	f.BoolVar(&check, "check", false, "print what is seen of the engine and what a worker would do, and end")
+	a.jsonFlag(cmd)
 	a.metricsFlag(cmd)
 	a.natsFlags(cmd)
 	return cmd
