@@ -26,7 +26,8 @@ else
 	echo "systemd-analyze cannot be installed here: units not checked"
 fi
 if have promtool prometheus; then
-	promtool check config prometheus/prometheus.yml
+	promtool check config prometheus/prometheus.yml # and the rules that it names
+	promtool test rules prometheus/rules_test.yml
 else
-	echo "promtool cannot be installed here: scrape configuration not checked"
+	echo "promtool cannot be installed here: scrape configuration and alerts not checked"
 fi
