@@ -95,6 +95,7 @@ const (
 	manyWorkers = 16 // from more on it is not told why limits are what they are
 	wideModel   = 24 // bytes
 	wideEngine  = 24
+	wideError   = 90
 )
 
 // printWorkers prints a row for each worker, and what there is to say of it under that.
@@ -153,6 +154,6 @@ func (r *workerRow) notes(w io.Writer, limit bool) {
 		fmt.Fprintf(w, "  limit %d: %s\n", r.Limit, r.LimitWhy)
 	}
 	if r.LastError != "" {
-		fmt.Fprintf(w, "  last error %s ago: %s\n", span(time.Duration(*r.LastErrorS*float64(time.Second))), r.LastError)
+		fmt.Fprintf(w, "  last error %s ago: %s\n", span(time.Duration(*r.LastErrorS*float64(time.Second))), proto.Truncate(r.LastError, wideError))
 	}
 }
