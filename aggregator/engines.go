@@ -14,10 +14,12 @@ import (
 type Engine struct {
 	Worker    string   `json:"worker"`
 	Host      string   `json:"host,omitempty"`
+	Kind      string   `json:"engine_kind,omitempty"`
 	Version   string   `json:"engine_version,omitempty"`
 	Models    []string `json:"models,omitempty"`
 	KVTokens  int64    `json:"kv_tokens,omitempty"` // capacity of its KV cache
 	MaxLen    int64    `json:"max_model_len,omitempty"`
+	Slots     int64    `json:"max_sequences,omitzero"` // that it runs at once
 	Program   string   `json:"millrace,omitempty"`
 	Simulated bool     `json:"simulated"`
 	// Flags are those of its command line, keys left out, where the worker knows it; otherwise settings that its metrics
@@ -127,7 +129,7 @@ func (r *Report) engines(heard []*proto.Worker) []Engine {
 
 func engineOf(w *proto.Worker) *Engine {
 	e := &Engine{
-		Worker: w.ID, Host: w.Host, Version: w.Version, Models: w.Models, KVTokens: w.KVTokens, MaxLen: w.MaxLen,
+		Worker: w.ID, Host: w.Host, Kind: w.Kind, Slots: w.Slots, Version: w.Version, Models: w.Models, KVTokens: w.KVTokens, MaxLen: w.MaxLen,
 		Program: w.Program, Simulated: w.Simulated, Flags: w.Flags, OwnGPUs: w.OwnGPUs,
 	}
 	for _, g := range w.GPUs {
@@ -140,7 +142,7 @@ func engineOf(w *proto.Worker) *Engine {
 // what it said before where it does not say it any more.
 func learn(old, now *proto.Worker) *proto.Worker {
 	w := &proto.Worker{
-		ID: now.ID, Host: now.Host, Version: now.Version, Models: now.Models, KVTokens: now.KVTokens, MaxLen: now.MaxLen,
+		ID: now.ID, Host: now.Host, Kind: now.Kind, Slots: now.Slots, Version: now.Version, Models: now.Models, KVTokens: now.KVTokens, MaxLen: now.MaxLen,
 		Program: now.Program, Simulated: now.Simulated, Flags: now.Flags, OwnGPUs: now.OwnGPUs,
 	}
 	for _, g := range now.GPUs {
@@ -150,6 +152,7 @@ func learn(old, now *proto.Worker) *proto.Worker {
 		return w
 	}
 	w.Version, w.KVTokens, w.MaxLen = cmp.Or(w.Version, old.Version), cmp.Or(w.KVTokens, old.KVTokens), cmp.Or(w.MaxLen, old.MaxLen)
+	w.Kind, w.Slots = cmp.Or(w.Kind, old.Kind), cmp.Or(w.Slots, old.Slots)
 	w.Simulated = w.Simulated || old.Simulated
 	if len(w.Models) == 0 {
 		w.Models = old.Models

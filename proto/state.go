@@ -280,6 +280,8 @@ type Worker struct {
 	Flags       []string // the engine's, where they are known: of its command line, or NAME=VALUE as its metrics tell
 	GPUs        []GPU    // of the worker's machine, where the engine is on it and nvidia-smi is there
 	OwnGPUs     bool     // these are the engine's; otherwise nobody knows which of them are
+	Kind        string   // of the engine, as its worker found out; empty: not known
+	Slots       int64    // most sequences that it runs at once; 0: it does not tell
 }
 
 // Whose tokens a rate counts.
@@ -353,6 +355,8 @@ func (w *Worker) visit(c *codec) {
 	each(c, &w.Flags, c.str)
 	list(c, &w.GPUs)
 	c.bool(&w.OwnGPUs)
+	c.str(&w.Kind)
+	c.int(&w.Slots)
 }
 
 // Encode renders the record for the wire.

@@ -22,7 +22,7 @@ type Finding struct {
 const checkTimeout = 10 * time.Second
 
 // Check looks at the engine once, as Run does again and again. It needs no broker, sends no request that costs the engine
-// work, and waits for nothing. Of the fields it uses Engine, Models, Concurrency, Devices and GPUs.
+// work, and waits for nothing. Of the fields it uses Engine, Models, Concurrency, KVTokens, Devices and GPUs.
 func (w *Worker) Check(ctx context.Context) *Finding {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -39,8 +39,9 @@ func (w *Worker) Check(ctx context.Context) *Finding {
 		f.GPUs, f.OwnGPUs = w.gpus(st)
 	}
 	if f.State == proto.EngineReady {
+		f.Gauges.KVTokens = w.capacity(st)
 		l := newLimit(w.Concurrency)
-		l.observe(st, 0, time.Now())
+		l.observe(f.Status, 0, time.Now())
 		f.Limit, f.LimitWhy = l.get(), l.reason()
 	}
 	return f

@@ -1,6 +1,9 @@
 package worker
 
 import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
@@ -47,6 +50,26 @@ func TestCheck(t *testing.T) {
 				t.Errorf("%d requests were sent", n)
 			}
 		})
+	}
+	for _, c := range []struct{ path, says, kind, version string }{
+		{"/get_server_info", `{"version":"0.5.20","max_total_num_tokens":50000,"max_running_requests":48}`, KindSGLang, "0.5.20 50000 48"},
+		{"/props", `{"total_slots":4,"build_info":"b7000","default_generation_settings":{"n_ctx":2048}}`, KindLlama, "b7000 0 4"},
+		{"/api/version", `{"version":"0.13.1"}`, KindOllama, "0.13.1 0 0"},
+	} {
+		mux := http.NewServeMux()
+		for path, says := range map[string]string{"/health": "{}", "/v1/models": `{"data":[{"id":"m"}]}`, c.path: c.says} {
+			mux.HandleFunc(path, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(says)) })
+		}
+		srv := httptest.NewServer(mux)
+		t.Cleanup(srv.Close)
+		e, err := NewHTTP(srv.URL, "")
+		must(t, err)
+		t.Cleanup(e.Close)
+		got := (&Worker{Engine: e}).Check(t.Context())
+		if v := fmt.Sprint(got.Version, " ", got.Gauges.KVTokens, " ", got.Slots); got.Trouble != "" || got.Kind != c.kind || v != c.version || got.LimitWhy == "" {
+			t.Errorf("%s: %+v, want %s", c.kind, got, c.version)
+		}
+		t.Logf("%s: %d in flight: %s", got.Kind, got.Limit, got.LimitWhy)
 	}
 	f := newFake(t)
 	if got := (&Worker{Engine: f.engine(), Concurrency: 5, Models: []string{"x"}}).Check(t.Context()); got.Limit != 5 || got.Models[0] != "x" || got.GPUs != nil {

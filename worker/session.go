@@ -390,9 +390,9 @@ func (s *session) found(st Status) {
 }
 
 // capacity is the engine's KV cache in tokens, as far as anybody knows.
-func (s *session) capacity(st Status) int64 {
-	if st.Gauges.KVTokens == 0 && s.KVTokens != nil {
-		return s.KVTokens()
+func (w *Worker) capacity(st Status) int64 {
+	if st.Gauges.KVTokens == 0 && w.KVTokens != nil {
+		return w.KVTokens()
 	}
 	return st.Gauges.KVTokens
 }
@@ -426,7 +426,7 @@ func (s *session) record() *proto.Worker {
 		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
 		KVTokens: cmp.Or(s.capacity(st), s.limit.tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
-		LimitWhy: s.limit.reason(), Flags: s.flags(st),
+		LimitWhy: s.limit.reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
 	}
 	w.GPUs, w.OwnGPUs = s.gpus(st)
 	s.meter.tell(w, time.Now())

@@ -18,11 +18,13 @@ type checkRow struct {
 	OK        bool       `json:"ok"` // a worker would run lines now
 	Reason    string     `json:"reason,omitempty"`
 	State     string     `json:"state"`
+	Kind      string     `json:"engine_kind,omitempty"`
 	Version   string     `json:"engine_version,omitempty"`
 	Models    []string   `json:"models"`
 	MaxLen    int64      `json:"max_model_len,omitzero"`
-	Metrics   bool       `json:"metrics"` // the engine has some that are understood
-	Running   *int64     `json:"running"` // requests, of all its clients
+	Slots     int64      `json:"max_sequences,omitzero"` // that the engine runs at once
+	Metrics   bool       `json:"metrics"`                // the engine has some that are understood
+	Running   *int64     `json:"running"`                // requests, of all its clients
 	Waiting   *int64     `json:"waiting"`
 	KVTokens  int64      `json:"kv_tokens,omitzero"`
 	KVUsage   *float64   `json:"kv_usage"` // 0 to 1
@@ -70,7 +72,7 @@ func (a *app) check(ctx context.Context, e *engineFlags) error {
 
 func rowOfFinding(engine string, f *worker.Finding) checkRow {
 	r := checkRow{
-		Engine: engine, OK: f.Trouble == "", Reason: f.Trouble, State: f.State, Version: f.Version, Models: f.Models, MaxLen: f.MaxLen,
+		Engine: engine, OK: f.Trouble == "", Reason: f.Trouble, State: f.State, Kind: f.Kind, Version: f.Version, Models: f.Models, MaxLen: f.MaxLen, Slots: f.Slots,
 		Metrics: f.Gauges.Known, KVTokens: f.Gauges.KVTokens, Asleep: f.Gauges.Asleep, Settings: f.Settings, GPUs: rowsOfGPUs(f.GPUs),
 		OwnGPUs: f.OwnGPUs, Simulated: f.Simulated, Limit: f.Limit, LimitWhy: f.LimitWhy, Queues: []queueFor{},
 	}
@@ -88,14 +90,17 @@ func (a *app) printCheck(r *checkRow) error {
 	tw := tabwriter.NewWriter(a.std.out, 0, 4, 2, ' ', 0)
 	say := func(what, format string, args ...any) { fmt.Fprintf(tw, what+"\t"+format+"\n", args...) }
 	say("engine", "%s", r.Engine)
-	if r.Version != "" {
-		say("version", "%s", r.Version)
+	if r.Kind+r.Version != "" {
+		say("version", "%s", strings.TrimSpace(r.Kind+" "+r.Version))
 	}
 	if len(r.Models) > 0 {
 		say("models", "%s", strings.Join(r.Models, ", "))
 	}
 	if r.MaxLen > 0 {
 		say("context", "%d tokens", r.MaxLen)
+	}
+	if r.Slots > 0 {
+		say("at once", "%s at most", count(r.Slots, "sequence"))
 	}
 	if r.State != "" && (r.OK || r.Metrics) {
 		say("metrics", "%s", r.load())

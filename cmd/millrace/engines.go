@@ -38,7 +38,7 @@ func printEngines(w io.Writer, all []aggregator.Engine) {
 }
 
 func engineRow(e *aggregator.Engine) []string {
-	row := []string{e.Worker, cmp.Or(e.Version, unknown), gpuNames(e), unknown, fmt.Sprint(e.Lines), unknown, unknown, unknown, figure(e.PreemptionsPerLine, 1, 3)}
+	row := []string{e.Worker, cmp.Or(strings.TrimSpace(e.Kind+" "+e.Version), unknown), gpuNames(e), unknown, fmt.Sprint(e.Lines), unknown, unknown, unknown, figure(e.PreemptionsPerLine, 1, 3)}
 	if e.KVTokens > 0 {
 		row[3] = fmt.Sprint(e.KVTokens)
 	}

@@ -16,6 +16,7 @@ type workerRow struct {
 	ID          string   `json:"id"`
 	Host        string   `json:"host"`
 	Engine      string   `json:"engine"`
+	Kind        string   `json:"engine_kind,omitempty"`
 	Version     string   `json:"engine_version"`
 	Models      []string `json:"models"`
 	State       string   `json:"state"`
@@ -30,6 +31,7 @@ type workerRow struct {
 	Uptime      float64  `json:"uptime_s"` // of the worker
 	MaxLen      int64    `json:"max_model_len,omitzero"`
 	KVTokens    int64    `json:"kv_tokens,omitzero"`
+	Slots       int64    `json:"max_sequences,omitzero"`   // that the engine runs at once
 	KVUsage     *float64 `json:"kv_usage"`                 // 0 to 1
 	Preemptions *int64   `json:"preemptions"`              // that the engine counted since the worker's start
 	TokenRate   *float64 `json:"output_tokens_per_second"` // over the last 15 s
@@ -56,9 +58,9 @@ type gpuRow struct {
 
 func rowOfWorker(w *proto.Worker) workerRow {
 	r := workerRow{
-		ID: w.ID, Host: w.Host, Engine: w.Engine, Version: w.Version, Models: w.Models, State: w.State, Reason: w.Reason,
+		ID: w.ID, Host: w.Host, Engine: w.Engine, Kind: w.Kind, Version: w.Version, Models: w.Models, State: w.State, Reason: w.Reason,
 		Limit: w.Limit, LimitWhy: w.LimitWhy, InFlight: w.InFlight, Held: w.Held, OK: w.OK, Failed: w.Failed,
-		Load: float64(w.LoadUS) / 1e6, Uptime: float64(w.UptimeUS) / 1e6, MaxLen: w.MaxLen, KVTokens: w.KVTokens,
+		Load: float64(w.LoadUS) / 1e6, Uptime: float64(w.UptimeUS) / 1e6, MaxLen: w.MaxLen, KVTokens: w.KVTokens, Slots: w.Slots,
 		RateOf: w.RateOf, LastError: w.LastError, Flags: w.Flags, GPUs: rowsOfGPUs(w.GPUs), OwnGPUs: w.OwnGPUs,
 		Program: w.Program, Simulated: w.Simulated,
 	}
