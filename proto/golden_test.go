@@ -27,7 +27,7 @@ func goldenRecords() map[string]record {
 	attempts := []Attempt{{"w-1", CodeEngineError, 500, "boom", 1234567}, {"w-2", CodeTransport, 0, "", 1}}
 	return map[string]record{
 		"request": &Request{Job: "reviews-0123456789", Index: 4294967296, CustomID: "a-1 é", URL: "/v1/chat/completions", Model: "m",
-			Body: []byte(`{"n":12345678901234567890, "x":1e400}`), MaxAttempts: 4, TimeoutMS: 1800000, Attempts: attempts, Suspicions: 2, Doubted: "w-3"},
+			Body: []byte(`{"n":12345678901234567890, "x":1e400}`), MaxAttempts: 4, TimeoutMS: 1800000, Attempts: attempts, Suspicions: 2, Doubted: "w-3", Alone: 1},
 		"request-empty": &Request{},
 		"result": &Result{Job: "j", Index: 7, CustomID: "c", Line: 8, Model: "m", URL: "/v1/completions", OK: true, Status: 200,
 			RequestID: "cmpl-1", Body: []byte{0, 1, 0xff}, Finish: "stop", Usage: Usage{true, 308, 121, 240}, Worker: "w",

@@ -11,10 +11,11 @@ type Request struct {
 	MaxAttempts int64  // attempts that are charged before the line fails; 0: the worker's own
 	TimeoutMS   int64  // time for one attempt; 0: the worker's own
 	Attempts    []Attempt
-	Suspicions  int64 // engines that died while they held this line
+	Suspicions  int64 // engines that died while they held this line, and no line that was suspected more
 	// Doubted is the worker that left the line to another one, uncharged, since its engine had refused this line and answered
 	// no other one well; empty: none.
 	Doubted string
+	Alone   int64 // those of Suspicions at which no other line was in the engine
 }
 
 func (r *Request) visit(c *codec) {
@@ -29,6 +30,7 @@ func (r *Request) visit(c *codec) {
 	list(c, &r.Attempts)
 	c.int(&r.Suspicions)
 	c.str(&r.Doubted)
+	c.int(&r.Alone)
 }
 
 // Encode renders the request for the wire.

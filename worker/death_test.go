@@ -2,7 +2,7 @@ package worker
 
 import (
 	"net/http"
-	"slices"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -202,39 +202,83 @@ func TestTorn(t *testing.T) {
 
 // TestSlots looks at the rules for suspects without a broker.
 func TestSlots(t *testing.T) {
-	var mu sync.Mutex
-	var order []int64
-	hold := make(chan struct{})
-	var back []int64
-	s := &slots{more: func() {}}
-	s.run = func(l *line) {
-		mu.Lock()
-		order = append(order, l.req.Index)
-		mu.Unlock()
-		<-hold
+	started := make(chan *line, 100)
+	hold := map[int64]chan struct{}{}
+	for i := range int64(100) {
+		hold[i] = make(chan struct{})
 	}
-	s.back = func(l *line) {
-		mu.Lock()
-		back = append(back, l.req.Index)
-		mu.Unlock()
+	back := make(chan int64, 100)
+	s := &slots{more: func() {}, back: func(l *line) { back <- l.req.Index }}
+	s.run = func(l *line) {
+		started <- l
+		<-hold[l.req.Index]
 	}
 	put := func(i, suspicions int64) { s.offer(&line{req: &proto.Request{Index: i, Suspicions: suspicions}}) }
-	s.setLimit(9, false)
-	for i := range int64(8) {
-		put(i, 1) // three run, three wait, two go back
+	come := func(want ...int64) (lines []*line) {
+		t.Helper()
+		got := map[int64]bool{}
+		for range want {
+			l := <-started
+			got[l.req.Index] = true
+			lines = append(lines, l)
+		}
+		for _, i := range want {
+			if !got[i] {
+				t.Fatalf("%v were started, want %v", got, want)
+			}
+		}
+		return lines
 	}
-	put(8, 2)
-	put(9, 0)
-	if room, _ := s.room(); s.inFlight() != 3 || room != 0 {
-		t.Errorf("%d suspects run, room %d", s.inFlight(), room)
+	s.setLimit(32, false)
+	put(0, 0)
+	fresh := come(0)[0]
+	for i := range int64(9) {
+		put(10+i, 1) // eight run, one waits
 	}
-	for range 8 { // the engine empties, the poisonous one runs alone, then the others
-		hold <- struct{}{}
+	some := come(10, 11, 12, 13, 14, 15, 16, 17)
+	for i := range int64(3) {
+		put(20+i, 2) // two run beside them
+	}
+	more := come(20, 21)
+	if !s.lost(fresh) || !s.lost(some[0]) || s.lost(more[0]) {
+		t.Error("not those are blamed that were suspected most")
+	}
+	hold[20] <- struct{}{}
+	come(22)
+	hold[21] <- struct{}{}
+	hold[22] <- struct{}{}
+	s.wait(func() bool { return len(s.running) == 9 })
+	if !s.lost(some[0]) {
+		t.Error("it is forgotten that one was there which was suspected more")
+	}
+	put(30, 3)
+	put(40, 0)
+	if room, _ := s.room(); s.inFlight() != 9 || room != 0 {
+		t.Errorf("%d run, room %d", s.inFlight(), room)
+	}
+	for _, i := range []int64{0, 10, 11, 12, 13, 14, 15, 16, 17} { // the engine empties, and 30 runs alone
+		hold[i] <- struct{}{}
+	}
+	if l := come(30)[0]; !l.alone {
+		t.Error("it does not run alone")
+	}
+	hold[30] <- struct{}{}
+	come(18, 40)
+	for i := range int64(41) {
+		put(50+i, 1) // seven run, 32 wait, two go back
+	}
+	come(50, 51, 52, 53, 54, 55, 56)
+	if a, b := <-back, <-back; a < 89 || b < 89 {
+		t.Errorf("%d and %d went back", a, b)
+	}
+	for _, i := range []int64{18, 40} {
+		hold[i] <- struct{}{}
+	}
+	for i := range int64(39) {
+		hold[50+i] <- struct{}{}
 	}
 	s.wg.Wait()
-	if len(order) != 8 || order[3] != 8 || slices.Contains(order, 7) || len(back) != 2 {
-		t.Errorf("order %v, back %v", order, back)
-	}
+	s.setLimit(9, false)
 	if room, _ := s.room(); room != 10 {
 		t.Errorf("room %d", room)
 	}
@@ -245,6 +289,19 @@ func TestSlots(t *testing.T) {
 	s.stepAway(3)
 	if room, _ := s.room(); room != 7 {
 		t.Errorf("room %d with %d away", room, manyAway+3)
+	}
+}
+
+// wait waits until something holds of the slots.
+func (s *slots) wait(ok func() bool) {
+	for {
+		s.mu.Lock()
+		done := ok()
+		s.mu.Unlock()
+		if done {
+			return
+		}
+		runtime.Gosched()
 	}
 }
 

@@ -23,6 +23,7 @@ type line struct {
 	pulled  time.Time
 	stored  time.Time // by the broker; see mark
 	alone   bool      // it runs while nothing else does
+	excused bool      // if the engine died of its last attempt, others are to blame; see slots.lost
 	trial   bool      // it was let through to an engine that may not be well, to try it
 
 	deliveries uint64 // of the message, this one included
@@ -79,13 +80,11 @@ func (l *line) timeouts() int {
 	return n
 }
 
-// suspect says whether an engine died while it held this line.
-func (l *line) suspect() bool { return l.req.Suspicions > 0 }
+// rank is how much a line is suspected of killing engines: 0 not at all, at most mostRank.
+func (l *line) rank() int { return int(min(max(l.req.Suspicions, 0), mostRank)) }
 
-// poisonous says that the line was there at two deaths: from now on it runs alone.
-func (l *line) poisonous() bool { return l.req.Suspicions >= 2 }
-
-// guilty is how many deaths a line is there at until it is the cause: two, and two when it ran alone.
+// guilty is how many deaths a line is blamed for until it is the cause, at two of them alone: what two engines die of may
+// be chance.
 const guilty = 4
 
 // stubborn says that a message was given back so often that it may be its line that is wrong.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -38,6 +39,7 @@ func (s *session) attempt(l *line) {
 	l.until.Store(0)
 	took := time.Since(l.started)
 	broker.CrashPoint("worker.after-engine")
+	l.excused = (err != nil || a.Status >= http.StatusInternalServerError) && s.slots.lost(l)
 	if cause := context.Cause(l.ctx); err != nil && cause != nil && !errors.Is(cause, context.DeadlineExceeded) {
 		s.interrupted(l, cause)
 		return
@@ -155,7 +157,7 @@ func (s *session) hung(l *line) {
 	switch {
 	case l.trial && !l.stubborn():
 		s.giveBack(l, l.pause(s.refusal), "engine")
-	case l.alone && l.poisonous():
+	case l.alone && l.req.Suspicions >= guilty-2:
 		took := time.Since(l.started)
 		s.retry(&outcome{line: l, took: took, verdict: verdict{class: classTimeout, code: proto.CodeRequestTimeout,
 			message: fmt.Sprintf("the engine, which had this line alone, made no token for %s; --stall-timeout says how long that may be", took.Round(time.Second))}})
@@ -356,17 +358,24 @@ func (s *session) died(o *outcome) {
 	s.suspect(o.line, "the engine died while it had this line: "+o.message)
 }
 
-// suspect sends a line back with one more death to its name. A line that was alone with the engine twice is the cause:
-// once may be chance.
+// suspect sends a line back with one more death to its name, unless others are rather to blame. A line that was alone
+// with the engine twice is the cause: once may be chance.
 func (s *session) suspect(l *line, what string) {
+	if l.excused {
+		s.giveBack(l, 0, "engine")
+		return
+	}
 	next := *l.req
 	next.Suspicions++
+	if l.alone {
+		next.Alone++
+	}
 	end := func() {
 		o := &outcome{line: l, verdict: verdict{class: classPermanent, code: proto.CodeEngineCrash,
 			message: proto.Truncate(fmt.Sprintf("%s; that was the %d. time, and it was alone", what, next.Suspicions), proto.MaxMessage)}, took: time.Since(l.started)}
 		s.publish(l, s.result(o))
 	}
-	if l.alone && next.Suspicions >= guilty {
+	if next.Alone >= 2 && next.Suspicions >= guilty {
 		s.Log.Warn("a line stops its engine even alone", "job", l.req.Job, "index", l.req.Index, "suspicions", next.Suspicions)
 		end()
 		return

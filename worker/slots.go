@@ -2,8 +2,6 @@ package worker
 
 import (
 	"context"
-	"math"
-	"slices"
 	"sync"
 	"time"
 
@@ -12,11 +10,20 @@ import (
 
 // slots runs lines, at most limit at once, and keeps a few more ready so that a slot never waits for the broker.
 //
-// The rule for lines that may have killed an engine (their Suspicions count the deaths at which they were in
-// flight): with one suspicion at most √limit of them run at once, so that a second death casts suspicion on few; as
-// many more are kept here for their turn, the rest goes back to the queue for a while. From two suspicions on a line
-// runs alone: nothing is started until the engine is empty, then it, then the next. If the engine dies even so, the
-// line is the cause (see settle).
+// The rule for lines that may have killed an engine (their Suspicions count the deaths for which they were blamed):
+//
+//   - At a death those in flight with the most suspicions are blamed, and nobody else: the others are given back as they
+//     are (see excused). Of lines that nobody suspected, all are.
+//   - Of lines with s suspicions at most limit/4^s run at once, beside others with fewer. So each death leaves a quarter
+//     of those that may be the cause. A smaller share would need fewer deaths, each of which costs a start of the engine,
+//     and more rounds until all groups have had their turn; a larger one the contrary. A quarter is best where a start
+//     takes about as long as a line.
+//   - Where that would be less than two, a line runs alone: nothing is started until the engine is empty, then it, then
+//     the next. If the engine dies even so, twice, the line is the cause (see suspect).
+//
+// With n in flight that is at most ⌈log4 n⌉+2 deaths, and never fewer than guilty.
+//
+// As many suspects as slots wait here for their turn; the rest goes back to the queue for a while.
 type slots struct {
 	run  func(*line) // runs one attempt; returns when the slot is free
 	back func(*line) // gives a suspect back for which there is no room
@@ -30,18 +37,26 @@ type slots struct {
 	trial    bool // what is started now tries the engine
 	full     fullness
 	ready    fifo
-	doubted  fifo // lines with one suspicion for which there is no room among the suspects
-	alone    fifo // lines with two suspicions or more
+	suspects [mostRank + 1]group // by rank; none at 0
 	running  map[*line]struct{}
-	suspects int  // running lines with a suspicion
-	single   bool // the one running line runs alone
-	away     int  // lines that wait for their retry
+	single   bool                    // the one running line runs alone
+	away     int                     // lines that wait for their retry
+	ranks    [mostRank + 1]time.Time // when a line of that rank last left its slot without an answer
 
 	// parked are the ways to runners without a line; the one that ran last comes last. A new one costs more: it grows
 	// its stack anew. They wait until end.
 	parked []chan *line
 	ended  bool
 }
+
+// group is the lines of one rank.
+type group struct {
+	waiting fifo
+	running int
+}
+
+// mostRank is the highest rank: with so many suspicions a line runs alone at any limit.
+const mostRank = 8
 
 // fifo is a queue of lines.
 type fifo struct {
@@ -91,12 +106,28 @@ func (s *slots) setLimit(n int, trial bool) {
 func (s *slots) offer(l *line) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if l.poisonous() {
-		s.alone.push(l)
-	} else {
+	switch r := l.rank(); {
+	case r == 0:
 		s.ready.push(l)
+	case s.suspected() < max(s.limit, 1):
+		s.suspects[r].waiting.push(l)
+	default:
+		s.wg.Add(1)
+		go func() {
+			defer s.wg.Done()
+			s.back(l)
+		}()
 	}
 	s.fill()
+}
+
+// suspected is how many suspects wait for their turn. Called with mu held.
+func (s *slots) suspected() int {
+	n := 0
+	for r := range s.suspects {
+		n += s.suspects[r].waiting.len()
+	}
+	return n
 }
 
 // fill starts lines while there are slots. Called with mu held.
@@ -129,41 +160,24 @@ func (s *slots) pick() *line {
 	if s.single || len(s.running) >= s.limit {
 		return nil
 	}
-	if s.alone.len() > 0 {
-		if len(s.running) > 0 {
+	for r := mostRank; r > 0; r-- {
+		g := &s.suspects[r]
+		switch most := s.limit >> (2 * r); {
+		case g.waiting.len() == 0:
+		case most < 2 && len(s.running) > 0:
 			return nil // until the engine is empty
-		}
-		s.single = true
-		return s.start(s.alone.pop())
-	}
-	return s.pickNext()
-}
-
-// pickNext chooses among the lines that may run beside others. Called with mu held.
-func (s *slots) pickNext() *line {
-	most := s.suspectLimit()
-	if s.suspects < most && s.doubted.len() > 0 {
-		return s.start(s.doubted.pop())
-	}
-	for s.ready.len() > 0 {
-		l := s.ready.pop()
-		switch {
-		case !l.suspect() || s.suspects < most:
-			return s.start(l)
-		case s.doubted.len() < most:
-			s.doubted.push(l)
-		default:
-			s.wg.Add(1)
-			go func() {
-				defer s.wg.Done()
-				s.back(l)
-			}()
+		case most < 2:
+			s.single = true
+			return s.start(g.waiting.pop())
+		case g.running < most:
+			return s.start(g.waiting.pop())
 		}
 	}
-	return nil
+	if s.ready.len() == 0 {
+		return nil
+	}
+	return s.start(s.ready.pop())
 }
-
-func (s *slots) suspectLimit() int { return max(1, int(math.Sqrt(float64(s.limit)))) }
 
 func (s *slots) start(l *line) *line {
 	if s.running == nil {
@@ -174,9 +188,7 @@ func (s *slots) start(l *line) *line {
 	l.pace = proto.Pace{Limit: int64(s.usual()), FullUS: s.full.upTo(l.started).Microseconds()}
 	s.full.see(l.started, len(s.running), s.usual())
 	l.ctx, l.cancel = context.WithCancelCause(context.Background())
-	if l.suspect() {
-		s.suspects++
-	}
+	s.suspects[l.rank()].running++
 	return l
 }
 
@@ -198,13 +210,15 @@ func (s *slots) next(l *line, in chan *line) *line {
 	l.cancel(nil)
 	s.mu.Lock()
 	delete(s.running, l)
-	if l.suspect() {
-		s.suspects--
-	}
+	s.suspects[l.rank()].running--
+	was := s.single
 	s.single = false
 	n := s.pick()
 	if n == nil {
 		s.full.see(time.Now(), len(s.running), s.usual())
+	}
+	if was {
+		s.fill() // the slots that were empty for its sake
 	}
 	switch {
 	case n != nil:
@@ -234,10 +248,35 @@ func (s *slots) room() (room, chunk int) {
 }
 
 func (s *slots) roomLocked() int {
-	if s.single || s.alone.len() > 0 {
+	if s.single || s.emptying() {
 		return 0
 	}
 	return s.limit + s.limit/8 - len(s.running) - s.ready.len() - max(0, s.away-max(s.limit, manyAway))
+}
+
+// emptying says whether nothing is started until a line can run alone. Called with mu held.
+func (s *slots) emptying() bool {
+	for r := mostRank; r > 0; r-- {
+		if s.suspects[r].waiting.len() > 0 && s.limit>>(2*r) < 2 {
+			return true
+		}
+	}
+	return false
+}
+
+// lost takes note that a running line got no answer, and says whether it is excused should the engine have died: lines
+// were there with it that are suspected more.
+func (s *slots) lost(l *line) (excused bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	mine := l.rank()
+	s.ranks[mine] = time.Now()
+	for r := mine + 1; r <= mostRank; r++ {
+		if s.suspects[r].running > 0 || s.ranks[r].After(l.started) {
+			return true
+		}
+	}
+	return false
 }
 
 // manyAway is how many lines may wait for a retry at an engine of few slots. They wait for seconds, which a slot that is
@@ -259,7 +298,11 @@ func (s *slots) stepAway(n int) {
 func (s *slots) takeReady(match func(*line) bool) []*line {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Concat(s.ready.take(match), s.doubted.take(match), s.alone.take(match))
+	out := s.ready.take(match)
+	for r := range s.suspects {
+		out = append(out, s.suspects[r].waiting.take(match)...)
+	}
+	return out
 }
 
 // abort makes the running lines that match come back with a cause.
