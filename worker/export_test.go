@@ -11,9 +11,13 @@ import (
 
 type Rig = rig
 
-func NewRig(tb testing.TB) *Rig                        { return newRig(tb) }
-func (r *rig) Send(reqs ...*proto.Request)             { r.tb.Helper(); r.send(reqs...) }
-func (r *rig) Wait(n int) []*proto.Result              { r.tb.Helper(); return r.wait(n) }
+func NewRig(tb testing.TB) *Rig            { return newRig(tb) }
+func (r *rig) Send(reqs ...*proto.Request) { r.tb.Helper(); r.send(reqs...) }
+func (r *rig) Wait(n int) []*proto.Result  { r.tb.Helper(); return r.wait(n) }
+func (r *rig) WaitFor(d time.Duration, n int) []*proto.Result {
+	r.tb.Helper()
+	return r.waitFor(d, n)
+}
 func (r *rig) Until(what string, ok func() bool)       { r.tb.Helper(); r.until(what, ok) }
 func (r *rig) Settled(n int)                           { r.tb.Helper(); r.settled(n) }
 func (r *rig) State(want string) *proto.Worker         { r.tb.Helper(); return r.state(want) }

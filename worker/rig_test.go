@@ -153,7 +153,13 @@ func requests(n int) []*proto.Request {
 // wait returns the results when there are n.
 func (r *rig) wait(n int) []*proto.Result {
 	r.tb.Helper()
-	timeout := time.After(patient)
+	return r.waitFor(patient, n)
+}
+
+// waitFor is wait for as long as is given.
+func (r *rig) waitFor(d time.Duration, n int) []*proto.Result {
+	r.tb.Helper()
+	timeout := time.After(d)
 	for {
 		got := r.seen()
 		if len(got) >= n {

@@ -235,31 +235,6 @@ func TestSimQueued(t *testing.T) {
 	}
 }
 
-// TestSimPoison: the line that kills engines is found, at whatever place it stands, and it alone fails.
-func TestSimPoison(t *testing.T) {
-	r := worker.NewRig(t)
-	poison := func(c *sim.Config) { c.Faults = sim.Faults{Poison: "arsenic"} }
-	e := newEngine(t, poison)
-	const n = 80
-	reqs := worker.Requests(n)
-	reqs[40].Body = []byte(`{"model":"m","messages":[{"role":"user","content":"arsenic"}]}`)
-	r.Send(reqs...)
-	r.Start(e.client(), func(w *worker.Worker) { w.Concurrency = 16 })
-	deaths := e.immortal(t)
-	results := r.Wait(n)
-	// Two among others, two alone; the last may not be over yet. One more does not count where the line was not seen to
-	// be in the engine.
-	if n := deaths(); n < 3 || n > 6 {
-		t.Errorf("the engine died %d times", n)
-	}
-	for i, res := range worker.Exactly(t, results, n) {
-		if i == 40 && (res.OK || res.Code != proto.CodeEngineCrash) || i != 40 && !res.OK {
-			t.Errorf("index %d: %v %s %s", i, res.OK, res.Code, res.Message)
-		}
-	}
-	r.Settled(0)
-}
-
 // TestSimAuto: the limit follows the cache of the engine, which is never overrun.
 func TestSimAuto(t *testing.T) {
 	r := worker.NewRig(t)
