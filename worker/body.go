@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -68,38 +67,34 @@ func text(v jsontext.Value) string {
 // reply is what an answer with HTTP status 200 holds, as far as the worker looks into it.
 type reply struct {
 	id      string
+	model   string // that it is from, as the engine names it
 	choices int    // -1: no choices
+	items   int    // of data, results or output; -1: none of them is there
 	finish  string // of the first choice
+	limited int    // choices that ended at a limit of tokens
 	abort   bool   // a choice ended because the engine gave it up
 	failed  bool   // a choice or the whole answer ended by an error inside the engine
 	later   bool   // the answer is not there yet
-	whole   bool   // choices, data, output or results are there
+	partial bool   // the engine itself says that it did not end (/v1/responses)
+	stopped bool   // it says that this is for a limit of tokens
+	empty   bool   // a choice holds nothing: no text, tool call, reasoning or refusal; or an embedding has no numbers
 	refusal jsontext.Value
 	usage   []byte // {"usage":…}, or nil
 }
+
+// whole says whether there is an answer at all.
+func (r *reply) whole() bool { return r.choices > 0 || r.items > 0 || r.items == 0 && r.partial }
 
 var errNotJSON = errors.New("not a JSON object")
 
 // readReply goes over an answer once. Its error says that the body is not one whole JSON object.
 func readReply(body []byte) (reply, error) {
-	r := reply{choices: -1}
+	r := reply{choices: -1, items: -1}
 	d := jsontext.NewDecoder(bytes.NewBuffer(body), lenient) // from a buffer it reads in place, and writes nothing there
 	if d.PeekKind() != '{' {
 		return r, errNotJSON
 	}
-	if _, err := d.ReadToken(); err != nil {
-		return r, err
-	}
-	for d.PeekKind() == '"' {
-		name, err := d.ReadToken()
-		if err != nil {
-			return r, err
-		}
-		if err := r.member(d, name.String()); err != nil {
-			return r, err
-		}
-	}
-	if _, err := d.ReadToken(); err != nil { // the closing bracket
+	if err := members(d, func(name string, kind jsontext.Kind) error { return r.member(d, name, kind) }); err != nil {
 		return r, err
 	}
 	if _, err := d.ReadToken(); !errors.Is(err, io.EOF) {
@@ -111,20 +106,29 @@ func readReply(body []byte) (reply, error) {
 	return r, nil
 }
 
-func (r *reply) member(d *jsontext.Decoder, name string) error {
-	kind := d.PeekKind()
+func (r *reply) member(d *jsontext.Decoder, name string, kind jsontext.Kind) error {
 	switch name {
 	case "choices":
 		if kind == '[' {
 			return r.readChoices(d)
 		}
 	case "data", "results", "output":
-		r.whole = r.whole || kind == '['
+		if kind == '[' {
+			return r.readItems(d, name == "data")
+		}
 	case "usage":
 		if kind == '{' {
 			v, err := d.ReadValue()
 			r.usage = append(append(append(make([]byte, 0, len(v)+10), `{"usage":`...), v...), '}')
 			return err
+		}
+	case "incomplete_details":
+		if kind == '{' {
+			return members(d, func(name string, _ jsontext.Kind) error {
+				v, err := d.ReadValue()
+				r.stopped = r.stopped || name == "reason" && string(v) == `"max_output_tokens"`
+				return err
+			})
 		}
 	case "error":
 		if kind != 'n' {
@@ -132,7 +136,7 @@ func (r *reply) member(d *jsontext.Decoder, name string) error {
 			r.refusal = v.Clone()
 			return err
 		}
-	case "id", "status":
+	case "id", "status", "model":
 		if kind == '"' {
 			t, err := d.ReadToken()
 			if err == nil {
@@ -149,12 +153,16 @@ func (r *reply) say(name, v string) {
 	switch {
 	case name == "id":
 		r.id = v
+	case name == "model":
+		r.model = v
 	case v == "cancelled":
 		r.abort = true
 	case v == "failed":
 		r.failed = true
 	case v == "queued", v == "in_progress":
 		r.later = true
+	case v == "incomplete":
+		r.partial = true
 	}
 }
 
@@ -175,31 +183,106 @@ func (r *reply) readChoices(d *jsontext.Decoder) error {
 		}
 		r.choices++
 	}
-	r.whole = r.whole || r.choices > 0
 	_, err := d.ReadToken()
 	return err
 }
 
 func (r *reply) readChoice(d *jsontext.Decoder) error {
+	holds := false
+	err := members(d, func(name string, kind jsontext.Kind) (err error) {
+		switch {
+		case name == "finish_reason" && kind == '"':
+			t, err := d.ReadToken()
+			if err == nil {
+				r.ended(t.String())
+			}
+			return err
+		case name == "message" && kind == '{':
+			return members(d, func(name string, kind jsontext.Kind) error {
+				some, err := holdsSome(d, kind)
+				switch name {
+				case "content":
+					holds = holds || some || kind == '"' // a text may be empty
+				case "tool_calls", "function_call", "reasoning", "reasoning_content", "refusal", "audio":
+					holds = holds || some
+				}
+				return err
+			})
+		case name == "text":
+			holds = kind == '"'
+		}
+		return d.SkipValue()
+	})
+	r.empty = r.empty || !holds
+	return err
+}
+
+// members goes over the members of an object, whose values one reads.
+func members(d *jsontext.Decoder, one func(name string, kind jsontext.Kind) error) error {
 	if _, err := d.ReadToken(); err != nil {
 		return err
 	}
 	for d.PeekKind() == '"' {
-		name, err := d.ReadToken()
+		t, err := d.ReadToken()
 		if err != nil {
 			return err
 		}
-		if name.String() != "finish_reason" || d.PeekKind() != '"' {
+		if err := one(t.String(), d.PeekKind()); err != nil {
+			return err
+		}
+	}
+	_, err := d.ReadToken()
+	return err
+}
+
+// holdsSome passes a value and says whether it is more than null, or an empty list, object or text.
+func holdsSome(d *jsontext.Decoder, kind jsontext.Kind) (bool, error) {
+	if kind == 'n' {
+		return false, d.SkipValue()
+	}
+	if kind != '[' && kind != '{' {
+		v, err := d.ReadValue()
+		return len(v) > len(`""`), err
+	}
+	if _, err := d.ReadToken(); err != nil {
+		return false, err
+	}
+	n := 0
+	for k := d.PeekKind(); k != ']' && k != '}'; k = d.PeekKind() {
+		if err := d.SkipValue(); err != nil {
+			return false, err
+		}
+		n++
+	}
+	_, err := d.ReadToken()
+	return n > 0, err
+}
+
+// readItems counts a list, and looks for embeddings without numbers.
+func (r *reply) readItems(d *jsontext.Decoder, vectors bool) error {
+	if _, err := d.ReadToken(); err != nil {
+		return err
+	}
+	r.items = max(r.items, 0)
+	for k := d.PeekKind(); k != ']'; k = d.PeekKind() {
+		r.items++
+		if k != '{' || !vectors {
 			if err := d.SkipValue(); err != nil {
 				return err
 			}
 			continue
 		}
-		v, err := d.ReadToken()
+		err := members(d, func(name string, kind jsontext.Kind) error {
+			if name != "embedding" {
+				return d.SkipValue()
+			}
+			some, err := holdsSome(d, kind)
+			r.empty = r.empty || !some
+			return err
+		})
 		if err != nil {
 			return err
 		}
-		r.ended(v.String())
 	}
 	_, err := d.ReadToken()
 	return err
@@ -209,69 +292,9 @@ func (r *reply) ended(finish string) {
 	if r.choices == 0 {
 		r.finish = finish
 	}
+	if finish == "length" {
+		r.limited++
+	}
 	r.abort = r.abort || finish == "abort"
 	r.failed = r.failed || finish == "error"
-}
-
-const noMaxTokens = 512 // output tokens expected of a body that sets no limit
-
-// wish is what a body asks for. Zero: nobody has looked.
-type wish struct {
-	most    int // output tokens, over all its sequences
-	choices int // sequences: n for each prompt
-}
-
-// readWish finds how long an answer a body asks for.
-func readWish(body []byte) wish {
-	d := jsontext.NewDecoder(bytes.NewBuffer(body), lenient) // in place, see readReply
-	if t, err := d.ReadToken(); err != nil || t.Kind() != '{' {
-		return wish{noMaxTokens, 1}
-	}
-	tokens, n, prompts, unused := noMaxTokens, 1, 1, 0
-	for d.PeekKind() == '"' {
-		name, err := d.ReadToken()
-		if err != nil {
-			break
-		}
-		to := &n
-		switch name.String() {
-		case "max_tokens", "max_completion_tokens", "max_output_tokens":
-			to = &tokens
-		case "n":
-		case "prompt", "input":
-			prompts = countPrompts(d)
-			continue
-		default:
-			to = &unused
-		}
-		v, err := d.ReadValue()
-		if err != nil {
-			break
-		}
-		if i, err := strconv.Atoi(string(v)); err == nil && i > 0 {
-			*to = min(i, 1<<20)
-		}
-	}
-	sequences := min(n, 128) * prompts
-	return wish{tokens * sequences, sequences}
-}
-
-// countPrompts reads a value that is one prompt (a text, or an array of tokens) or an array of prompts. Messages of
-// the Responses API, which are objects, make one prompt.
-func countPrompts(d *jsontext.Decoder) (n int) {
-	if d.PeekKind() != '[' {
-		_, _ = d.ReadValue() // an error comes again with the next name
-		return 1
-	}
-	_, _ = d.ReadToken()
-	for k := d.PeekKind(); k != ']' && k != 0; k = d.PeekKind() {
-		if k == '"' || k == '[' {
-			n++
-		}
-		if d.SkipValue() != nil {
-			break
-		}
-	}
-	_, _ = d.ReadToken()
-	return min(max(n, 1), 1<<10)
 }

@@ -39,6 +39,10 @@ type verdict struct {
 	same    string // equal for errors that are alike, see there
 	noRoute bool   // it does not look like the line's fault but as if the engine had no such route
 	finish  string
+	parts   int           // choices, or items of a list
+	limited bool          // all of them ended at a limit of tokens
+	cut     bool          // see against
+	model   string        // that the engine names
 	id      string        // the engine's id of the answer
 	delay   time.Duration // how long the engine asks to be left alone
 	usage   proto.Usage
@@ -62,9 +66,9 @@ type verdict struct {
 //	no connection                              the engine never had it
 //	no whole answer                            broken, or too late
 //
-// A 200 whose content is null is done: tool calls look like that, and so does what vLLM's Rust frontend says to a
-// malformed JSON schema (0.26). A 200 without usage is done too, uncounted; one that has neither usage nor a
-// finish_reason is not, since some engines say an abort like that.
+// A 200 whose content is null is done where it holds something else, as a tool call. One that holds nothing is what
+// vLLM's Rust frontend says to a malformed JSON schema (0.26). A 200 without usage is done too, uncounted; one that has
+// neither usage nor a finish_reason is not, since some engines say an abort like that.
 func classify(url string, a Answer, err error) verdict {
 	var v verdict
 	switch {
@@ -116,18 +120,21 @@ func classifyReply(url string, a Answer) verdict {
 		return bad("HTTP %d with a body that is not whole JSON: %v", a.Status, err)
 	case r.abort:
 		return verdict{class: classLost, message: "the engine gave the request up", id: r.id}
-	case r.refusal != nil && !r.whole:
+	case r.refusal != nil && !r.whole():
 		return classifyInside(a, r)
 	case r.failed:
 		return bad("the engine ended the answer with an error")
 	case r.later:
 		return bad("the engine answered before its work was done")
-	case !r.whole:
+	case !r.whole():
 		return bad("HTTP %d without choices, data, output or results, from %s", a.Status, url)
+	case r.empty:
+		return bad("HTTP %d with an answer that holds nothing: no text, tool call, reasoning or refusal, or a vector without numbers", a.Status)
 	case r.choices >= 0 && r.finish == "" && r.usage == nil:
 		return bad("HTTP %d without finish_reason and usage", a.Status)
 	}
-	v := verdict{class: classDone, finish: r.finish, id: r.id}
+	v := verdict{class: classDone, finish: r.finish, id: r.id, model: r.model, parts: max(r.choices, r.items),
+		limited: r.choices > 0 && r.limited == r.choices || r.stopped}
 	if r.usage != nil { // the rest of a long answer need not be read twice
 		v.usage = proto.ReadUsage(r.usage)
 	}

@@ -96,7 +96,11 @@ func TestClassifyRecordings(t *testing.T) {
 		v := classify(r.Path, r.answer(), nil)
 		fmt.Fprintf(&b, "%s\t%s\t%d\t%v\t%s\t%s", r.File, r.Name, r.Status, v.class, v.code, v.finish)
 		if v.class == classDone {
+			v = v.against(&proto.Request{URL: r.Path, Body: []byte(r.Request)})
 			fmt.Fprintf(&b, "\t%d+%d", v.usage.Prompt, v.usage.Completion)
+			if v.cut {
+				b.WriteString("\tcut")
+			}
 			if want := proto.ReadUsage([]byte(r.Body)); v.usage != want {
 				t.Errorf("%s %s: usage %+v, proto reads %+v", r.File, r.Name, v.usage, want)
 			}
@@ -130,7 +134,7 @@ func TestReadInPlace(t *testing.T) {
 		for _, n := range []int{len(want), len(want) * 2 / 3, len(want) / 3} {
 			body := []byte(want[:n])
 			_, _ = readReply(body) // whether it can be read does not matter here
-			readWish(body)
+			readDemand(body)
 			if string(body) != want[:n] {
 				t.Errorf("%q became %q", want[:n], body)
 			}
@@ -184,27 +188,27 @@ func TestClassify(t *testing.T) {
 		{"404 empty", 404, ``, nil, classPermanent, proto.CodeInvalidRequest},
 		{"redirect", 307, ``, nil, classRetry, proto.CodeEngineError},
 		{"abort", 200, aborted, nil, classLost, ""},
-		{"second choice aborted", 200, `{"choices":[{"finish_reason":"stop"},{"finish_reason":"abort"}],"usage":{}}`, nil, classLost, ""},
+		{"second choice aborted", 200, `{"choices":[{"text":"","finish_reason":"stop"},{"finish_reason":"abort"}],"usage":{}}`, nil, classLost, ""},
 		{"responses cancelled", 200, `{"id":"r","status":"cancelled","output":[]}`, nil, classLost, ""},
 		{"responses failed", 200, `{"id":"r","status":"failed","error":{"message":"x"},"output":[]}`, nil, classRetry, proto.CodeBadResponse},
 		{"finish error", 200, `{"choices":[{"finish_reason":"error"}],"usage":{}}`, nil, classRetry, proto.CodeBadResponse},
 		{"empty", 200, ``, nil, classRetry, proto.CodeBadResponse},
 		{"half", 200, `{"id":"c","choices":[{"index":0,"mess`, nil, classRetry, proto.CodeBadResponse},
-		{"two documents", 200, `{"choices":[{"finish_reason":"stop"}]}{}`, nil, classRetry, proto.CodeBadResponse},
+		{"two documents", 200, `{"choices":[{"text":"","finish_reason":"stop"}]}{}`, nil, classRetry, proto.CodeBadResponse},
 		{"no choices", 200, `{"id":"c","usage":{}}`, nil, classRetry, proto.CodeBadResponse},
 		{"empty choices", 200, `{"choices":[],"usage":{}}`, nil, classRetry, proto.CodeBadResponse},
 		{"choices are no list", 200, `{"choices":7,"usage":{}}`, nil, classRetry, proto.CodeBadResponse},
 		{"array", 200, `[]`, nil, classRetry, proto.CodeBadResponse},
 		{"html", 200, `<html></html>`, nil, classRetry, proto.CodeBadResponse},
-		{"no usage", 200, `{"choices":[{"finish_reason":"stop"}]}`, nil, classDone, ""},
-		{"no finish", 200, `{"choices":[{"finish_reason":null}],"usage":{"prompt_tokens":1}}`, nil, classDone, ""},
-		{"neither", 200, `{"choices":[{"finish_reason":null}]}`, nil, classRetry, proto.CodeBadResponse},
+		{"no usage", 200, `{"choices":[{"text":"","finish_reason":"stop"}]}`, nil, classDone, ""},
+		{"no finish", 200, `{"choices":[{"text":"","finish_reason":null}],"usage":{"prompt_tokens":1}}`, nil, classDone, ""},
+		{"neither", 200, `{"choices":[{"text":"","finish_reason":null}]}`, nil, classRetry, proto.CodeBadResponse},
 		{"embeddings", 200, `{"object":"list","data":[{"embedding":[1]}],"usage":{"prompt_tokens":1}}`, nil, classDone, ""},
 		{"rerank", 200, `{"id":"r","results":[{"index":0}]}`, nil, classDone, ""},
 		{"SGLang overload", 200, `{"error":{"message":"The request queue is full.","code":503}}`, nil, classBusy, ""},
 		{"SGLang bad request", 200, `{"error":{"message":"bad","code":400}}`, nil, classPermanent, proto.CodeInvalidRequest},
 		{"error without code", 200, `{"error":{"message":"bad"}}`, nil, classRetry, proto.CodeBadResponse},
-		{"error null", 200, `{"error":null,"choices":[{"finish_reason":"stop"}],"usage":{}}`, nil, classDone, ""},
+		{"error null", 200, `{"error":null,"choices":[{"text":"","finish_reason":"stop"}],"usage":{}}`, nil, classDone, ""},
 		{"refused", 0, ``, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}, classUnreached, proto.CodeTransport},
 		{"no such host", 0, ``, &net.DNSError{}, classUnreached, proto.CodeTransport},
 		{"reset", 0, ``, &net.OpError{Op: "read", Err: syscall.ECONNRESET}, classBroken, proto.CodeTransport},
@@ -272,7 +276,7 @@ func FuzzClassify(f *testing.F) {
 		}
 		classify("/v1/completions", Answer{Status: 400, Body: b}, nil)
 		readGauges(b)
-		readWish(b)
+		readDemand(b)
 	})
 }
 

@@ -173,7 +173,7 @@ func (l *limit) asks(body []byte) wish {
 	if !look {
 		return wish{}
 	}
-	return readWish(body)
+	return readDemand(body).wish()
 }
 
 // finished takes in what a line held that was answered now. Lines whose engine counts nothing do not tell.

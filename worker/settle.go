@@ -47,7 +47,11 @@ func (s *session) attempt(l *line) {
 	if err == nil {
 		s.metrics.seconds.WithLabelValues(l.queue.model).Observe(took.Seconds())
 	}
-	s.settle(&outcome{line: l, verdict: classify(l.req.URL, a, err), answer: a, took: took})
+	v := classify(l.req.URL, a, err)
+	if v.class == classDone {
+		v = v.against(l.req)
+	}
+	s.settle(&outcome{line: l, verdict: v, answer: a, took: took})
 }
 
 // said is what the engine said, in short.

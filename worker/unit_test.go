@@ -138,7 +138,7 @@ func TestReadWish(t *testing.T) {
 		`{"prompt":[[1,2],[3]],"max_tokens":4}`: {8, 2}, `{"prompt":[],"max_tokens":4}`: one(4), `{"input":[{"role":"user"},{"role":"user"}],"max_output_tokens":4}`: one(4),
 		`{"prompt":["a",`: one(noMaxTokens), `{"prompt":`: one(noMaxTokens),
 	} {
-		if got := readWish([]byte(body)); got != want {
+		if got := readDemand([]byte(body)).wish(); got != want {
 			t.Errorf("%s: %v, want %v", body, got, want)
 		}
 	}
