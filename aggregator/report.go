@@ -39,8 +39,8 @@ type partKey struct{ model, worker string }
 
 // totals are what can be summed.
 type totals struct {
-	completed, failed, attempts, uncounted int64
-	usage                                  proto.Usage
+	completed, failed, attempts, uncounted, cut int64
+	usage                                       proto.Usage
 }
 
 // Times of requests, in µs. A percentile is within 1 % (per worker) or 0.1 % (per model).
@@ -141,6 +141,9 @@ func (t *totals) add(r *proto.Result) {
 		if !r.Usage.Counted {
 			t.uncounted++
 		}
+		if r.ContextCut {
+			t.cut++
+		}
 	} else {
 		t.failed++
 	}
@@ -153,6 +156,7 @@ func (t *totals) sum(o totals) {
 	t.failed += o.failed
 	t.attempts += o.attempts
 	t.uncounted += o.uncounted
+	t.cut += o.cut
 	addUsage(&t.usage, o.usage, 1)
 }
 
@@ -271,7 +275,7 @@ func (g *group) figures() Figures {
 func figures(t totals, when *spans, work *timeline, times *hdrhistogram.Histogram) Figures {
 	f := Figures{
 		Completed: t.completed, Failed: t.failed, Attempts: t.attempts, WithoutUsage: t.uncounted,
-		InputTokens: t.usage.Prompt, OutputTokens: t.usage.Completion, CachedTokens: t.usage.Cached,
+		InputTokens: t.usage.Prompt, OutputTokens: t.usage.Completion, CachedTokens: t.usage.Cached, ContextCut: t.cut,
 	}
 	if times != nil && times.TotalCount() > 0 {
 		ms := func(us float64) *float64 { return round(us / 1e3) }

@@ -32,6 +32,9 @@ type Figures struct {
 	OutputTokens int64 `json:"total_output_tokens"` // completion tokens
 	CachedTokens int64 `json:"cached_tokens"`       // prompt tokens that came from the engine's prefix cache
 	WithoutUsage int64 `json:"completed_without_usage"`
+	// ContextCut are those of Completed that ended at a limit of tokens with fewer than their line asked for: prompt and
+	// output together exceed the engine's context, and it cut the rest off without an error.
+	ContextCut int64 `json:"context_cut"`
 
 	Duration float64 `json:"duration"` // s; from the start of the first request to the end of the last
 	// Idle is how much of Duration no request that ended its line was at an engine, in s: the time between two runs of a job

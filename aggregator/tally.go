@@ -38,6 +38,9 @@ func (t *tally) add(r *proto.Result, sign int64) {
 	t.attempts += sign * attempts(r)
 	addUsage(&t.usage, r.Usage, sign)
 	addUsage(&m.Usage, r.Usage, sign)
+	if r.ContextCut {
+		m.ContextCut += sign
+	}
 }
 
 func (t *tally) model(name string) *proto.ModelProgress {

@@ -26,7 +26,7 @@ import (
 // What differs is returned as reasons; none means VALID. The error is about the manifest itself.
 //
 // Not to be had from the files, and so not verified: all times and what is made of them (durations, rates, windows),
-// cached and wasted tokens, attempts, the parts of models and workers beyond their sums, engines, and the input, which
+// cached and wasted tokens, attempts, answers cut at the context (what a line asked for is not in them), the parts of models and workers beyond their sums, engines, and the input, which
 // is not read: its SHA-256 in the manifest is that of its plain lines.
 func Verify(manifest string) (*Manifest, []string, error) {
 	return VerifyContext(context.Background(), manifest)
@@ -226,6 +226,7 @@ func (a *audit) statistics(m *Manifest) {
 		parts.OutputTokens += p.OutputTokens
 		parts.CachedTokens += p.CachedTokens
 		parts.WithoutUsage += p.WithoutUsage
+		parts.ContextCut += p.ContextCut
 	}
 	var failures int64
 	for _, f := range s.Failures {
@@ -247,6 +248,7 @@ func (a *audit) statistics(m *Manifest) {
 		{"output tokens of all models", s.OutputTokens, parts.OutputTokens},
 		{"cached tokens of all models", s.CachedTokens, parts.CachedTokens},
 		{"lines without usage of all models", s.WithoutUsage, parts.WithoutUsage},
+		{"lines of all models that were cut at the context", s.ContextCut, parts.ContextCut},
 	} {
 		if c.want != c.got {
 			a.say("the manifest says that there are %d %s, and elsewhere %d", c.got, c.what, c.want)

@@ -104,6 +104,9 @@ type Result struct {
 	LoadUS     int64  // from the start of that worker until its engine was first ready
 	Attempts   []Attempt
 	Pace       Pace // of that worker around this attempt
+	// ContextCut says that the engine ended the answer before the limit of tokens that its body sets, since prompt and
+	// output together exceed the context, or a limit of the engine's own.
+	ContextCut bool
 }
 
 func (r *Result) visit(c *codec) {
@@ -127,6 +130,7 @@ func (r *Result) visit(c *codec) {
 	c.int(&r.LoadUS)
 	list(c, &r.Attempts)
 	c.nested(&r.Pace)
+	c.bool(&r.ContextCut)
 }
 
 // Pace is how full a worker kept its engine, and what the engine paid for that, as far as the worker knew when it started

@@ -178,12 +178,22 @@ type Progress struct {
 	After      int64   // of the job it speaks of
 }
 
+// ContextCut counts the answers that were cut, of all models; see Result.
+func (p *Progress) ContextCut() (n int64) {
+	for i := range p.Models {
+		n += p.Models[i].ContextCut
+	}
+	return n
+}
+
 // ModelProgress is the part of a model in a job's progress.
 type ModelProgress struct {
 	Model  string
 	OK     int64
 	Failed int64
 	Usage  Usage
+	// ContextCut are those of OK whose answers were cut; see Result.
+	ContextCut int64
 }
 
 func (m *ModelProgress) visit(c *codec) {
@@ -191,6 +201,7 @@ func (m *ModelProgress) visit(c *codec) {
 	c.int(&m.OK)
 	c.int(&m.Failed)
 	c.nested(&m.Usage)
+	c.int(&m.ContextCut)
 }
 
 // ErrorCount is one kind of failure, how often it came and one example.

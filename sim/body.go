@@ -47,6 +47,7 @@ type fields struct {
 	RequestID           jsontext.Value `json:"request_id"`
 	EncodingFormat      jsontext.Value `json:"encoding_format"`
 	Dimensions          jsontext.Value `json:"dimensions"`
+	ResponseFormat      jsontext.Value `json:"response_format"`
 }
 
 // promptField is the raw value that PromptHash is about.
@@ -79,7 +80,7 @@ type request struct {
 
 // readRequest reads and validates a body as far as vLLM does before it looks at
 // the model's name.
-func readRequest(r *http.Request, to route) (*request, *apiError) {
+func (e *Engine) readRequest(r *http.Request, to route) (*request, *apiError) {
 	if kind, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";"); !strings.EqualFold(strings.TrimSpace(kind), "application/json") {
 		return nil, unsupportedMedia()
 	}
@@ -92,6 +93,9 @@ func readRequest(r *http.Request, to route) (*request, *apiError) {
 	}
 	req := &request{route: to}
 	if err := json.Unmarshal(body, &req.fields, lenient()); err != nil {
+		if e.cfg.Frontend == FrontendPython26 && jsontext.Value(body).Kind() == '[' {
+			return nil, internalError("'list' object has no attribute 'get'")
+		}
 		return nil, badBody(body)
 	}
 	if fail := req.validate(body); fail != nil {

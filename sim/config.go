@@ -83,6 +83,12 @@ type Config struct {
 
 	// Seed makes fault decisions and output lengths repeat.
 	Seed uint64
+	// Frontend is which HTTP server is simulated. Default FrontendPython.
+	Frontend Frontend
+	// AnyModel answers whatever model a request names, as llama.cpp does.
+	AnyModel bool
+	// DevMode serves /is_sleeping, as VLLM_SERVER_DEV_MODE=1 does.
+	DevMode bool
 	// Version is what /version reports. Default "0.32.0-sim".
 	Version string
 	// Shutdown is what happens to requests in flight when Serve is told to end.
@@ -108,6 +114,7 @@ func (c Config) withDefaults() (Config, error) {
 	def(&c.MaxBatchedTokens, 2048)
 	def(&c.BytesPerToken, 4)
 	def(&c.OutputTokens, Range{32, 256})
+	def(&c.Frontend, FrontendPython)
 	def(&c.Version, "0.32.0-sim")
 	def(&c.Shutdown, ShutdownError)
 	def(&c.KeepAlive, 5*time.Second)
@@ -155,6 +162,9 @@ func (c Config) check() error {
 	case ShutdownError, ShutdownAbort, ShutdownHang, ShutdownDrain:
 	default:
 		return fmt.Errorf("--shutdown is %q, must be error, abort, hang or drain", c.Shutdown)
+	}
+	if err := c.Frontend.check(); err != nil {
+		return err
 	}
 	if err := c.Faults.check(); err != nil {
 		return fmt.Errorf("--faults: %w", err)

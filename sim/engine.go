@@ -107,7 +107,7 @@ func (e *Engine) awaitWork(ctx context.Context) bool {
 			return false
 		default:
 		}
-		if !e.faults.Load().Hang || e.aborting.Load() {
+		if !e.faults.Load().stand() || e.aborting.Load() {
 			e.takeIn()
 			if e.sched.busy() {
 				return true

@@ -43,6 +43,9 @@ type Faults struct {
 	// Hang stops the scheduler: /health stays 200, the gauges freeze, nothing is
 	// answered. Setting it back to false goes on where it stopped.
 	Hang bool `json:"hang,omitzero"`
+	// Asleep is an engine that was put to sleep: /health stays 200, /is_sleeping and
+	// engine_sleep_state say so, nothing is answered.
+	Asleep bool `json:"asleep,omitzero"`
 	// Crash kills the engine now; see Engine.Kill. It is not kept.
 	Crash bool `json:"crash,omitzero"`
 	// CrashAfter kills the engine when the request of that number, counted from
@@ -95,6 +98,9 @@ func (f *Faults) check() error {
 	}
 	return nil
 }
+
+// stand says whether the scheduler stands still.
+func (f *Faults) stand() bool { return f.Hang || f.Asleep }
 
 type fault int
 

@@ -22,6 +22,9 @@ type label struct{ name, value string }
 // serveMetrics is GET /metrics.
 func (e *Engine) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	m := &metricsText{model: e.cfg.Models[0], created: e.stats.created}
+	if e.cfg.Frontend != FrontendRust {
+		m.sleepState(e.faults.Load().Asleep)
+	}
 	e.stats.mu.Lock()
 	m.gaugesAndCounters(e.stats)
 	m.histograms(e.stats)
@@ -29,6 +32,16 @@ func (e *Engine) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	m.cacheConfig(e.cfg)
 	w.Header().Set("Content-Type", "text/plain; version=1.0.0; charset=utf-8")
 	w.Write(m.b)
+}
+
+func (m *metricsText) sleepState(asleep bool) {
+	v := []float64{1, 0, 0}
+	if asleep {
+		v = []float64{0, 1, 0}
+	}
+	m.head("engine_sleep_state", "gauge", "Engine sleep state; awake = 0 means engine is sleeping; awake = 1 means engine is awake; "+
+		"weights_offloaded = 1 means sleep level 1; discard_all = 1 means sleep level 2.")
+	m.by("engine_sleep_state", "sleep_state", []string{"awake", "weights_offloaded", "discard_all"}, v)
 }
 
 func (m *metricsText) gaugesAndCounters(s *stats) {
@@ -41,9 +54,6 @@ func (m *metricsText) gaugesAndCounters(s *stats) {
 	m.head("num_requests_waiting_by_reason", "gauge", "Number of waiting requests by reason. Reason labels: 'capacity' = waiting for scheduling capacity; "+
 		"'deferred' = deferred by transient constraints (LoRA budget, KV transfer, blocked status). Sum of all reasons equals vllm:num_requests_waiting.")
 	m.by("num_requests_waiting_by_reason", "reason", []string{"capacity", "deferred"}, []float64{float64(s.waiting), 0})
-	m.head("engine_sleep_state", "gauge", "Engine sleep state; awake = 0 means engine is sleeping; awake = 1 means engine is awake; "+
-		"weights_offloaded = 1 means sleep level 1; discard_all = 1 means sleep level 2.")
-	m.by("engine_sleep_state", "sleep_state", []string{"awake", "weights_offloaded", "discard_all"}, []float64{1, 0, 0})
 	m.gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", s.usage)
 	m.counter("prefix_cache_queries", "Prefix cache queries, in terms of number of queried tokens.", n(s.queried))
 	m.counter("prefix_cache_hits", "Prefix cache hits, in terms of number of cached tokens.", n(s.hit))

@@ -172,7 +172,7 @@ func (e *Engine) tokens(field string, v jsontext.Value) (string, *apiError) {
 // checkPrompt refuses what leaves no room for an output.
 func (e *Engine) checkPrompt(q *request, texts []string) *apiError {
 	limit := e.cfg.MaxModelLen
-	if q.hasMax && q.maxTokens > limit {
+	if q.hasMax && q.maxTokens > limit && e.cfg.Frontend != FrontendRust {
 		return badRequest("max_tokens", "max_tokens=%d cannot be greater than max_model_len=%d. "+
 			"Please request fewer output tokens. (parameter=max_tokens, value=%d)", q.maxTokens, limit, q.maxTokens)
 	}
@@ -188,7 +188,7 @@ func (e *Engine) checkPrompt(q *request, texts []string) *apiError {
 				"number of text tokens (prompt + requested output tokens).", n, limit)
 		}
 	}
-	return nil
+	return e.checkContext(q, texts)
 }
 
 func (e *Engine) countTokens(text string) int {

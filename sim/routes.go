@@ -30,6 +30,9 @@ func (e *Engine) Handler() http.Handler {
 		"/v1/models":  get(e.serveModels),
 		"/sim/faults": {http.MethodGet: e.serveFaults, http.MethodPost: e.serveFaults},
 	}
+	if e.cfg.DevMode {
+		routes["/is_sleeping"] = get(e.serveSleeping)
+	}
 	if e.cfg.EmbeddingDim > 0 {
 		routes["/v1/embeddings"] = work(routeEmbedding)
 	} else {

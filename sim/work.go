@@ -15,12 +15,16 @@ import (
 // model, life, queue limit, prompt, sampling values. Only then it counts as an
 // arrival, so that refused requests do not shift the faults of the others.
 func (e *Engine) work(w http.ResponseWriter, r *http.Request, to route) {
-	q, fail := readRequest(r, to)
+	q, fail := e.readRequest(r, to)
 	if fail == nil {
 		fail = e.checkModel(q)
 	}
 	if fail != nil {
 		fail.write(w)
+		return
+	}
+	if e.isDead() {
+		e.answerDead(w)
 		return
 	}
 	texts, refused := e.render(q)
@@ -46,11 +50,8 @@ func (e *Engine) work(w http.ResponseWriter, r *http.Request, to route) {
 }
 
 func (e *Engine) checkModel(q *request) *apiError {
-	if q.model != "" && !slices.Contains(e.cfg.Models, q.model) {
+	if q.model != "" && !e.cfg.AnyModel && !slices.Contains(e.cfg.Models, q.model) {
 		return unknownModel(q.model, e.aliases())
-	}
-	if e.isDead() {
-		return engineDead()
 	}
 	return nil
 }
@@ -74,7 +75,10 @@ func (e *Engine) check(q *request, texts []string) *apiError {
 	if fail := e.checkPrompt(q, texts); fail != nil {
 		return fail
 	}
-	return q.checkSampling()
+	if fail := q.checkSampling(); fail != nil {
+		return fail
+	}
+	return e.checkSchema(q)
 }
 
 // newCall lays out the sequences: for each prompt n choices, in the order of
@@ -156,7 +160,9 @@ func (e *Engine) answer(w http.ResponseWriter, r *http.Request, q *request, c *c
 	case events != nil:
 		events.send(a)
 	case dead:
-		engineDead().write(w)
+		e.answerDead(w)
+	case q.nonsense() != "":
+		deliver(w, withoutContent(a.body()), v.kind)
 	default:
 		deliver(w, a.body(), v.kind)
 	}

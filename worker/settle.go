@@ -225,7 +225,7 @@ func (s *session) result(o *outcome) *proto.Result {
 	_, _, _, loaded := s.gate.view()
 	r := &proto.Result{
 		Job: o.req.Job, Index: o.req.Index, CustomID: o.req.CustomID, Model: o.req.Model, URL: o.req.URL,
-		OK: o.class == classDone, Status: int64(o.answer.Status), RequestID: o.id, Body: o.answer.Body,
+		OK: o.class == classDone, ContextCut: o.cut, Status: int64(o.answer.Status), RequestID: o.id, Body: o.answer.Body,
 		Code: o.code, Message: o.message, Finish: o.finish, Usage: o.usage, Attempts: o.req.Attempts,
 		Worker: s.id, StartUS: o.started.Sub(s.began).Microseconds(), DurationUS: o.took.Microseconds(), LoadUS: loaded.Microseconds(),
 		Pace: o.pace,
@@ -263,7 +263,7 @@ const payloadSlack = 1 << 10
 // tooLarge is what is published instead of a result that fits no message.
 func tooLarge(r *proto.Result, limit int64) *proto.Result {
 	t := *r
-	t.OK, t.Code, t.Finish = false, proto.CodeResponseTooLarge, ""
+	t.OK, t.Code, t.Finish, t.ContextCut = false, proto.CodeResponseTooLarge, "", false
 	t.Message = fmt.Sprintf("the answer has %d bytes and does not fit a message of %d bytes", len(r.Body), limit)
 	t.Status, t.Body = 0, nil
 	return &t

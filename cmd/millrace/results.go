@@ -157,9 +157,9 @@ func (a *app) verifyCommand() *cobra.Command {
 		Long: `Read the files of a finished job again and compare them with its manifest: SHA-256, bytes, lines and tokens of each,
 every line of the input once, no custom_id twice, and counts and token sums that agree with each other.
 
-Times and rates, cached and wasted tokens, attempts and engines are not in the files, so they are not verified. Nor is
-the input: input.sha256 in the manifest is the SHA-256 of its plain lines, as sha256sum prints it for a file that is not
-compressed and was read whole.`,
+Times and rates, cached and wasted tokens, attempts, answers that were cut at the context (it is not there
+what a line asked for) and engines are not in the files, so they are not verified. Nor is the input: input.sha256 in the
+manifest is the SHA-256 of its plain lines, as sha256sum prints it for a file that is not compressed and was read whole.`,
 		Args: wants("MANIFEST|DIR|JOB"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var reasons []string

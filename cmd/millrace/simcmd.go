@@ -15,21 +15,21 @@ import (
 
 func (a *app) simCommand() *cobra.Command {
 	var c sim.Config
-	var addr, faults, shutdown string
+	var addr, faults, shutdown, frontend string
 	cmd := &cobra.Command{
 		Use:   "sim",
 		Short: "A simulated vLLM: same routes, errors, metrics and manners of dying, at a speed you choose",
 		Long: `Serve a look-alike of vLLM whose text is simulated. Its scheduler works in steps as vLLM's does; a step takes
 --step-time, plus --decode-time for each sequence, plus --prefill-time for each prompt token. Faults can be set at
 the start (--faults) and changed while it runs (POST /sim/faults): shares of requests that fail (errors by HTTP status,
-abort, torn, reset, empty, garbage) or are slow (slow, slow_factor); true for hang or crash; crash_after a number of
+abort, torn, reset, empty, garbage) or are slow (slow, slow_factor); true for hang, asleep or crash; crash_after a number of
 requests; poison, a text in a prompt that kills it.`,
 		Args: wants(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkAddr("--addr", addr); err != nil {
 				return err
 			}
-			c.Shutdown = sim.Shutdown(shutdown)
+			c.Shutdown, c.Frontend = sim.Shutdown(shutdown), sim.Frontend(frontend)
 			if faults != "" {
 				var err error
 				if c.Faults, err = sim.ParseFaults([]byte(faults)); err != nil {
@@ -61,6 +61,9 @@ requests; poison, a text in a prompt that kills it.`,
 	f.StringVar(&c.APIKey, "api-key", "", "API key to ask for")
 	f.Uint64Var(&c.Seed, "seed", 0, "seed of faults and output lengths")
 	f.StringVar(&shutdown, "shutdown", "error", "what a signal does to requests in flight: error, abort, hang or drain")
+	f.StringVar(&frontend, "frontend", "python", "HTTP server to simulate: python, python-0.26 or rust, which differ in what they refuse, cut and reset")
+	f.BoolVar(&c.DevMode, "dev-mode", false, "serve /is_sleeping, as VLLM_SERVER_DEV_MODE=1 does")
+	f.BoolVar(&c.AnyModel, "any-model", false, "answer whatever model a request names, as llama.cpp does")
 	f.StringVar(&faults, "faults", "", "faults as `JSON`, such as "+`{"errors":{"500":0.01},"abort":0.01}`)
 	f.BoolVar(&c.Null, "null", false, "constant answers at once, for benchmarks")
 	return cmd

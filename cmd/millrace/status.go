@@ -39,6 +39,7 @@ type jobRow struct {
 	Enqueued   int64            `json:"enqueued"`
 	Resent     int64            `json:"resent"`
 	Duplicates int64            `json:"duplicates"`
+	ContextCut int64            `json:"context_cut"`
 	Prompt     int64            `json:"prompt_tokens"`
 	Completion int64            `json:"completion_tokens"`
 	RateLines  float64          `json:"lines_per_second"`
@@ -78,7 +79,7 @@ func rowOfJob(v *broker.JobView) jobRow {
 		ID: v.Job.ID, Name: v.Job.Name, State: v.State(), Outcome: outcome(p), Note: note(v), Lines: v.Job.Lines, OK: p.OK, Failed: p.Failed,
 		Enqueued: v.Feed.Enqueued, Resent: v.Feed.Resent, Duplicates: p.Duplicates, Prompt: p.Usage.Prompt,
 		Completion: p.Usage.Completion, RateLines: p.RateLines, RateTokens: p.RateTokens, Input: v.Job.Input,
-		SHA256: v.Job.SHA256, Models: map[string]int64{}, Host: p.Host, Output: p.Output, Errors: p.ErrorFile,
+		SHA256: v.Job.SHA256, Models: map[string]int64{}, ContextCut: p.ContextCut(), Host: p.Host, Output: p.Output, Errors: p.ErrorFile,
 		Manifest: p.Manifest, Verdict: p.Verdict, Want: v.Control.Want, Reason: v.Control.Reason, By: v.Control.By,
 	}
 	for _, m := range v.Job.Models {

@@ -75,6 +75,9 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 		fmt.Fprintln(w, "the text is simulated: no model ran, and the figures are the simulator's")
 	}
 	printFigures(w, m.Statistics)
+	if s := cuts(m.Statistics.ContextCut); s != "" {
+		fmt.Fprintln(w, s)
+	}
 	printEngines(w, m.Engines)
 	if s := repeats(&m.Statistics.Dropped.Losses); s != "" {
 		fmt.Fprintln(w, s)
@@ -136,6 +139,14 @@ func figures(name string, f *aggregator.Figures) []string {
 	}
 	return []string{name, fmt.Sprint(f.Completed), fmt.Sprint(f.Failed), fmt.Sprint(f.Attempts), fmt.Sprint(f.InputTokens), fmt.Sprint(f.OutputTokens),
 		figure(f.OutputThroughput, 1, 0), figure(f.TotalThroughput, 1, 0), steadyOut, steadyTotal, figure(f.P50MS, 1000, 3), figure(f.P95MS, 1000, 3)}
+}
+
+// cuts says how many answers the engine cut without an error; empty: none.
+func cuts(n int64) string {
+	if n == 0 {
+		return ""
+	}
+	return count(n, "answer") + " ended with fewer tokens than the line asked for: prompt and output exceed the engine's context; give such lines a smaller max_tokens, or the engine a longer context"
 }
 
 // repeats says what came and does not count, with its tokens; empty: nothing.

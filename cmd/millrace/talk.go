@@ -71,7 +71,11 @@ func (t *talk) see(v broker.JobView) {
 			why = "; " + t.note
 		}
 		t.said, t.ended = now, ended
-		fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s%s\n", t.job.ID, ended, count(t.job.Lines, "line"), v.Progress.Failed, speed, why)
+		cut := ""
+		if n := v.Progress.ContextCut(); n > 0 {
+			cut = fmt.Sprintf(", %d cut at the context", n)
+		}
+		fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s%s%s\n", t.job.ID, ended, count(t.job.Lines, "line"), v.Progress.Failed, cut, speed, why)
 	}
 }
 
