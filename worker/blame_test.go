@@ -126,9 +126,11 @@ func TestKeyChangesMeanwhile(t *testing.T) {
 	r.send(requests(4)...)
 	w := r.start(&looked{Engine: f.engine(), n: &looks}, func(w *Worker) { w.Concurrency, w.StallTimeout = 4, 100*time.Millisecond })
 	f.enter(4)
+	from := looks.Load()
+	r.until("it is known whose connections these are", func() bool { return looks.Load() >= from+2 })
 	f.set(func() { f.listed = 401 })
 	r.state(proto.EngineDenied)
-	from := looks.Load()
+	from = looks.Load()
 	r.until("it was denied for longer than an engine may be down", func() bool {
 		return looks.Load()-from > 2*int64(w.StallTimeout/w.ProbeEvery)
 	})

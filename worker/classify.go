@@ -45,6 +45,7 @@ type verdict struct {
 	model   string        // that the engine names
 	id      string        // the engine's id of the answer
 	delay   time.Duration // how long the engine asks to be left alone
+	closed  bool          // of classBroken: maybe only an idle connection was closed
 	usage   proto.Usage
 }
 
@@ -105,7 +106,8 @@ func classifyBreak(a Answer, err error) verdict {
 	case a.Status != 0:
 		return verdict{class: classBroken, code: proto.CodeTransport, message: fmt.Sprintf("the connection broke in the middle of an answer with HTTP %d: %s", a.Status, plain(err.Error()))}
 	}
-	return verdict{class: classBroken, code: proto.CodeTransport, message: "the connection broke before an answer: " + plain(err.Error())}
+	var stale *staleError
+	return verdict{class: classBroken, closed: errors.As(err, &stale), code: proto.CodeTransport, message: "the connection broke before an answer: " + plain(err.Error())}
 }
 
 func classifyReply(url string, a Answer) verdict {

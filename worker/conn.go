@@ -24,6 +24,7 @@ type conn struct {
 	parts    [2][]byte
 	out      net.Buffers
 	used     bool      // it has carried a request
+	engine   time.Time // see Answer.Since
 	reusable bool      // the last answer was read whole and neither side said close
 	since    time.Time // it is idle
 }
@@ -71,6 +72,10 @@ func (c *conn) exchange(p *prefix, r *proto.Request) (a Answer, again bool, err 
 	}
 	a, err = c.receive()
 	c.reusable = c.reusable && wrong == nil
+	a.Since = c.engine
+	if err != nil && c.used && c.left == maxHead && !errors.Is(err, os.ErrDeadlineExceeded) {
+		err = &staleError{err}
+	}
 	if err != nil && wrong != nil && a.Status == 0 {
 		err = wrong
 		if n == 0 {
@@ -79,6 +84,12 @@ func (c *conn) exchange(p *prefix, r *proto.Request) (a Answer, again bool, err 
 	}
 	return a, false, err
 }
+
+// staleError is the end of a connection that had carried requests before, without one byte of an answer: the engine
+// died, or closed the connection as idle in the same moment as it was used.
+type staleError struct{ error }
+
+func (e *staleError) Unwrap() error { return e.error }
 
 // quiet says whether an idle connection is as it was left: the engine has neither closed it nor said anything. It
 // looks without waiting.

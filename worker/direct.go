@@ -38,8 +38,10 @@ type direct struct {
 	last   atomic.Pointer[prefix]
 
 	mu       sync.Mutex
-	idle     []*conn // the one used last comes last
-	sweeping bool    // sweep will be called
+	idle     []*conn   // the one used last comes last
+	sweeping bool      // sweep will be called
+	live     int       // connections
+	engine   time.Time // see Answer.Since
 }
 
 // prefix is the head of a request up to its id. Most requests have the same URL.
@@ -106,17 +108,33 @@ func (d *direct) do(ctx context.Context, p *prefix, r *proto.Request) (Answer, e
 			d.put(c)
 			return a, nil
 		case err == nil:
-			c.Close()
+			d.close(c)
 			return a, nil
 		case ended:
-			c.Close()
+			d.close(c)
 			return a, context.Cause(ctx)
 		}
-		c.Close()
+		d.lose(c)
 		if !again {
 			return a, err
 		}
 	}
+}
+
+// lose closes a connection that the engine has ended: it may be another engine from now on.
+func (d *direct) lose(c *conn) {
+	d.close(c)
+	d.mu.Lock()
+	d.engine = time.Now()
+	d.mu.Unlock()
+}
+
+// close closes a connection that we end, or that the engine said it would.
+func (d *direct) close(c *conn) {
+	c.Close()
+	d.mu.Lock()
+	d.live--
+	d.mu.Unlock()
 }
 
 // open returns an idle connection or a new one.
@@ -128,8 +146,8 @@ func (d *direct) open(ctx context.Context) (*conn, error) {
 		return c, nil
 	}
 	nc, err := d.dialer.DialContext(ctx, "tcp", d.addr)
-	if err == nil {
-		return newConn(nc), nil
+	if c := d.dialled(nc, err); c != nil {
+		return c, nil
 	}
 	if t, ok := ctx.Deadline(); ok && !time.Now().Before(t) {
 		<-ctx.Done() // the dialer was a moment faster
@@ -138,6 +156,22 @@ func (d *direct) open(ctx context.Context) (*conn, error) {
 		return nil, context.Cause(ctx)
 	}
 	return nil, err
+}
+
+// dialled takes note of an attempt to connect.
+func (d *direct) dialled(nc net.Conn, err error) *conn {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err != nil || d.live == 0 { // nothing tells what was there meanwhile
+		d.engine = time.Now()
+	}
+	if err != nil {
+		return nil
+	}
+	d.live++
+	c := newConn(nc)
+	c.engine = d.engine
+	return c
 }
 
 // take returns the idle connection that was used last, of those that are still good, or nil.
@@ -152,10 +186,14 @@ func (d *direct) take() *conn {
 		c := d.idle[n]
 		d.idle[n], d.idle = nil, d.idle[:n]
 		d.mu.Unlock()
-		if time.Since(c.since) < idleLimit && c.quiet() {
+		switch {
+		case time.Since(c.since) >= idleLimit:
+			d.close(c)
+		case c.quiet():
 			return c
+		default:
+			d.lose(c)
 		}
-		c.Close()
 	}
 }
 
@@ -178,6 +216,7 @@ func (d *direct) sweep() {
 	old := 0
 	for old < len(d.idle) && time.Since(d.idle[old].since) >= idleLimit {
 		d.idle[old].Close()
+		d.live--
 		old++
 	}
 	d.idle = slices.Delete(d.idle, 0, old)
@@ -196,5 +235,6 @@ func (d *direct) closeIdle() {
 	for _, c := range d.idle {
 		c.Close()
 	}
+	d.live -= len(d.idle)
 	d.idle = nil
 }

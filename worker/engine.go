@@ -26,6 +26,9 @@ type Answer struct {
 	Header   http.Header // may be nil
 	Body     []byte
 	TooLarge bool // the body was longer than the engine client reads and is not here
+	// Since is when the engine may last have become another one, as far as connections tell: this answer is from the one
+	// that a look after that finds. Zero: not known.
+	Since time.Time
 }
 
 // Status is what a probe found. Fields that the engine does not tell stay zero.
@@ -59,6 +62,7 @@ type Gauges struct {
 	Finished    int64 // sequences that ended since the engine's start, whoever asked; 0: not told
 	Preemptions int64 // since the engine's start
 	Asleep      bool
+	SleepTold   bool // Asleep is known
 }
 
 // Null answers everything at once, inside the process. It measures what lies around an engine.

@@ -59,14 +59,16 @@ type gate struct {
 	doubts      []*doubt
 	refusals    refusals
 	hang        hangWatch
-	answers     int       // answers that were no sign of trouble
-	down        time.Time // the engine is not up since then, and has answered nothing
-	downAnswers int       // answers until down
-	everOK      bool      // a line has succeeded, ever
-	lastOK      time.Time // when one has succeeded
-	mended      time.Time // when one has succeeded while the engine was degraded
-	last        time.Time // start of the last probe that found the engine ready
-	idle        lack      // why there is nothing to pull from, though the engine lists models; zero: there is
+	answers     int                  // answers that were no sign of trouble
+	down        time.Time            // the engine is not up since then, and has answered nothing
+	downAnswers int                  // answers until down
+	everOK      bool                 // a line has succeeded, ever
+	lastOK      time.Time            // when one has succeeded
+	listed      map[string]time.Time // by model: start of the last probe that found it ready and the model listed
+	names       map[string]string    // by model: by which other name it answers
+	mended      time.Time            // when one has succeeded while the engine was degraded
+	last        time.Time            // start of the last probe that found the engine ready
+	idle        lack                 // why there is nothing to pull from, though the engine lists models; zero: there is
 }
 
 // lack is a state of a ready engine that gets no lines, and why.
@@ -157,6 +159,13 @@ func (g *gate) fresh(ctx context.Context) Status {
 	return g.status
 }
 
+// lookedSince says whether a probe has found the engine ready that began after a time.
+func (g *gate) lookedSince(t time.Time) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.last.After(t)
+}
+
 // take digests what a probe found.
 func (g *gate) take(begun time.Time, st Status, err error) {
 	g.mu.Lock()
@@ -183,6 +192,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 			g.health = health{}
 		}
 		g.last = begun
+		for _, m := range st.Models {
+			g.listed[m] = begun
+		}
 		if g.loaded == 0 {
 			g.loaded = max(time.Since(g.started), 1)
 		}

@@ -13,7 +13,8 @@ import (
 	"millrace/proto"
 )
 
-// Probe asks /health, /v1/models and /metrics, and once after each start of the engine what it is. Ready means that
+// Probe asks /health, /v1/models and /metrics, and once after each start of the engine what it is; where its
+// metrics do not tell whether it sleeps, /is_sleeping, if it has that. Ready means that
 // /health says 200, or is not there, and that /v1/models lists a model: while vLLM loads it answers nothing at all.
 func (h *HTTP) Probe(ctx context.Context) (Status, error) {
 	st, err := h.probe(ctx)
@@ -46,11 +47,32 @@ func (h *HTTP) probe(ctx context.Context) (Status, error) {
 	} else if m.Status == http.StatusOK {
 		st.Gauges, st.Settings = readGauges(m.Body), readSettings(m.Body)
 	}
-	if st.Gauges.Asleep {
+	if st.Gauges.Asleep || !st.Gauges.SleepTold && h.asleep(ctx) {
+		st.Gauges.Asleep = true
 		st.State, st.Reason = proto.EngineWaiting, "engine is asleep; POST /wake_up wakes it"
 	}
 	h.tell(ctx, &st)
 	return st, nil
+}
+
+// asleep asks an engine whether it sleeps. One that does not answer that is taken to be awake; one without the route is
+// not asked again.
+func (h *HTTP) asleep(ctx context.Context) bool {
+	h.about.mu.Lock()
+	defer h.about.mu.Unlock()
+	if h.about.wakeful {
+		return false
+	}
+	a, err := h.get(ctx, "/is_sleeping")
+	if err != nil {
+		return false
+	}
+	h.about.wakeful = a.Status != http.StatusOK
+	var v struct {
+		Asleep bool `json:"is_sleeping"`
+	}
+	_ = json.Unmarshal(a.Body, &v, lenient) // what is something else says nothing of sleep
+	return a.Status == http.StatusOK && v.Asleep
 }
 
 func (h *HTTP) get(ctx context.Context, path string) (Answer, error) {

@@ -54,6 +54,8 @@ type about struct {
 	known *profile // nil: not known yet
 	tries int      // that brought no answer
 	run   int      // of those that were asked
+
+	wakeful bool // it has no /is_sleeping
 }
 
 const (
@@ -64,7 +66,7 @@ const (
 // forget says that what comes next may be another engine.
 func (a *about) forget() {
 	a.mu.Lock()
-	a.known, a.tries = nil, 0
+	a.known, a.tries, a.wakeful = nil, 0, false
 	a.mu.Unlock()
 }
 

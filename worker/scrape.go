@@ -133,6 +133,7 @@ func (s *scrape) counter(name, labels string, v float64) {
 			s.live += n
 		}
 	case "vllm:engine_sleep_state":
+		s.sums.SleepTold = true
 		s.sums.Asleep = s.sums.Asleep || label(labels, "sleep_state") == "awake" && v == 0
 	}
 }

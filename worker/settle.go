@@ -102,6 +102,10 @@ func (s *session) settle(o *outcome) {
 		s.blame(o)
 		s.fail(o)
 	case classRetry:
+		if s.gate.diedSince(o.started) && o.mayBeDeath() {
+			s.died(o)
+			return
+		}
 		s.blame(o)
 		s.retry(o)
 	case classTimeout:
@@ -155,21 +159,6 @@ func (s *session) refuse(o *outcome) {
 	s.giveBack(o.line, rest, reasonOf(o.class))
 }
 
-// hung deals with a line that was at an engine while that made nothing for long. The line may be the reason; but an
-// engine that hangs for another one must not fail it.
-func (s *session) hung(l *line) {
-	switch {
-	case l.trial && !l.stubborn():
-		s.giveBack(l, l.pause(s.refusal), "engine")
-	case l.alone && l.req.Suspicions >= guilty-2:
-		took := time.Since(l.started)
-		s.retry(&outcome{line: l, took: took, verdict: verdict{class: classTimeout, code: proto.CodeRequestTimeout,
-			message: fmt.Sprintf("the engine, which had this line alone, made no token for %s; --stall-timeout says how long that may be", took.Round(time.Second))}})
-	default:
-		s.suspect(l, "the engine made no progress while it had this line")
-	}
-}
-
 // reasonOf names a class in metrics.
 func reasonOf(c class) string {
 	switch c {
@@ -185,7 +174,7 @@ func reasonOf(c class) string {
 	return "engine"
 }
 
-func (s *session) done(o *outcome) {
+func (s *session) finished(o *outcome) {
 	s.gate.success(o.started)
 	s.limit.finished(o.usage, len(o.req.Body), o.asks, o.took, time.Now())
 	s.metrics.answered(o.queue.model, o.usage)
@@ -293,12 +282,22 @@ func (s *session) refused(p *parcel) {
 // retry charges an attempt: the line goes back to its queue with its history, or ends by it.
 func (s *session) retry(o *outcome) {
 	if s.last(o) || o.class == classTimeout && o.timeouts() > 0 {
-		s.fail(o)
+		if !o.mayBeDeath() {
+			s.fail(o)
+			return
+		}
+		s.away(func() {
+			if !s.deadAfterAll(o, s.grace/6) {
+				s.fail(o)
+			}
+		})
 		return
 	}
 	next := s.charged(o)
 	s.away(func() {
-		wait(s.taking, rest(len(next.Attempts), s.refusal)) // a worker that stops does not wait
+		if s.deadAfterAll(o, rest(len(next.Attempts), s.refusal)) {
+			return
+		}
 		if s.control.want(next.Job) == proto.WantCancel {
 			s.drop(o.line, "cancelled")
 			return
@@ -339,96 +338,6 @@ func (s *session) resend(l *line, next *proto.Request, instead func()) {
 	}
 	s.outbox.send(&parcel{line: l, msg: &nats.Msg{Subject: l.subject, Data: data}, retry: true, instead: instead,
 		sent: func() { broker.CrashPoint("worker.after-republish") }})
-}
-
-// unreached deals with a line that the engine never had.
-func (s *session) unreached(o *outcome) {
-	if o.answer.Status != 0 { // it answers, but takes nothing in
-		s.gate.close(tripDead, proto.EngineWaiting, "engine is stopping: "+o.message)
-	} else {
-		s.gate.close(tripUnreached, proto.EngineWaiting, unreachable(s.Engine.String(), errors.New(o.message)))
-	}
-	s.giveBack(o.line, 0, "engine")
-}
-
-// died deals with a line that was in an engine when it died.
-func (s *session) died(o *outcome) {
-	known := s.gate.knew(o.started)
-	seen := s.gate.died(o.started, "engine died: "+o.message)
-	if known || o.trial && !seen && !o.stubborn() { // it was dead before
-		s.giveBack(o.line, o.pause(s.refusal), "engine")
-		return
-	}
-	s.suspect(o.line, "the engine died while it had this line: "+o.message)
-}
-
-// suspect sends a line back with one more death to its name, unless others are rather to blame. A line that was alone
-// with the engine twice is the cause: once may be chance.
-func (s *session) suspect(l *line, what string) {
-	if l.excused {
-		s.giveBack(l, 0, "engine")
-		return
-	}
-	next := *l.req
-	next.Suspicions++
-	if l.alone {
-		next.Alone++
-	}
-	end := func() {
-		o := &outcome{line: l, verdict: verdict{class: classPermanent, code: proto.CodeEngineCrash,
-			message: proto.Truncate(fmt.Sprintf("%s; that was the %d. time, and it was alone", what, next.Suspicions), proto.MaxMessage)}, took: time.Since(l.started)}
-		s.publish(l, s.result(o))
-	}
-	if next.Alone >= 2 && next.Suspicions >= guilty {
-		s.Log.Warn("a line stops its engine even alone", "job", l.req.Job, "index", l.req.Index, "suspicions", next.Suspicions)
-		end()
-		return
-	}
-	s.metrics.givenBack.WithLabelValues("suspect").Inc()
-	s.resend(l, &next, end)
-}
-
-// noModel deals with a line whose model the engine does not know. Where it does list the model, it is the line that
-// is wrong, because its body names another one, or an engine that fails all lines so.
-func (s *session) noModel(o *outcome) {
-	st := s.gate.fresh(s.stopped)
-	if st.State == proto.EngineReady && st.serves(o.queue.model) {
-		s.blame(o)
-		s.retry(o)
-		return
-	}
-	s.mu.Lock()
-	s.unserved[o.queue.model] = true
-	s.mu.Unlock()
-	if st.State == proto.EngineReady {
-		s.found(st)
-		s.gate.show()
-	}
-	s.giveBack(o.line, 0, reasonOf(o.class))
-}
-
-// brokenGrace is for how long the engine must look well after a connection broke, until that is thought an accident:
-// a dying engine answers probes for a while.
-const brokenGrace = 3 * time.Second
-
-// broken deals with a line whose answer did not come whole, and decides whether the engine died.
-func (s *session) broken(o *outcome) {
-	for until := time.Now().Add(s.grace); ; {
-		s.gate.fresh(s.stopped)
-		switch {
-		case s.gate.diedSince(o.started):
-			s.died(o)
-			return
-		case s.stopped.Err() != nil:
-			s.giveBack(o.line, 0, "stopped")
-			return
-		case time.Now().After(until):
-			s.blame(o)
-			s.retry(o)
-			return
-		}
-		wait(s.stopped, s.grace/6)
-	}
 }
 
 // away does something with a line that takes time, while its slot is free.

@@ -1,0 +1,82 @@
+package worker
+
+import "millrace/proto"
+
+// What a line asked may be gone from its engine's address while everything looks well: another model was loaded, or
+// another engine was started there. vLLM says 404 then; engines that do not look at the name answer. So an answer is
+// used only if the engine lists the model, as seen since connections last told that it may have become another one
+// (Answer.Since; over TLS, and for bodies above 64 KB, they do not tell).
+
+// done ends a line by its answer, if that is from the model that was asked.
+func (s *session) done(o *outcome) {
+	if s.gate.vouches(o) || s.Models != nil { // who names models knows better
+		s.finished(o)
+		return
+	}
+	s.away(func() { s.confirm(o) })
+}
+
+// confirm looks whether the engine still serves the model of a line before it uses an answer.
+func (s *session) confirm(o *outcome) {
+	st := s.gate.fresh(s.stopped)
+	switch {
+	case s.stopped.Err() != nil:
+		s.giveBack(o.line, 0, "stopped")
+	case st.State == proto.EngineReady && st.serves(o.queue.model):
+		s.gate.known(o)
+		s.finished(o)
+	default:
+		if st.State == proto.EngineReady {
+			s.Log.Warn("engine serves other models now; an answer that may be theirs is not used", "engine", s.Engine.String(), "model", o.queue.model, "answered", o.model, "serves", st.Models)
+		}
+		s.giveBack(o.line, 0, reasonOf(classNoModel))
+	}
+}
+
+// noModel deals with a line whose model the engine does not know. Where it does list the model, it is the line that
+// is wrong, because its body names another one, or an engine that fails all lines so.
+func (s *session) noModel(o *outcome) {
+	st := s.gate.fresh(s.stopped)
+	if st.State == proto.EngineReady && st.serves(o.queue.model) {
+		s.blame(o)
+		s.retry(o)
+		return
+	}
+	s.mu.Lock()
+	s.unserved[o.queue.model] = true
+	s.mu.Unlock()
+	if st.State == proto.EngineReady {
+		s.found(st)
+		s.gate.show()
+	}
+	s.giveBack(o.line, 0, reasonOf(o.class))
+}
+
+// vouches says whether a good answer is from the model of its line for all that is known. The engine has listed the model
+// since it may last have become another one. Where it does not list it any more, the line was in it before. And it answers
+// by a name that it lists, or did before: engines answer by the first of several names, by the one that an alias stands
+// for, or by that which was asked, whatever they run.
+func (g *gate) vouches(o *outcome) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	at, ok := g.listed[o.queue.model]
+	_, lists := g.listed[o.model]
+	return ok && at.After(o.answer.Since) && (!g.last.After(at) || o.started.Before(at)) &&
+		(o.model == "" || lists || g.names[o.queue.model] == o.model)
+}
+
+// known takes note of the name by which an engine answers for a model.
+func (g *gate) known(o *outcome) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if _, lists := g.listed[o.model]; lists || o.model == "" {
+		return
+	}
+	if was := g.names[o.queue.model]; was != o.model {
+		g.log.Info("engine answers by another name", "engine", g.engine.String(), "model", o.queue.model, "name", o.model, "before", was)
+	}
+	if g.names == nil {
+		g.names = map[string]string{}
+	}
+	g.names[o.queue.model] = o.model
+}
