@@ -1,6 +1,10 @@
 package worker
 
-import "millrace/proto"
+import (
+	"strings"
+
+	"millrace/proto"
+)
 
 // What a line asked may be gone from its engine's address while everything looks well: another model was loaded, or
 // another engine was started there. vLLM says 404 then; engines that do not look at the name answer. So an answer is
@@ -27,7 +31,7 @@ func (s *session) confirm(o *outcome) {
 		s.finished(o)
 	default:
 		if st.State == proto.EngineReady {
-			s.Log.Warn("engine serves other models now; an answer that may be theirs is not used", "engine", s.Engine.String(), "model", o.queue.model, "answered", o.model, "serves", st.Models)
+			s.sayForeign(o, st)
 		}
 		s.giveBack(o.line, 0, reasonOf(classNoModel))
 	}
@@ -50,6 +54,18 @@ func (s *session) noModel(o *outcome) {
 		s.gate.show()
 	}
 	s.giveBack(o.line, 0, reasonOf(o.class))
+}
+
+// sayForeign says once for each model and list that answers are not used.
+func (s *session) sayForeign(o *outcome, st Status) {
+	what := o.queue.model + " " + strings.Join(st.Models, " ")
+	s.mu.Lock()
+	told := s.foreign == what
+	s.foreign = what
+	s.mu.Unlock()
+	if !told {
+		s.Log.Warn("engine serves other models now; answers that may be theirs are not used", "engine", s.Engine.String(), "model", o.queue.model, "serves", st.Models)
+	}
 }
 
 // vouches says whether a good answer is from the model of its line for all that is known. The engine has listed the model

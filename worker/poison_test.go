@@ -28,7 +28,7 @@ func most(n int) int { return int(math.Ceil(math.Log2(float64(n)))) + 2 }
 // TestPoisonFound: the line that kills engines is found within few deaths, however much is in flight; it alone fails, with
 // its history, and its neighbours are answered uncharged.
 func TestPoisonFound(t *testing.T) {
-	for _, c := range []struct{ inFlight, lines int }{{4, 40}, {8, 60}, {16, 100}, {64, 300}, {256, 800}} {
+	for _, c := range []struct{ inFlight, lines int }{{8, 60}, {16, 100}, {64, 300}, {256, 800}} {
 		t.Run(fmt.Sprint(c.inFlight), func(t *testing.T) {
 			r := worker.NewRig(t)
 			e := newEngine(t, func(cfg *sim.Config) { cfg.Faults = sim.Faults{Poison: "arsenic"} })
@@ -53,11 +53,12 @@ func TestPoisonFound(t *testing.T) {
 	}
 }
 
-// TestPoisonCost tells what poison costs a job of 5,000 lines: MILLRACE_POISON=1 runs it, which takes some minutes. The
-// engine needs a second to start, which is half of what a request takes.
+// TestPoisonCost tells what poison costs a job of 5,000 lines: MILLRACE_POISON=1s runs it, which takes some minutes. The
+// engine needs as long to start as MILLRACE_POISON says.
 func TestPoisonCost(t *testing.T) {
-	if os.Getenv("MILLRACE_POISON") == "" {
-		t.Skip("MILLRACE_POISON=1 runs it, some minutes")
+	start, err := time.ParseDuration(os.Getenv("MILLRACE_POISON"))
+	if err != nil {
+		t.Skip("MILLRACE_POISON=1s runs it, some minutes, with an engine that takes a second to start")
 	}
 	const lines = 5000
 	run := func(inFlight int, poison ...int) (took time.Duration, deaths int) {
@@ -68,7 +69,7 @@ func TestPoisonCost(t *testing.T) {
 			cfg.OutputTokens = sim.Range{Min: 60, Max: 180}
 			cfg.Faults = sim.Faults{Poison: "arsenic"}
 		})
-		e.cfg.LoadTime = time.Second
+		e.cfg.LoadTime = start
 		count := e.immortal(t)
 		r.Send(dose(lines, poison...)...)
 		begun := time.Now()

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -119,10 +120,13 @@ func TestModelLeaves(t *testing.T) {
 		f.models = `"b","m"`
 		f.work = after(release)
 	})
-	r.start(f.engine())
+	var looks atomic.Int64
+	r.start(&looked{Engine: f.engine(), n: &looks})
 	r.says(proto.EngineReady, "", "b", "m")
 	r.send(requests(2)...)
 	f.enter(2)
+	from := looks.Load()
+	r.until("it is known whose connections these are", func() bool { return looks.Load() >= from+2 })
 	f.set(func() { f.models = `"b"` })
 	r.says(proto.EngineReady, "", "b")
 	r.restart("")

@@ -51,6 +51,7 @@ type session struct {
 
 	mu       sync.Mutex
 	unserved map[string]bool // models that the engine said it does not know, until it lists them
+	foreign  string          // of what answers it was said last that they are not used; see sayForeign
 	lacks    string          // why it serves none of its models; empty: it does
 }
 

@@ -116,7 +116,8 @@ func (g *gate) clearByProbe(begun time.Time, st Status) {
 		t.failed = true
 		return
 	}
-	if begun.Before(t.at) || t.kind != tripHung && begun.Before(t.until) {
+	early := t.kind == tripHung || t.kind == tripDead && t.failed && g.deaths <= 2 // it has been gone, and is back
+	if begun.Before(t.at) || !early && begun.Before(t.until) {
 		return
 	}
 	switch t.kind {
