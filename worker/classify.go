@@ -58,6 +58,7 @@ type verdict struct {
 //	404 that names the model                   no such model here
 //	401, 403                                   the engine wants a key
 //	408, 409, 425, 429, 503, 529               back-pressure
+//	499                                        lost work (Ollama)
 //	404, 405 that name nothing                 permanent, and likely a route that the engine does not have
 //	other 4xx, 501                             permanent
 //	500 "EngineCore encountered an issue"      the engine died
@@ -162,6 +163,8 @@ func classifyStatus(a Answer, status int, e errorBody) verdict {
 		v.class = classDenied
 	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests, http.StatusServiceUnavailable, 529:
 		v.class, v.delay = classBusy, retryAfter(a.Header)
+	case 499:
+		v.class = classLost
 	case http.StatusNotFound, http.StatusMethodNotAllowed:
 		v.class, v.code, v.noRoute = classPermanent, proto.CodeInvalidRequest, e.param == ""
 		if status == http.StatusNotFound && e.namesModel() {
@@ -193,11 +196,11 @@ func classifyInternal(message string) (class, string) {
 	return classRetry, proto.CodeEngineError
 }
 
-// namesModel says whether a 404 is about the model. Its type is NotFoundError (Python) or invalid_request_error
-// (Rust); an unknown path has no param.
+// namesModel says whether a 404 is about the model. Its type is NotFoundError (Python), invalid_request_error (Rust),
+// not_found_error (Ollama) or not there (Ollama's own routes); an unknown path has no param.
 func (e errorBody) namesModel() bool {
-	return e.param == "model" || e.code == "model_not_found" ||
-		e.typ == "NotFoundError" && strings.Contains(e.message, "model")
+	return e.param == "model" || e.code == "model_not_found" || strings.HasPrefix(e.message, "model ") ||
+		(e.typ == "NotFoundError" || e.typ == "not_found_error") && strings.Contains(e.message, "model")
 }
 
 // permanentCode tells a prompt that is too long from other mistakes.
@@ -206,7 +209,10 @@ func (e errorBody) permanentCode() string {
 	switch {
 	case e.param == "input_tokens", e.param == "input_text",
 		e.code == "context_length_exceeded", e.typ == "exceed_context_size_error",
-		strings.Contains(m, "maximum context length"), strings.Contains(m, "context length is only"):
+		strings.Contains(m, "maximum context length"), strings.Contains(m, "context length is only"),
+		strings.Contains(m, "longer than the model's context length"),  // SGLang
+		strings.Contains(m, "exceeds the available context size"),      // llama.cpp
+		strings.Contains(m, "input length exceeds the context length"): // Ollama
 		return proto.CodeContextLength
 	}
 	return proto.CodeInvalidRequest

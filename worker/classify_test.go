@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -39,6 +40,11 @@ type recorded struct {
 	Status  int               `json:"status"`
 	Headers map[string]string `json:"headers"`
 	Body    string            `json:"body"`
+
+	// Of those that were not recorded but read in an engine's source.
+	Source string `json:"source"`
+	Class  string `json:"class"`
+	Code   string `json:"code"`
 }
 
 func (r *recorded) answer() Answer {
@@ -50,12 +56,15 @@ func (r *recorded) answer() Answer {
 }
 
 // recordings returns all that was recorded from real engines.
-func recordings(tb testing.TB) []recorded {
+func recordings(tb testing.TB) []recorded { return exchanges(tb, "../testdata/vllm/*.jsonl", 3) }
+
+// exchanges reads n files.
+func exchanges(tb testing.TB, pattern string, n int) []recorded {
 	tb.Helper()
-	files, err := filepath.Glob("../testdata/vllm/*.jsonl")
+	files, err := filepath.Glob(pattern)
 	must(tb, err)
-	if len(files) != 3 {
-		tb.Fatalf("%d files of recordings, want 3", len(files))
+	if len(files) != n {
+		tb.Fatalf("%d files are %s, want %d", len(files), pattern, n)
 	}
 	var out []recorded
 	for _, name := range files {
@@ -121,6 +130,33 @@ func TestClassifyRecordings(t *testing.T) {
 	if got := b.String(); got != string(want) {
 		t.Errorf("verdicts differ from %s; got\n%s", golden, got)
 	}
+}
+
+// judged is the verdict on an exchange.
+func (r *recorded) judged() verdict {
+	v := classify(r.Path, r.answer(), nil)
+	if v.class == classDone {
+		v = v.against(&proto.Request{URL: r.Path, Body: []byte(r.Request)})
+	}
+	return v
+}
+
+// TestClassifyEngines judges what other engines say, as their sources tell.
+func TestClassifyEngines(t *testing.T) {
+	all := exchanges(t, "../testdata/engines/*.jsonl", 4)
+	for _, r := range all {
+		v := r.judged()
+		if v.class.String() != r.Class || v.code != r.Code || r.Source == "" {
+			t.Errorf("%s, %s: %v %q, want %s %q (%s)", r.File, r.Name, v.class, v.code, r.Class, r.Code, r.Source)
+		}
+		if v.class != classDone && v.message == "" {
+			t.Errorf("%s, %s: no message", r.File, r.Name)
+		}
+		if wait := r.Headers["Retry-After"]; (wait != "") != (v.delay > 0) {
+			t.Errorf("%s, %s: a delay of %v for Retry-After %q", r.File, r.Name, v.delay, wait)
+		}
+	}
+	t.Logf("%d answers", len(all))
 }
 
 // TestReadInPlace: whoever looks into a body leaves it as it is, whatever it holds and wherever it is torn.
@@ -265,18 +301,25 @@ func TestAlike(t *testing.T) {
 	}
 }
 
+// FuzzClassify: whatever an engine says to whatever was asked, the verdict is one of ours, says why, and is good only for a
+// whole answer.
 func FuzzClassify(f *testing.F) {
-	for _, r := range recordings(f) {
-		f.Add([]byte(r.Body))
+	for _, r := range append(recordings(f), exchanges(f, "../testdata/engines/*.jsonl", 4)...) {
+		f.Add(r.Status, r.Path, []byte(r.Request), []byte(r.Body))
 	}
-	f.Fuzz(func(t *testing.T, b []byte) {
-		v := classify("/v1/completions", Answer{Status: 200, Body: b}, nil)
-		if v.class == classDone && !jsontext.Value(b).IsValid(lenient) {
-			t.Error("what is not JSON is done")
+	f.Fuzz(func(t *testing.T, status int, path string, asked, b []byte) {
+		r := recorded{Status: status, Path: path, Request: string(asked), Body: string(b)}
+		v := r.judged()
+		switch {
+		case v.class < classDone || v.class > classBroken:
+			t.Fatalf("class %d", v.class)
+		case v.class != classDone && v.message == "", v.class == classDone && (v.code != "" || v.message != ""):
+			t.Errorf("%v %q %q", v.class, v.code, v.message)
+		case v.class != classDone:
+		case status/100 != 2, !jsontext.Value(b).IsValid(lenient), !utf8.Valid(b), v.parts < readDemand(asked).answers(path), v.usage.Prompt < 0:
+			t.Errorf("it is done: HTTP %d %s", status, b)
 		}
-		classify("/v1/completions", Answer{Status: 400, Body: b}, nil)
 		readGauges(b)
-		readDemand(b)
 	})
 }
 
