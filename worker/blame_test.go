@@ -249,3 +249,32 @@ func TestBadResponseTellsWhy(t *testing.T) {
 		t.Errorf("%+v, %+v", line, line.Error)
 	}
 }
+
+// TestUnknown500: an engine dies with a 500 in words that nobody knows. No attempt is charged for that, not even the last;
+// of an engine that is well the same words are the line's fault.
+func TestUnknown500(t *testing.T) {
+	for _, most := range []int{1, 4} {
+		r, f := newRig(t), newFake(t)
+		reg := prometheus.NewRegistry()
+		f.set(func() {
+			f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
+				f.set(func() { f.health = 503 })
+				say(w, 500, `{"error":{"message":"rank 3 is lost","type":"Fatal","code":500}}`)
+			}
+		})
+		r.send(requests(3)...)
+		r.start(f.engine(), func(w *Worker) {
+			w.Concurrency, w.MaxAttempts, w.refusal, w.Registry = 1, most, time.Millisecond, reg
+		})
+		r.until("a line was given back as a suspect", func() bool {
+			return labelled(t, reg, "millrace_worker_given_back_total", "reason", "suspect") >= 1
+		})
+		f.set(func() { f.health, f.work = 200, f.ok })
+		r.unblamed(3)
+		f.set(func() { f.work = says(500, `{"error":{"message":"rank 3 is lost","type":"Fatal","code":500}}`) })
+		r.send(request(3))
+		if got := exactly(t, r.wait(4), 4)[3]; got.OK || got.Code != proto.CodeEngineError || len(got.Attempts) != most-1 {
+			t.Errorf("result %+v", got)
+		}
+	}
+}
