@@ -2,6 +2,7 @@ package worker_test
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -191,8 +192,15 @@ func TestTroubleAlias(t *testing.T) {
 	uncharged(t, r.Wait(n), n)
 }
 
-// TestTroubleKeepAlive: connections that the engine closes as idle, at any instant, cost no attempt.
-func TestTroubleKeepAlive(t *testing.T) { keepAlive(t, 40, 32) }
+// TestTroubleKeepAlive: connections that the engine closes as idle, at any instant, cost no attempt. MILLRACE_KEEPALIVE=1 runs
+// 100,000 lines.
+func TestTroubleKeepAlive(t *testing.T) {
+	if os.Getenv("MILLRACE_KEEPALIVE") != "" {
+		keepAlive(t, 1000, 100)
+		return
+	}
+	keepAlive(t, 40, 32)
+}
 
 // keepAlive sends lines in bursts, with pauses around the time after which the engine closes what is idle.
 func keepAlive(t *testing.T, rounds, burst int) {

@@ -21,7 +21,7 @@ var realAsked = []struct{ id, url, body, code, says string }{
 	{"over-long", "/v1/chat/completions", `"messages":[{"role":"user","content":"` + strings.Repeat("long ", 500) + `"}]`, proto.CodeContextLength, "maximum context length is 2048"},
 	{"cut", "/v1/completions", `"prompt":"` + strings.Repeat("x", 2000) + `","max_tokens":100,"ignore_eos":true`, "", ""},
 	{"schema", "/v1/chat/completions", `"messages":[{"role":"user","content":"Hi"}],"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"type":"wrong"}}}`, proto.CodeInvalidRequest, "Invalid type: wrong"},
-	{"type", "/v1/chat/completions", `"messages":7`, proto.CodeInvalidRequest, "valid list"},
+	{"type", "/v1/chat/completions", `"messages":7`, proto.CodeInvalidRequest, "not iterable"},
 	{"choices", "/v1/completions", `"prompt":["a","b"],"n":2,"max_tokens":4`, "", ""},
 }
 
