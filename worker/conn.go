@@ -72,7 +72,6 @@ func (c *conn) exchange(p *prefix, r *proto.Request) (a Answer, again bool, err 
 	}
 	a, err = c.receive()
 	c.reusable = c.reusable && wrong == nil
-	a.Since = c.engine
 	if err != nil && c.used && c.left == maxHead && !errors.Is(err, os.ErrDeadlineExceeded) {
 		err = &staleError{err}
 	}

@@ -104,11 +104,16 @@ func (d *direct) do(ctx context.Context, p *prefix, r *proto.Request) (Answer, e
 		stop := context.AfterFunc(ctx, c.interrupt)
 		a, again, err := c.exchange(p, r)
 		switch ended := !stop(); {
-		case err == nil && !ended && c.reusable:
-			d.put(c)
-			return a, nil
 		case err == nil:
-			d.close(c)
+			a.Since = d.since(c)
+			switch {
+			case ended:
+				d.close(c)
+			case c.reusable:
+				d.put(c)
+			default:
+				d.lose(c)
+			}
 			return a, nil
 		case ended:
 			d.close(c)
@@ -121,7 +126,18 @@ func (d *direct) do(ctx context.Context, p *prefix, r *proto.Request) (Answer, e
 	}
 }
 
-// lose closes a connection that the engine has ended: it may be another engine from now on.
+// since is when the engine of a connection that has brought an answer may last have become another one. What became of other
+// connections before this one was made may show only during its first request.
+func (d *direct) since(c *conn) time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !c.used {
+		c.engine = d.engine
+	}
+	return c.engine
+}
+
+// lose closes a connection that the engine has ended, or said it would: it may be another engine from now on.
 func (d *direct) lose(c *conn) {
 	d.close(c)
 	d.mu.Lock()
@@ -129,7 +145,7 @@ func (d *direct) lose(c *conn) {
 	d.mu.Unlock()
 }
 
-// close closes a connection that we end, or that the engine said it would.
+// close closes a connection that we end.
 func (d *direct) close(c *conn) {
 	c.Close()
 	d.mu.Lock()
@@ -169,9 +185,7 @@ func (d *direct) dialled(nc net.Conn, err error) *conn {
 		return nil
 	}
 	d.live++
-	c := newConn(nc)
-	c.engine = d.engine
-	return c
+	return newConn(nc)
 }
 
 // take returns the idle connection that was used last, of those that are still good, or nil.

@@ -65,6 +65,7 @@ type gate struct {
 	everOK      bool                 // a line has succeeded, ever
 	lastOK      time.Time            // when one has succeeded
 	listed      map[string]time.Time // by model: start of the last probe that found it ready and the model listed
+	relisted    map[string]time.Time // by model: when it was listed that was not before
 	names       map[string]string    // by model: by which other name it answers
 	mended      time.Time            // when one has succeeded while the engine was degraded
 	last        time.Time            // start of the last probe that found the engine ready
@@ -191,10 +192,7 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 		if time.Since(g.health.when) > sickAnew {
 			g.health = health{}
 		}
-		g.last = begun
-		for _, m := range st.Models {
-			g.listed[m] = begun
-		}
+		g.list(st.Models, begun)
 		if g.loaded == 0 {
 			g.loaded = max(time.Since(g.started), 1)
 		}

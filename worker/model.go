@@ -2,6 +2,7 @@ package worker
 
 import (
 	"strings"
+	"time"
 
 	"millrace/proto"
 )
@@ -42,6 +43,10 @@ func (s *session) confirm(o *outcome) {
 func (s *session) noModel(o *outcome) {
 	st := s.gate.fresh(s.stopped)
 	if st.State == proto.EngineReady && st.serves(o.queue.model) {
+		if s.gate.back(o.queue.model, o.started) { // it was another engine that said so
+			s.giveBack(o.line, 0, reasonOf(o.class))
+			return
+		}
 		s.blame(o)
 		s.retry(o)
 		return
@@ -79,6 +84,24 @@ func (g *gate) vouches(o *outcome) bool {
 	_, lists := g.listed[o.model]
 	return ok && at.After(o.answer.Since) && (!g.last.After(at) || o.started.Before(at)) &&
 		(o.model == "" || lists || g.names[o.queue.model] == o.model)
+}
+
+// list takes note of the models of a ready engine that a probe has found, which began at a time. Called with mu held.
+func (g *gate) list(models []string, begun time.Time) {
+	for _, m := range models {
+		if at, ok := g.listed[m]; !ok || at.Before(g.last) {
+			g.relisted[m] = time.Now()
+		}
+		g.listed[m] = begun
+	}
+	g.last = begun
+}
+
+// back says whether a model was found after a time that had not been there before.
+func (g *gate) back(model string, t time.Time) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.relisted[model].After(t)
 }
 
 // known takes note of the name by which an engine answers for a model.

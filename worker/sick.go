@@ -87,7 +87,7 @@ func (o *outcome) how() (string, bool) {
 	case classLost:
 		return "aborted", true
 	case classBroken:
-		return "connection broke", true
+		return "connection broke", !o.closed // as idle
 	case classUnreached:
 		return "no connection", true
 	case classDead:
