@@ -49,7 +49,7 @@ func TestTroubleKilled(t *testing.T) {
 	for _, frontend := range []sim.Frontend{sim.FrontendPython, sim.FrontendRust} {
 		t.Run(string(frontend), func(t *testing.T) {
 			const n = 120
-			r, e := trouble(t, func(c *sim.Config) { c.Frontend, c.StepTime = frontend, 5*time.Millisecond }, worker.Requests(n),
+			r, e := trouble(t, func(c *sim.Config) { c.Frontend, c.StepTime, c.DeathTime = frontend, 5*time.Millisecond, time.Second }, worker.Requests(n),
 				func(w *worker.Worker) { w.Concurrency = 16 })
 			r.Wait(10)
 			e.sim.Kill()
