@@ -184,10 +184,12 @@ func (s *Server) Run(live, patience context.Context) error {
 		}
 		pause, failed := t.judge(end, s)
 		if failed != nil {
-			s.set(false, proto.EngineDegraded, failed.Why)
+			s.set(false, proto.EngineDegraded, failed.Why+"; mend that, and start millrace again")
 			return failed
 		}
-		s.set(false, proto.EngineWaiting, fmt.Sprintf("%s; it is started again (%d of %d)", end.why, t.restarts, s.Restarts))
+		why := fmt.Sprintf("%s; it is started again (%d of %d)", end.why, t.restarts, s.Restarts)
+		s.Log.Warn(why, "engine", s.String(), "log", s.LogFile())
+		s.set(false, proto.EngineWaiting, why)
 		if s.Restarted != nil {
 			s.Restarted.WithLabelValues(end.cause).Inc()
 		}
@@ -231,7 +233,7 @@ func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
 	case e.final && !t.came:
 		return 0, &Failed{Why: e.why, Final: true}
 	case t.restarts >= s.Restarts, t.failed >= failedStarts:
-		return 0, &Failed{Why: fmt.Sprintf("%s; it was started again %s and is given up: mend that, and start this worker again", e.why, proto.Count(int64(t.restarts), "time"))}
+		return 0, &Failed{Why: fmt.Sprintf("%s; it was started again %s and is given up", e.why, proto.Count(int64(t.restarts), "time"))}
 	}
 	t.restarts++
 	t.quick++
@@ -356,14 +358,12 @@ func (w *watch) died() ending {
 			w.Log.Warn("engine said: " + line)
 		}
 	}
-	w.Log.Warn(e.why, "engine", w.String(), "log", w.journal.name)
 	return e
 }
 
 // killed ends a server that does not answer, or not in time.
 func (w *watch) killed(cause, why string) ending {
 	w.set(false, proto.EngineWaiting, why)
-	w.Log.Warn(why, "engine", w.String(), "log", w.journal.name)
 	w.end()
 	return ending{cause: bounded(cause), why: why, well: w.well()}
 }

@@ -211,7 +211,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	if cause != nil {
 		g.opened() // first: slots that become free would take the next lines
 		g.abort(cause)
-		g.restart(cause)
+		if !st.Gone {
+			g.restart(cause)
+		}
 	}
 	if st.State == proto.EngineReady {
 		g.found(st)
@@ -355,7 +357,7 @@ func (g *gate) show() {
 	g.mu.Lock()
 	state, reason := g.stateLocked()
 	due := g.diary.due(state, reason, time.Now())
-	models, ours := g.status.Models, g.status.Gone
+	models, kept := g.status.Models, g.status.Gone
 	g.mu.Unlock()
 	if due {
 		switch state {
@@ -367,16 +369,14 @@ func (g *gate) show() {
 			g.log.Info("engine is ready", "engine", g.engine.String(), "models", models)
 		case proto.EngineDraining:
 			g.log.Info("worker is stopping", "engine", g.engine.String())
-		case proto.EngineWaiting:
-			level := slog.LevelWarn
-			if ours { // its keeper says what is wrong
-				level = slog.LevelInfo
-			}
-			g.log.Log(context.Background(), level, "engine cannot be used", "engine", g.engine.String(), "state", state, "reason", reason)
 		case proto.EngineNoQueue:
 			g.log.Warn("engine is ready, and no queue can be used", "engine", g.engine.String(), "reason", reason)
 		default:
-			g.log.Warn("engine cannot be used", "engine", g.engine.String(), "state", state, "reason", reason)
+			level := slog.LevelWarn
+			if kept { // who keeps it has said what is wrong
+				level = slog.LevelInfo
+			}
+			g.log.Log(context.Background(), level, "engine cannot be used", "engine", g.engine.String(), "state", state, "reason", reason)
 		}
 	}
 	g.opened()
@@ -391,8 +391,9 @@ func (g *gate) drain(early bool) {
 		state, reason = proto.EngineWaiting, g.refusing()
 	}
 	g.draining = true
+	kept := g.status.Gone
 	g.mu.Unlock()
-	if early && reason != "" && state != proto.EngineReady {
+	if early && reason != "" && state != proto.EngineReady && !kept {
 		g.log.Warn("stopped while the engine could not be used", "engine", g.engine.String(), "state", state, "reason", reason)
 	}
 	g.show()

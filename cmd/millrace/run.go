@@ -20,6 +20,7 @@ import (
 	"millrace/producer"
 	"millrace/proto"
 	"millrace/sim"
+	"millrace/vllm"
 )
 
 // runFlags are those of `millrace run`.
@@ -151,6 +152,11 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		stopTaking(err)
 		abort(err)
 	}
+	defer func() {
+		if f := (*vllm.Failed)(nil); !ended(err) && errors.As(context.Cause(take), &f) {
+			err = fmt.Errorf("%w; the same command goes on with the job once that is mended", f)
+		}
+	}()
 	stopEngines, err := a.engines(take, patience, r, &job, reg, broken)
 	defer stopEngines()
 	if err != nil {
