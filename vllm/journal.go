@@ -173,4 +173,9 @@ func (j *journal) tail() []string {
 	return slices.Clone(lastOf(j.lines, tailLines))
 }
 
+// telling are the last few lines that are more than information.
+func telling(lines []string) []string {
+	return lastOf(slices.DeleteFunc(lines, func(s string) bool { return strings.Contains(s, "INFO") || strings.Contains(s, "WARNING") }), 10)
+}
+
 func lastOf(lines []string, n int) []string { return lines[max(0, len(lines)-n):] }

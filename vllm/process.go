@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -35,6 +37,12 @@ type process struct {
 
 // launch starts the server process.
 func (s *Server) launch() (*process, error) {
+	// Whoever else has the port would be taken for it while it loads.
+	ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(s.Port))
+	if err != nil {
+		return nil, portTaken(s.Port)
+	}
+	ln.Close()
 	j, err := openJournal(s.LogFile())
 	if err != nil {
 		return nil, err

@@ -82,6 +82,9 @@ var reasons = []reason{
 	{name: "disk", // the system
 		line: rx(`No space left on device|Errno 28\b`),
 		what: "a disk is full", hint: "make room where models are kept (HF_HOME) and in /tmp and /dev/shm"},
+	{name: "core", // v1/engine/exceptions.py, v1/engine/core_client.py, v1/executor/multiproc_executor.py; it says no more
+		line: rx(`EngineDeadError: |Engine core proc \S+ died unexpectedly|Worker proc \S+ died unexpectedly`),
+		what: "its EngineCore or a worker of it ended", hint: "its log may say why; the system kills processes when the machine's memory is short (see dmesg)"},
 }
 
 const notInstalled = "install it (pip install vllm), put it into PATH, or say with --vllm-command how it is called"
@@ -109,9 +112,19 @@ func (r *reason) say(line string) string {
 	return fmt.Sprintf("%s (%s); %s", r.what, proto.Truncate(line, 200), r.hint)
 }
 
+// portTaken is the error of a server whose port somebody else has.
+type portTaken int
+
+func (p portTaken) Error() string {
+	return fmt.Sprintf("its port %d is taken: another program listens there", int(p))
+}
+
 // notStarted is the end of a server whose process could not be started.
 func notStarted(command string, err error) ending {
 	e := ending{cause: CauseStartFailed, final: true, why: fmt.Sprintf("engine does not start: %v", err)}
+	if taken := portTaken(0); errors.As(err, &taken) {
+		e.final = false
+	}
 	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
 		e.why = fmt.Sprintf("engine does not start: there is no command %s; %s", cmp.Or(command, `""`), notInstalled)
 	}

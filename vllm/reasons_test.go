@@ -30,11 +30,12 @@ var published = []struct{ name, source, line string }{
 	{"custom code", "vLLM 0.32.0, tokenizers/hf.py", "RuntimeError: Failed to load the tokenizer. If the tokenizer is a custom tokenizer not yet available in the HuggingFace transformers library, consider setting `trust_remote_code=True` in LLM or using the `--trust-remote-code` flag in the CLI."},
 	{"port", "vllm-project/vllm issue 7514", `ERROR:    [Errno 98] error while attempting to bind on address ('0.0.0.0', 8000): address already in use`},
 	{"command", "Python", `/usr/bin/python3: No module named vllm`},
+	{"core", "vLLM 0.32.0, EngineCore killed", `(APIServer pid=12817) ERROR 11-28 06:21:36 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.`},
 	{"disk", "the system", `OSError: [Errno 28] No space left on device`},
 }
 
 // mended are reasons that another try may find gone.
-var mended = []string{"network", "memory in use", "memory", "port", "disk"}
+var mended = []string{"network", "memory in use", "memory", "port", "disk", "core"}
 
 func TestReasons(t *testing.T) {
 	seen := map[string]bool{}

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -353,8 +354,9 @@ func (w *watch) died() ending {
 		e.why += ": its process " + how
 		if killed {
 			e.cause = CauseKilled
+			return e
 		}
-		for _, line := range lastOf(w.journal.tail(), 10) {
+		for _, line := range telling(w.journal.tail()) {
 			w.Log.Warn("engine said: " + line)
 		}
 	}
@@ -392,7 +394,9 @@ func (w *watch) stop(patience context.Context) {
 // FreePort is a port of the loopback interface at which nobody listens. It lies below those that systems give to
 // connections (from 32,768 on Linux, from 49,152 elsewhere), so that it stays free while no server has it.
 func FreePort(taken func(int) bool) (int, error) {
-	for port := firstPort; port < lastPort; port++ {
+	first := rand.IntN(lastPort - firstPort) // two that look at once should not find the same one
+	for i := range lastPort - firstPort {
+		port := firstPort + (first+i)%(lastPort-firstPort)
 		if taken(port) {
 			continue
 		}

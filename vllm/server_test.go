@@ -1,6 +1,8 @@
 package vllm_test
 
 import (
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -192,6 +194,28 @@ func TestNoCommand(t *testing.T) {
 	r.Command = []string{filepath.Join(t.TempDir(), "vllm")}
 	if f := r.start().fails(); !f.Final || !strings.Contains(f.Why, "--vllm-command") {
 		t.Errorf("%+v", f)
+	}
+}
+
+// TestPortTaken: a server is not mistaken for another one that has its port.
+func TestPortTaken(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	ln, err := net.Listen("tcp", strings.TrimPrefix(r.String(), "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`{"data":[{"id":"m"}]}`)) // looks like one
+	})}
+	served := make(chan error)
+	go func() { served <- other.Serve(ln) }()
+	r.Restarts = 100
+	f := r.start().fails()
+	other.Close()
+	<-served
+	if f.Final || !strings.Contains(f.Why, "is taken") || len(r.lives()) != 0 {
+		t.Errorf("%d starts, %+v", len(r.lives()), f)
 	}
 }
 

@@ -186,6 +186,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 			return
 		}
 		st = Status{State: proto.EngineWaiting, Reason: unreachable(g.engine.String(), err)}
+		if g.keeper != nil { // it is what it was, and not loading
+			st.Reason = fmt.Sprintf("engine at %s does not answer: %s", g.engine, plain(err.Error()))
+		}
 	} else {
 		g.slow = 0
 	}

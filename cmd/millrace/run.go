@@ -34,7 +34,7 @@ type runFlags struct {
 func (a *app) runCommand() *cobra.Command {
 	var r runFlags
 	cmd := &cobra.Command{
-		Use:   "run FILE --engine URL | --vllm MODEL [-- FLAG...]",
+		Use:   "run FILE {--engine URL | --vllm MODEL}",
 		Short: "Run a file on one or more engines, everything in this process",
 		Long: `Run FILE (OpenAI batch JSONL, also .gz and .zst, - for standard input) on one or more engines: broker, workers,
 aggregator and producer in this one process. The same command again continues what an interruption left.

@@ -267,7 +267,7 @@ func (a *app) workerCommand() *cobra.Command {
 	var ackWait time.Duration
 	var check bool
 	cmd := &cobra.Command{
-		Use:   "worker --engine URL | --vllm MODEL [-- FLAG...]",
+		Use:   "worker {--engine URL | --vllm MODEL}",
 		Short: "Keep an engine full: pull requests, call it, publish results",
 		Long: `Keep an engine full: pull requests of the models that it serves, call it, publish results. It waits for its engine and
 for its broker, and says so. One worker for each engine is usual; one process can have several.
