@@ -42,11 +42,10 @@ func simulate(port, model, faults string) int {
 		fmt.Println(err)
 		return 1
 	}
-	ctx := context.Background()
-	if !signal.Ignored(syscall.SIGTERM) { // a shell had it ignored before: it stays so
-		var done func()
-		ctx, done = signal.NotifyContext(ctx, syscall.SIGTERM)
-		defer done()
+	ctx, done := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer done()
+	if os.Getenv("STUBBORN") != "" {
+		signal.Ignore(syscall.SIGTERM)
 	}
 	if err := eng.ListenAndServe(ctx, "127.0.0.1:"+port, func(net.Addr) {}); err != nil {
 		fmt.Println(err)
@@ -59,14 +58,13 @@ const patient = 30 * time.Second // how long a test waits for what must come
 // rig is a Server whose vLLM is testdata/vllm.sh.
 type rig struct {
 	*vllm.Server
-	t        *testing.T
-	life     string // folder that tells the script what to do
-	said     *said
-	end      context.CancelFunc
-	hurry    context.CancelFunc
-	over     chan struct{}
-	err      error // what Run returned, once over is closed
-	finished sync.Once
+	t     *testing.T
+	life  string // folder that tells the script what to do
+	said  *said
+	end   context.CancelFunc
+	hurry context.CancelFunc
+	over  chan struct{}
+	err   error // what Run returned, once over is closed
 }
 
 // newRig prepares a server. Plans say what its starts do, the last one all that follow, too.

@@ -28,7 +28,7 @@ fails*) exit 0 ;; # as vLLM does, and EngineCore stays
 killed*) kill -9 $$ ;;
 quiet*) exec sleep 100000 ;;
 stubborn*) # SIGTERM does not end it
-	trap '' TERM
+	export STUBBORN=1
 	;;
 strays*) # one leaves the group
 	setsid sleep 100000 >/dev/null 2>&1 &
