@@ -34,6 +34,8 @@ type gate struct {
 	every  time.Duration        // between probes of an engine that is ready, at most
 	pace   func() time.Duration // what the limit wants for that
 	took   time.Duration        // the last probe
+	gone   bool                 // the last look found no process; only run looks
+	ends   int                  // how often that was so
 	retry  time.Duration        // RetryEvery
 
 	opened  func()                              // the quota may have changed; holds no lock
@@ -153,10 +155,17 @@ func (g *gate) probe(ctx context.Context) {
 func (g *gate) look(ctx context.Context) (Status, error) {
 	if g.keeper != nil {
 		if state, reason := g.keeper.State(); state != "" {
+			if !g.gone {
+				g.gone = true
+				g.ends++
+			}
 			return Status{State: state, Reason: reason, Gone: true}, nil
 		}
 	}
-	return g.engine.Probe(ctx)
+	g.gone = false
+	st, err := g.engine.Probe(ctx)
+	st.Run += g.ends // the engine may not have been asked in between
+	return st, err
 }
 
 // fresh waits for a probe that begins after the call, and returns what the gate knows then.

@@ -127,6 +127,31 @@ func TestKeeperOfGone(t *testing.T) {
 	wanted(t, h, "gone")
 }
 
+// TestKeeperTellsRunsApart: an engine that was started again is another run of it, though no probe found it down.
+func TestKeeperTellsRunsApart(t *testing.T) {
+	f, h := newFake(t), newHands()
+	g := &gate{engine: f.engine(), keeper: h}
+	look := func() Status {
+		t.Helper()
+		st, err := g.look(t.Context())
+		must(t, err)
+		return st
+	}
+	first := look()
+	if again := look(); again.Run != first.Run || first.State != proto.EngineReady {
+		t.Errorf("runs %d and %d of the same engine, which is %s", first.Run, again.Run, first.State)
+	}
+	h.set(proto.EngineWaiting, "engine died")
+	look()
+	if down := look(); !down.Gone {
+		t.Errorf("found %+v", down)
+	}
+	h.state = ""
+	if next := look(); next.Run != first.Run+1 {
+		t.Errorf("run %d after %d", next.Run, first.Run)
+	}
+}
+
 func wanted(t *testing.T, h *hands, cause string) {
 	t.Helper()
 	select {

@@ -240,15 +240,17 @@ func (h *hosts) unlock() {
 	h.locks = nil
 }
 
-// keeper is the server at a URL; nil: it is none of ours.
-func (h *hosts) keeper(u string) worker.Keeper {
+// keep gives a worker the server at a URL, where it is one of ours.
+func (h *hosts) keep(u string, w *worker.Worker) {
 	if h == nil {
-		return nil
+		return
 	}
 	for _, s := range h.servers {
 		if s.String() == u {
-			return s
+			w.Keeper, w.KVTokens = s, s.KVTokens
+			if w.Dir != "" { // its port may be another one each time
+				w.Dir = filepath.Join(filepath.Dir(w.Dir), "vllm-"+filepath.Base(s.Dir))
+			}
 		}
 	}
-	return nil
 }

@@ -179,13 +179,14 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 			return nil, coded{err, exitUsage}
 		}
 		out = append(out, &worker.Worker{
-			Conn: conn, Self: broker.Self(), Engine: eng, Keeper: e.hosts.keeper(u), Concurrency: n, RequestTimeout: e.requestTimeout,
+			Conn: conn, Self: broker.Self(), Engine: eng, Concurrency: n, RequestTimeout: e.requestTimeout,
 			MaxAttempts: int(e.maxAttempts), AckWait: ackWait, StallTimeout: e.stallTimeout,
 			Log: a.log, Registry: reg, Program: programVersion(), GPUs: gpus,
 		})
 		if dir != "" {
 			out[len(out)-1].Dir = filepath.Join(dir, proto.ModelToken(placeOf(eng.String())))
 		}
+		e.hosts.keep(u, out[len(out)-1])
 	}
 	return out, nil
 }
