@@ -112,6 +112,21 @@ func (f Flags) given() []string {
 	return out
 }
 
+// Shown are the flags as others may see them: without a token for the hub of models.
+func (f Flags) Shown() []string {
+	out := f.given()
+	for i, word := range out {
+		if name, _, has := strings.Cut(word, "="); spelt(name) != "--hf-token" {
+			continue
+		} else if has {
+			out[i] = name + "=xxxxx"
+		} else if i+1 < len(out) && !strings.HasPrefix(out[i+1], "-") {
+			out[i+1] = "xxxxx"
+		}
+	}
+	return out
+}
+
 // GPUs is how many GPUs one engine takes: those over which its layers and its copies are spread.
 func (f Flags) GPUs() (int, error) {
 	n := 1

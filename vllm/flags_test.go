@@ -35,6 +35,9 @@ func TestFlags(t *testing.T) {
 	if got := (vllm.Flags{"--max-model-len", "9"}).Names("org/m"); !reflect.DeepEqual(got, []string{"org/m"}) {
 		t.Errorf("names %q", got)
 	}
+	if got := strings.Join(vllm.Flags{"--hf-token", "secret", "--port", "1", "--hf_token=secret", "--seed", "1"}.Shown(), " "); got != "--hf-token xxxxx --hf_token=xxxxx --seed 1" {
+		t.Errorf("shown are %s", got)
+	}
 	for _, f := range []vllm.Flags{{"--config", "x.yaml"}, {"--lora-modules", "a=b"}} {
 		if got := f.Names("m"); got != nil {
 			t.Errorf("%q: names %q, nobody can tell", f, got)

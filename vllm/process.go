@@ -57,7 +57,7 @@ func (s *Server) launch() (*process, error) {
 	cmd.Env, cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = s.environment(), out, out, attributes()
 	p := &process{cmd: cmd, over: make(chan struct{}), said: said, read: make(chan struct{}), journal: j, models: s.Flags.names(s.Model),
 		base: s.String(), key: s.Key, client: &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}}
-	j.note(strings.Join(line, " "))
+	j.note(strings.Join(slices.Concat(line[:len(line)-len(s.Flags.given())-4], s.Flags.Shown(), line[len(line)-4:]), " "))
 	err = p.start()
 	out.Close()
 	if err != nil {

@@ -247,7 +247,7 @@ func (h *hosts) keep(u string, w *worker.Worker) {
 	}
 	for _, s := range h.servers {
 		if s.String() == u {
-			w.Keeper, w.KVTokens = s, s.KVTokens
+			w.Keeper, w.KVTokens, w.Flags = s, s.KVTokens, s.Flags.Shown()
 			if w.Dir != "" { // its port may be another one each time
 				w.Dir = filepath.Join(filepath.Dir(w.Dir), "vllm-"+filepath.Base(s.Dir))
 			}

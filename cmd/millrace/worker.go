@@ -297,6 +297,8 @@ if it would run lines now, else with 7.`,
 			}
 			e.once(a.std.err)
 			switch {
+			case check && e.vllm.model != "":
+				return usagef("--check looks at an engine that is there; give --engine URL")
 			case check:
 				return a.check(cmd.Context(), &e)
 			case a.json:
