@@ -65,7 +65,7 @@ func (h *hosted) midway(ok int64) int {
 		default:
 		}
 		w := h.worker()
-		return w.sum("millrace_worker_in_flight") >= 16 && w.sum("millrace_worker_requests_total", `outcome="ok"`) >= ok
+		return w.sum("millrace_inflight_requests") >= 16 && w.sum("millrace_worker_requests_total", `outcome="ok"`) >= ok
 	})
 	var record struct {
 		Group int `json:"group"`
