@@ -119,7 +119,7 @@ const (
 
 // end kills what is left of the group and waits until nothing of it lives and all that it said is read.
 func (p *process) end() {
-	endGroup(p.group)
+	endGroup(p.group, p.record.Members)
 	<-p.over // it was in the group
 	select {
 	case <-p.read:
@@ -132,15 +132,16 @@ func (p *process) end() {
 	p.record.remove()
 }
 
-// endGroup kills a group and those who came from it, and waits until they are gone.
-func endGroup(group int) (left int) {
+// endGroup kills a group, those who came from it and those who were known to (by when they began), and waits until they
+// are gone.
+func endGroup(group int, known map[int]string) (left int) {
 	for limit := time.Now().Add(endMost); ; time.Sleep(endEvery) {
 		all, err := processes()
 		if err != nil { // then the group alone
 			_ = syscall.Kill(-group, syscall.SIGKILL)
 			return 0
 		}
-		ours := family(all, group)
+		ours := family(all, group, known)
 		if len(ours) == 0 || time.Now().After(limit) {
 			return len(ours)
 		}
@@ -159,9 +160,14 @@ type proc struct {
 	start             string // when it began, in the system's words
 }
 
-// family are the living processes of a group, and those that came from them and left it.
-func family(all []proc, group int) []proc {
+// family are the living processes of a group, those that are known by when they began, and those that came from them and
+// left it.
+func family(all []proc, group int, known map[int]string) []proc {
 	ours := map[int]bool{}
+	for _, p := range all {
+		start, is := known[p.id]
+		ours[p.id] = is && start == p.start
+	}
 	for more := true; more; {
 		more = false
 		for _, p := range all {

@@ -28,7 +28,7 @@ func (r *record) members(group int) {
 		return // an orphan would not be found; nothing else depends on it
 	}
 	r.Members = map[int]string{}
-	for _, p := range family(all, group) {
+	for _, p := range family(all, group, nil) {
 		r.Members[p.id] = p.start
 	}
 	b, err := json.Marshal(r)
@@ -67,8 +67,8 @@ func EndOrphan(dir, host string) (int, error) {
 	}
 	for _, p := range all {
 		if p.group == r.Group && r.Members[p.id] == p.start {
-			n := len(family(all, r.Group))
-			if left := endGroup(r.Group); left > 0 {
+			n := len(family(all, r.Group, r.Members))
+			if left := endGroup(r.Group, r.Members); left > 0 {
 				return n, fmt.Errorf("end an engine that a killed millrace left: %d processes of group %d do not go", left, r.Group)
 			}
 			return n, nil

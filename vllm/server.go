@@ -380,6 +380,7 @@ func (w *watch) well() time.Duration {
 // stop asks the server to end, and sees to it that it does.
 func (w *watch) stop(patience context.Context) {
 	w.set(false, proto.EngineWaiting, "engine is stopped")
+	w.record.members(w.group) // whoever left the group is not found when its parent has gone
 	w.terminate()
 	grace := time.NewTimer(w.Grace)
 	defer grace.Stop()

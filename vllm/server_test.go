@@ -125,19 +125,32 @@ func TestStray(t *testing.T) {
 	}
 	t.Parallel()
 	r := newRig(t, "strays")
+	stray := func() int {
+		t.Helper()
+		b, err := os.ReadFile(filepath.Join(r.life, "stray"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil || !alive(pid) {
+			t.Fatalf("no stray: %v", err)
+		}
+		return pid
+	}
 	r.start().up(1)
-	b, err := os.ReadFile(filepath.Join(r.life, "stray"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil || !alive(pid) {
-		t.Fatalf("no stray: %v", err)
-	}
+	first := stray()
 	r.Restart("hung")
-	r.up(2)
-	if alive(pid) {
-		t.Error("the stray lives")
+	l := r.up(2)
+	second := stray()
+	kill(t, l.api, syscall.SIGKILL)
+	r.up(3)
+	third := stray()
+	r.stop()
+	for _, pid := range []int{first, second, third} {
+		if alive(pid) {
+			t.Errorf("stray %d lives", pid)
+			kill(t, pid, syscall.SIGKILL)
+		}
 	}
 }
 
