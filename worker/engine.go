@@ -20,6 +20,16 @@ type Engine interface {
 	String() string
 }
 
+// Keeper has the process of an engine in hand.
+type Keeper interface {
+	// State says why the engine cannot be asked, one of the states of an engine and why; both are empty when it can.
+	State() (state, reason string)
+	// Changed gets a value when State says something else.
+	Changed() <-chan struct{}
+	// Restart ends an engine that hangs or is gone, and starts it again. It returns at once.
+	Restart(cause string)
+}
+
 // Answer is what an engine said to one request.
 type Answer struct {
 	Status   int
@@ -36,6 +46,7 @@ type Status struct {
 	State     string // proto.EngineReady, or why not: EngineWaiting, EngineDenied, EngineNoModel
 	Reason    string // for people, where not ready
 	Ill       bool   // the engine itself says that it is not well
+	Gone      bool   // it has no process that could answer
 	Kind      string // KindVLLM, …; empty: not asked yet
 	Version   string
 	Run       int   // counts how often the engine was found anew: at first, and after it was not well

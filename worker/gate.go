@@ -24,13 +24,18 @@ import (
 //	denied     a line was refused for want of a key: one by one, every RetryEvery
 //	degraded   all lines fail alike: one by one, every RetryEvery; see degraded.go
 //	hung       no progress: when the engine's gauges move, or one by one, every RetryEvery
+//
+// Where the engine's process is in our hand, its end is seen at once, and one that hangs or is gone is started again.
 type gate struct {
 	engine Engine
+	keeper Keeper // nil: none
 	log    *slog.Logger
 	stall  time.Duration
 	every  time.Duration        // between probes of an engine that is ready, at most
 	pace   func() time.Duration // what the limit wants for that
 	took   time.Duration        // the last probe
+	gone   bool                 // the last look found no process; only run looks
+	ends   int                  // how often that was so
 	retry  time.Duration        // RetryEvery
 
 	opened  func()                              // the quota may have changed; holds no lock
@@ -81,10 +86,15 @@ const (
 	probeGap     = 50 * time.Millisecond  // at least between any two
 	probeMost    = 10 * time.Second       // between those of an engine that takes long to answer them
 	slowProbes   = 3                      // probes without an answer in time, until a ready engine is thought gone
+	goneGrace    = time.Second            // for answers of a dead process that are on their way
 )
 
 // run probes until ctx ends.
 func (g *gate) run(ctx context.Context) {
+	var moved <-chan struct{}
+	if g.keeper != nil {
+		moved = g.keeper.Changed()
+	}
 	for {
 		g.probe(ctx)
 		timer := time.NewTimer(g.interval())
@@ -93,6 +103,8 @@ func (g *gate) run(ctx context.Context) {
 			timer.Stop()
 			return
 		case <-timer.C:
+		case <-moved:
+			timer.Stop()
 		case <-g.kick:
 			timer.Stop()
 			select {
@@ -128,7 +140,7 @@ func (g *gate) probe(ctx context.Context) {
 	g.mu.Unlock()
 	begun := time.Now()
 	pctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	st, err := g.engine.Probe(pctx)
+	st, err := g.look(pctx)
 	cancel()
 	took := time.Since(begun)
 	if ctx.Err() != nil {
@@ -140,6 +152,23 @@ func (g *gate) probe(ctx context.Context) {
 	close(g.turn)
 	g.turn = make(chan struct{})
 	g.mu.Unlock()
+}
+
+// look asks the engine, unless it is known to have no process that could answer.
+func (g *gate) look(ctx context.Context) (Status, error) {
+	if g.keeper != nil {
+		if state, reason := g.keeper.State(); state != "" {
+			if !g.gone {
+				g.gone = true
+				g.ends++
+			}
+			return Status{State: state, Reason: reason, Gone: true}, nil
+		}
+	}
+	g.gone = false
+	st, err := g.engine.Probe(ctx)
+	st.Run += g.ends // the engine may not have been asked in between
+	return st, err
 }
 
 // fresh waits for a probe that begins after the call, and returns what the gate knows then.
@@ -176,6 +205,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 			return
 		}
 		st = Status{State: proto.EngineWaiting, Reason: unreachable(g.engine.String(), err)}
+		if g.keeper != nil { // it is what it was, and not loading
+			st.Reason = fmt.Sprintf("engine at %s does not answer: %s", g.engine, plain(err.Error()))
+		}
 	} else {
 		g.slow = 0
 	}
@@ -201,6 +233,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	if cause != nil {
 		g.opened() // first: slots that become free would take the next lines
 		g.abort(cause)
+		if !st.Gone {
+			g.restart(cause)
+		}
 	}
 	if st.State == proto.EngineReady {
 		g.found(st)
@@ -253,11 +288,27 @@ func (g *gate) watch(now time.Time, st Status, err error) error {
 		return g.watchDown(now, st, err)
 	}
 	g.down = time.Time{}
-	if !g.hang.stalled(now, st.Gauges, g.busy(), g.answers, g.stall) {
+	if !g.hang.stalled(now, st.Gauges, g.busy(), g.answers, g.stall) && !g.stuck(now) {
 		return nil
 	}
 	g.tripHung(now, g.stall, st.Gauges)
 	return errHung
+}
+
+// stuck says whether an engine that we could start again has been hung for long. Called with mu held.
+func (g *gate) stuck(now time.Time) bool {
+	return g.keeper != nil && g.trip != nil && g.trip.kind == tripHung && now.Sub(g.trip.at) >= g.stall
+}
+
+// restart has an engine started again that hangs, or does not answer any more though it has a process.
+func (g *gate) restart(cause error) {
+	switch {
+	case g.keeper == nil:
+	case errors.Is(cause, errHung):
+		g.keeper.Restart("hung")
+	default:
+		g.keeper.Restart("gone")
+	}
 }
 
 // watchDown looks after requests in an engine that is not up any more. vLLM that was told to stop may close its port
@@ -266,6 +317,8 @@ func (g *gate) watch(now time.Time, st Status, err error) error {
 func (g *gate) watchDown(now time.Time, st Status, err error) error {
 	most := g.stall / 4
 	switch slow := errors.Is(err, context.DeadlineExceeded); {
+	case st.Gone:
+		most = goneGrace
 	case slow, st.Gauges.Asleep:
 		most = g.stall
 	case err == nil && !st.Ill:
@@ -326,7 +379,7 @@ func (g *gate) show() {
 	g.mu.Lock()
 	state, reason := g.stateLocked()
 	due := g.diary.due(state, reason, time.Now())
-	models := g.status.Models
+	models, kept := g.status.Models, g.status.Gone
 	g.mu.Unlock()
 	if due {
 		switch state {
@@ -341,7 +394,11 @@ func (g *gate) show() {
 		case proto.EngineNoQueue:
 			g.log.Warn("engine is ready, and no queue can be used", "engine", g.engine.String(), "reason", reason)
 		default:
-			g.log.Warn("engine cannot be used", "engine", g.engine.String(), "state", state, "reason", reason)
+			level := slog.LevelWarn
+			if kept { // who keeps it has said what is wrong
+				level = slog.LevelInfo
+			}
+			g.log.Log(context.Background(), level, "engine cannot be used", "engine", g.engine.String(), "state", state, "reason", reason)
 		}
 	}
 	g.opened()
@@ -356,8 +413,9 @@ func (g *gate) drain(early bool) {
 		state, reason = proto.EngineWaiting, g.refusing()
 	}
 	g.draining = true
+	kept := g.status.Gone
 	g.mu.Unlock()
-	if early && reason != "" && state != proto.EngineReady {
+	if early && reason != "" && state != proto.EngineReady && !kept {
 		g.log.Warn("stopped while the engine could not be used", "engine", g.engine.String(), "state", state, "reason", reason)
 	}
 	g.show()

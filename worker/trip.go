@@ -148,8 +148,12 @@ func (g *gate) tripHung(now time.Time, idle time.Duration, gauges Gauges) {
 	g.hang.reset(now)
 	g.heard()
 	if g.trip == nil || g.trip.kind != tripHung {
+		what := "restart it"
+		if g.keeper != nil {
+			what = "it is started again if that stays so"
+		}
 		g.trip = &trip{kind: tripHung, state: proto.EngineHung, at: now,
-			reason: fmt.Sprintf("engine has requests and made no token for %s; restart it", idle.Round(100*time.Millisecond))}
+			reason: fmt.Sprintf("engine has requests and made no token for %s; %s", idle.Round(100*time.Millisecond), what)}
 	}
 	g.trip.until, g.trip.gauges = now.Add(g.retry), gauges
 }

@@ -32,6 +32,7 @@ type Worker struct {
 	Conn   *broker.Conn
 	Self   proto.Owner // of the process; several workers may share it
 	Engine Engine
+	Keeper Keeper // of the engine's process; nil: others look after that
 
 	Models         []string      // pulled for, whatever the engine lists; nil: what it lists
 	Concurrency    int           // requests in flight; 0: found out

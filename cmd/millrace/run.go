@@ -20,6 +20,7 @@ import (
 	"millrace/producer"
 	"millrace/proto"
 	"millrace/sim"
+	"millrace/vllm"
 )
 
 // runFlags are those of `millrace run`.
@@ -33,14 +34,15 @@ type runFlags struct {
 func (a *app) runCommand() *cobra.Command {
 	var r runFlags
 	cmd := &cobra.Command{
-		Use:   "run FILE --engine URL",
+		Use:   "run FILE {--engine URL | --vllm MODEL}",
 		Short: "Run a file on one or more engines, everything in this process",
 		Long: `Run FILE (OpenAI batch JSONL, also .gz and .zst, - for standard input) on one or more engines: broker, workers,
 aggregator and producer in this one process. The same command again continues what an interruption left.
 
   millrace run requests.jsonl --engine http://localhost:8000 --engine http://gpu2:8000 -o results.jsonl
+  millrace run requests.jsonl --vllm Qwen/Qwen3-8B --gpus all -- --max-model-len 8192    starts vLLM, and ends it
   millrace run requests.jsonl --engine sim                 try it without a GPU, on a simulated engine`,
-		Args: wants("FILE"),
+		Args: r.vllm.behindDash(wants("FILE")),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := r.jobFlags.check(); err != nil {
 				return err
@@ -48,8 +50,8 @@ aggregator and producer in this one process. The same command again continues wh
 			if err := checkSync(r.sync); err != nil {
 				return err
 			}
-			if len(r.urls) == 0 {
-				return usagef("no engine; give --engine URL, such as http://localhost:8000, or --engine sim to try without one")
+			if len(r.urls) == 0 && r.vllm.model == "" {
+				return usagef("no engine; give --engine URL, such as http://localhost:8000, --vllm MODEL to start one, or --engine sim to try without one")
 			}
 			if err := r.engineFlags.check(simEngine); err != nil {
 				return err
@@ -141,18 +143,24 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		return v, err
 	}
 	defer stopMetrics()
-	stopEngines, err := a.engines(take, r, &job)
+	take, stopTaking := context.WithCancelCause(take)
+	defer stopTaking(nil)
+	patience := stop
+	stop, abort := context.WithCancelCause(stop)
+	defer abort(nil)
+	broken := func(err error) { // nothing that is in flight could be stored, or answered
+		stopTaking(err)
+		abort(err)
+	}
+	defer func() {
+		if f := (*vllm.Failed)(nil); !ended(err) && errors.As(context.Cause(take), &f) {
+			err = fmt.Errorf("%w; the same command goes on with the job once that is mended", f)
+		}
+	}()
+	stopEngines, err := a.engines(take, patience, r, &job, reg, broken)
 	defer stopEngines()
 	if err != nil {
 		return v, err
-	}
-	take, stopTaking := context.WithCancelCause(take)
-	defer stopTaking(nil)
-	stop, abort := context.WithCancelCause(stop)
-	defer abort(nil)
-	broken := func(err error) { // nothing that is in flight could be stored
-		stopTaking(err)
-		abort(err)
 	}
 	srv := &broker.Server{Dir: filepath.Join(p.dir, "broker"), Addr: "127.0.0.1:0", Token: newToken(), SyncAlways: r.sync == "always", Log: a.log, Broken: broken}
 	if err := srv.Start(take); err != nil {
@@ -244,10 +252,20 @@ func (a *app) startAggregator(srv *broker.Server, job proto.Job, p *place, files
 	}, nil
 }
 
-// engines starts simulated engines where they are asked for, and refuses models that no engine serves. The function it
-// returns, which is never nil, stops the simulated ones: after the workers, which finish what they have in flight.
-func (a *app) engines(ctx context.Context, r *runFlags, job *proto.Job) (stop func(), err error) {
+// engines starts engines where they are asked for, simulated ones and vLLM, and refuses models that no engine serves. The
+// function it returns, which is never nil, stops them: after the workers, which finish what they have in flight. patience
+// ends when vLLM is to be killed, and failed is called when no more is to be had of it.
+func (a *app) engines(ctx, patience context.Context, r *runFlags, job *proto.Job, reg prometheus.Registerer, failed func(error)) (stop func(), err error) {
 	stop = func() {}
+	if r.vllm.model != "" {
+		if err := r.vllm.served(job); err != nil {
+			return stop, err
+		}
+		if r.hosts, err = a.startVLLM(patience, &r.engineFlags, reg, failed); err != nil {
+			return stop, err
+		}
+		return r.hosts.stop, nil
+	}
 	if slices.Contains(r.urls, simEngine) {
 		var urls []string
 		urls, stop, err = a.simulate(ctx, job)

@@ -62,7 +62,7 @@ func TestScripts(t *testing.T) {
 var scriptCommands = map[string]func(ts *testscript.TestScript, neg bool, args []string){
 	"exits": cmdExits, "start": cmdStart, "says": cmdSays, "silent": cmdSilent, "ends": cmdEnds, "signal": cmdSignal,
 	"eventually": cmdEventually, "port": cmdPort, "engine": cmdEngine, "answered": cmdAnswered, "unhang": cmdUnhang,
-	"input": cmdInput, "oracle": cmdOracle, "json": cmdJSON, "lint": cmdLint, "nats": cmdNATS, "drift": cmdDrift, "bad": cmdBad, "sameset": cmdSameSet, "cancelled": cmdCancelled, "smalldisk": cmdSmallDisk, "fill": cmdFill, "oneline": cmdOneLine, "tamper": cmdTamper, "odd": cmdOdd, "packed": cmdPacked,
+	"input": cmdInput, "oracle": cmdOracle, "json": cmdJSON, "lint": cmdLint, "nats": cmdNATS, "drift": cmdDrift, "bad": cmdBad, "sameset": cmdSameSet, "cancelled": cmdCancelled, "smalldisk": cmdSmallDisk, "fill": cmdFill, "oneline": cmdOneLine, "tamper": cmdTamper, "odd": cmdOdd, "packed": cmdPacked, "gone": cmdGone,
 }
 
 // world is what runs beside one script.

@@ -230,6 +230,16 @@ func cmdFill(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// cmdGone: no process lives that is named in the file pids, one a line.
+func cmdGone(ts *testscript.TestScript, neg bool, args []string) {
+	for line := range strings.Lines(ts.ReadFile("pids")) {
+		b, err := os.ReadFile("/proc/" + strings.TrimSpace(line) + "/stat")
+		if err == nil && !strings.HasPrefix(string(b[bytes.LastIndexByte(b, ')')+1:]), " Z") {
+			ts.Fatalf("a process lives: %s", b)
+		}
+	}
+}
+
 // scriptCondition says whether a small file system can be mounted, [tmpfs], and whether a broker is at the usual place,
 // [usualbroker].
 func scriptCondition(cond string) (bool, error) {

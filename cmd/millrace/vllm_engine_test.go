@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// vllm is a real engine on the CPU. It runs at one port for all cases, and is started again at it when it has died.
-type vllm struct {
+// realVLLM is a real engine on the CPU. It runs at one port for all cases, and is started again at it when it has died.
+type realVLLM struct {
 	addr   string
 	tmp    string // its TMPDIR
 	log    string
@@ -33,7 +33,7 @@ type vllm struct {
 const vllmHome = "../../.vllm"
 
 // newVLLM prepares an engine; nothing of it is left after the test.
-func newVLLM(t *testing.T) *vllm {
+func newVLLM(t *testing.T) *realVLLM {
 	t.Helper()
 	if _, err := os.Stat(filepath.Join(vllmHome, "venv", "bin", "vllm")); err != nil {
 		t.Fatalf("%v; make test-vllm sets it up", err)
@@ -42,7 +42,7 @@ func newVLLM(t *testing.T) *vllm {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &vllm{addr: freePort(t), tmp: tmp, log: filepath.Join(t.TempDir(), "engine.log")}
+	e := &realVLLM{addr: freePort(t), tmp: tmp, log: filepath.Join(t.TempDir(), "engine.log")}
 	t.Cleanup(func() {
 		e.end(t)
 		if t.Failed() {
@@ -56,10 +56,10 @@ func newVLLM(t *testing.T) *vllm {
 	return e
 }
 
-func (e *vllm) url() string { return "http://" + e.addr }
+func (e *realVLLM) url() string { return "http://" + e.addr }
 
 // start starts the engine, unless it is well, and returns when it is ready.
-func (e *vllm) start(t *testing.T, options ...string) {
+func (e *realVLLM) start(t *testing.T, options ...string) {
 	t.Helper()
 	if e.cmd != nil && get(e.url()+"/health") == nil {
 		return
@@ -108,7 +108,7 @@ func (e *vllm) start(t *testing.T, options ...string) {
 }
 
 // core is the EngineCore process, a child of the one that was started.
-func (e *vllm) core(t *testing.T) int {
+func (e *realVLLM) core(t *testing.T) int {
 	t.Helper()
 	for _, p := range processes(t) {
 		if p.parent == e.cmd.Process.Pid && strings.HasPrefix(p.name, "VLLM::EngineCor") { // the kernel keeps 15 bytes
@@ -128,7 +128,7 @@ func send(t *testing.T, id int, what syscall.Signal) {
 }
 
 // gone says whether no process of the engine lives.
-func (e *vllm) gone(t *testing.T) bool {
+func (e *realVLLM) gone(t *testing.T) bool {
 	t.Helper()
 	for _, p := range processes(t) {
 		if p.group == e.cmd.Process.Pid {
@@ -139,7 +139,7 @@ func (e *vllm) gone(t *testing.T) bool {
 }
 
 // ended waits until the API server has ended by itself, and returns how.
-func (e *vllm) ended(t *testing.T) string {
+func (e *realVLLM) ended(t *testing.T) string {
 	t.Helper()
 	select {
 	case <-e.over:
@@ -150,7 +150,7 @@ func (e *vllm) ended(t *testing.T) string {
 }
 
 // end kills what is left of the engine.
-func (e *vllm) end(t *testing.T) {
+func (e *realVLLM) end(t *testing.T) {
 	t.Helper()
 	if e.cmd == nil {
 		return

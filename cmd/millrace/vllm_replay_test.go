@@ -20,7 +20,7 @@ const recordedFile = "../../testdata/vllm/vllm-0.32.0-cpu.jsonl"
 
 // replay sends what was recorded again. Errors must be the same to the byte, answers have the same fields: then the
 // verdicts on the recordings hold for the engine that runs here.
-func replay(t *testing.T, e *vllm) {
+func replay(t *testing.T, e *realVLLM) {
 	e.start(t)
 	n := 0
 	eachLine(t, recordedFile, func(b []byte) {

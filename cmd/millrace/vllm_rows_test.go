@@ -56,7 +56,7 @@ func printed(t *testing.T, f *fleet, args ...string) string {
 	return strings.Join(strings.Fields(p.out.String()), "")
 }
 
-func refused(t *testing.T, e *vllm) {
+func refused(t *testing.T, e *realVLLM) {
 	e.start(t)
 	f := newFleet(t)
 	var input strings.Builder

@@ -106,7 +106,7 @@ func ownAnswer(id string, l *proto.OutputLine) bool {
 // realRun is one job on the real engine.
 type realRun struct {
 	*fleet
-	engine   *vllm
+	engine   *realVLLM
 	input    string
 	want     want
 	metrics  string // base URL of the worker's metrics
@@ -131,7 +131,7 @@ func (a tokens) minus(b tokens) tokens {
 	return tokens{a.prompt - b.prompt, a.completion - b.completion}
 }
 
-func newRealRun(t *testing.T, e *vllm) *realRun {
+func newRealRun(t *testing.T, e *realVLLM) *realRun {
 	t.Helper()
 	e.start(t)
 	r := &realRun{fleet: newFleet(t), engine: e, metrics: freePort(t)}

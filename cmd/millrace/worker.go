@@ -1,10 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/url"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -17,6 +20,7 @@ import (
 
 	"millrace/broker"
 	"millrace/proto"
+	"millrace/vllm"
 	"millrace/worker"
 )
 
@@ -29,6 +33,8 @@ type engineFlags struct {
 	maxAttempts    int64
 	stallTimeout   time.Duration
 	drainTimeout   time.Duration
+	vllm           vllmFlags
+	hosts          *hosts // of --vllm; nil until it is started
 }
 
 func (e *engineFlags) bind(cmd *cobra.Command) {
@@ -39,11 +45,15 @@ func (e *engineFlags) bind(cmd *cobra.Command) {
 	f.DurationVar(&e.stallTimeout, "stall-timeout", 2*time.Minute, "how long an engine with requests may make no token until it is thought hung")
 	f.StringVar(&e.concurrency, "concurrency", "auto", "requests in flight at an engine: a number, or auto")
 	f.DurationVar(&e.drainTimeout, "drain-timeout", 10*time.Minute, "when it is asked to stop: how long lines in flight may go on until they are given back")
+	e.vllm.bind(cmd)
 }
 
-// apiKey is the key for the engines; empty: none.
+// apiKey is the key for the engines; empty: none. A vLLM that is started here may take its own from the environment.
 func (e *engineFlags) apiKey() (string, error) {
 	if e.keyFile == "" {
+		if e.vllm.model != "" {
+			return cmp.Or(e.key, os.Getenv("VLLM_API_KEY")), nil
+		}
 		return e.key, nil
 	}
 	b, err := broker.ReadFile("--engine-api-key-file", e.keyFile, "the file with the engines' key")
@@ -71,6 +81,12 @@ func (e *engineFlags) check(known ...string) error {
 		return usagef("--drain-timeout is %s, must not be negative", e.drainTimeout)
 	case e.stallTimeout <= 0:
 		return usagef("--stall-timeout is %s, must be positive", e.stallTimeout)
+	}
+	if len(e.urls) > 0 && e.vllm.model != "" {
+		return usagef("give --engine for engines that are there, or --vllm to start one, not both")
+	}
+	if err := e.vllm.check(); err != nil {
+		return err
 	}
 	key, err := e.apiKey()
 	if err != nil {
@@ -170,6 +186,7 @@ func (a *app) workers(conn *broker.Conn, e *engineFlags, models []string, reg pr
 		if dir != "" {
 			out[len(out)-1].Dir = filepath.Join(dir, proto.ModelToken(placeOf(eng.String())))
 		}
+		e.hosts.keep(u, out[len(out)-1])
 	}
 	return out, nil
 }
@@ -251,19 +268,23 @@ func (a *app) workerCommand() *cobra.Command {
 	var ackWait time.Duration
 	var check bool
 	cmd := &cobra.Command{
-		Use:   "worker --engine URL",
+		Use:   "worker {--engine URL | --vllm MODEL}",
 		Short: "Keep an engine full: pull requests, call it, publish results",
 		Long: `Keep an engine full: pull requests of the models that it serves, call it, publish results. It waits for its engine and
 for its broker, and says so. One worker for each engine is usual; one process can have several.
 
   millrace worker --engine http://127.0.0.1:8000
 
+With --vllm it starts the engine itself, keeps it running and ends it: one server and one worker for each of --gpus.
+
+  millrace worker --vllm meta-llama/Llama-3.2-1B-Instruct --gpus all -- --max-model-len 8192
+
 With --check it asks no broker and runs nothing: it prints what it sees of its engine and what it would do, and ends with 0
 if it would run lines now, else with 7.`,
-		Args: wants(""),
+		Args: e.vllm.behindDash(wants("")),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if len(e.urls) == 0 {
-				return usagef("no engine; give --engine URL, such as http://localhost:8000")
+			if len(e.urls) == 0 && e.vllm.model == "" {
+				return usagef("no engine; give --engine URL, such as http://localhost:8000, or --vllm MODEL to start one")
 			}
 			if err := e.check(); err != nil {
 				return err
@@ -276,6 +297,8 @@ if it would run lines now, else with 7.`,
 			}
 			e.once(a.std.err)
 			switch {
+			case check && e.vllm.model != "":
+				return usagef("--check looks at an engine that is there; give --engine URL")
 			case check:
 				return a.check(cmd.Context(), &e)
 			case a.json:
@@ -305,6 +328,16 @@ func (a *app) work(take, stop context.Context, e *engineFlags, ackWait time.Dura
 		return err
 	}
 	defer stopMetrics()
+	take, leave := context.WithCancelCause(take)
+	defer leave(nil)
+	if e.hosts, err = a.startVLLM(stop, e, reg, func(err error) { // one that is given up leaves its worker to say so
+		if f := (*vllm.Failed)(nil); !errors.As(err, &f) || f.Final {
+			leave(err)
+		}
+	}); err != nil {
+		return err
+	}
+	defer e.hosts.stop()
 	conn, err := a.connect(take, "worker", foreverWait)
 	if err != nil {
 		return orStopped(take, err)

@@ -1,0 +1,32 @@
+package vllm
+
+import "time"
+
+// Quicken lets a server be started again at once.
+func (s *Server) Quicken() { s.pause = time.Millisecond }
+
+// Recognise says which reason a log gives, and whether it is final; empty: none.
+func Recognise(lines []string) (name, what string, final bool) {
+	r, line := recognise(lines)
+	if r == nil {
+		return "", "", false
+	}
+	return r.name, r.say(line), r.final
+}
+
+// Reasons names all reasons.
+func Reasons() (names []string) {
+	for _, r := range reasons {
+		names = append(names, r.name)
+	}
+	return names
+}
+
+// RecordName is the file that names the processes of a server.
+const RecordName = recordName
+
+// Loading is what is said of a server that starts.
+func Loading(took time.Duration, phase string) string { return loading(took, phase) }
+
+// JournalSize is the size of a log file at which another one is begun.
+const JournalSize = journalSize

@@ -1,0 +1,181 @@
+package vllm
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// journal keeps what a server says: in a file of limited size with one older file beside it, and the last lines here.
+type journal struct {
+	name string
+
+	mu    sync.Mutex
+	f     *os.File
+	size  int64
+	lines []string // the last ones
+	at    time.Time
+	stage string
+	kv    int64
+}
+
+const (
+	journalSize = 16 << 20
+	tailLines   = 600
+	lineSize    = 2000 // of a line that is kept here
+)
+
+func openJournal(name string) (*journal, error) {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open vLLM's log: %w; choose another --data", err)
+	}
+	j := &journal{name: name, f: f, at: time.Now()}
+	if st, err := f.Stat(); err == nil {
+		j.size = st.Size()
+	}
+	return j, nil
+}
+
+func (j *journal) close() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.f.Close()
+}
+
+// note writes a line of ours into the file.
+func (j *journal) note(s string) {
+	j.write(fmt.Appendf(nil, "--- millrace %s: %s\n", time.Now().UTC().Format(time.RFC3339), s))
+}
+
+// copy takes in what the server says until it can say no more.
+func (j *journal) copy(r io.Reader) {
+	var part []byte
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := r.Read(buf)
+		j.write(buf[:n])
+		part = append(part, buf[:n]...)
+		for {
+			i := bytes.IndexAny(part, "\r\n") // progress bars end their lines so
+			if i < 0 {
+				break
+			}
+			j.take(part[:i])
+			part = part[i+1:]
+		}
+		if len(part) > 1<<20 {
+			part = part[:0]
+		}
+		if err != nil {
+			j.take(part)
+			return
+		}
+	}
+}
+
+// write appends to the file. What the disk does not take is lost: an engine must not stand still for its log.
+func (j *journal) write(b []byte) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.size+int64(len(b)) > journalSize && j.size > 0 {
+		j.turn()
+	}
+	n, _ := j.f.Write(b) // see above
+	j.size += int64(n)
+}
+
+// turn begins a new file. Called with mu held.
+func (j *journal) turn() {
+	if os.Rename(j.name, j.name+".1") != nil {
+		return
+	}
+	f, err := os.OpenFile(j.name, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return // the old file goes on, under its new name
+	}
+	j.f.Close()
+	j.f, j.size = f, 0
+}
+
+// take looks at one line.
+func (j *journal) take(b []byte) {
+	line := strings.TrimSpace(string(b[:min(len(b), lineSize)]))
+	if line == "" {
+		return
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if n := len(j.lines); n == 0 || j.lines[n-1] != line {
+		j.at = time.Now()
+	}
+	j.lines = append(j.lines, line)
+	if len(j.lines) > 2*tailLines {
+		j.lines = slices.Delete(j.lines, 0, tailLines)
+	}
+	for _, s := range stages {
+		if strings.Contains(line, s.has) {
+			j.stage = s.is
+		}
+	}
+	if m := kvSize.FindStringSubmatch(line); m != nil {
+		j.kv, _ = strconv.ParseInt(strings.ReplaceAll(m[1], ",", ""), 10, 64) // digits, as the pattern says
+	}
+}
+
+// kvSize is how vLLM says the capacity of its KV cache (v1/core/kv_cache_utils.py); on a CPU, too.
+var kvSize = regexp.MustCompile(`KV cache size: ([\d,]+) tokens`)
+
+// stages are what vLLM 0.26 to 0.32 says while it loads: v1/worker/gpu_model_runner.py, model_executor/model_loader,
+// compilation/backends.py, entrypoints/launchers.
+var stages = []struct{ has, is string }{
+	{"Fetching ", "fetching the model"},
+	{"Starting to load model", "loading weights"},
+	{"Loading safetensors checkpoint shards", "loading weights"},
+	{"Model loading took", "weights are loaded"},
+	{"Dynamo bytecode transform", "compiling"},
+	{"Compiling a graph", "compiling"},
+	{"KV cache size", "KV cache is there"},
+	{"Capturing CUDA graphs", "capturing CUDA graphs"},
+	{"Starting vLLM", "about to answer"},
+}
+
+// last is when something new was said.
+func (j *journal) last() time.Time {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.at
+}
+
+func (j *journal) phase() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.stage
+}
+
+func (j *journal) kvTokens() int64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.kv
+}
+
+// tail returns the last lines.
+func (j *journal) tail() []string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return slices.Clone(lastOf(j.lines, tailLines))
+}
+
+// telling are the last few lines that are more than information.
+func telling(lines []string) []string {
+	return lastOf(slices.DeleteFunc(lines, func(s string) bool { return strings.Contains(s, "INFO") || strings.Contains(s, "WARNING") }), 10)
+}
+
+func lastOf(lines []string, n int) []string { return lines[max(0, len(lines)-n):] }

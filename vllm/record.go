@@ -1,0 +1,78 @@
+package vllm
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/go-json-experiment/json"
+)
+
+// record says on disk which processes are ours, so that those of a millrace that was killed are found at the next start.
+type record struct {
+	name string
+
+	Host    string         `json:"host"` // names the machine, its boot and the scope of process ids
+	Group   int            `json:"group"`
+	Members map[int]string `json:"members"` // process ids, and when each began
+}
+
+const recordName = "engine.json"
+
+// members writes down who is in the group now.
+func (r *record) members(group int) {
+	all, err := processes()
+	if err != nil {
+		return // an orphan would not be found; nothing else depends on it
+	}
+	r.Members = map[int]string{}
+	for _, p := range family(all, group, nil) {
+		r.Members[p.id] = p.start
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return
+	}
+	if os.WriteFile(r.name+".part", b, 0o600) == nil {
+		_ = os.Rename(r.name+".part", r.name) // see above
+	}
+}
+
+func (r *record) remove() { _ = os.Remove(r.name) } // one that stays names processes that are gone
+
+// EndOrphan ends what a dead millrace has left of the server whose folder this was: the caller has it alone. Host is that
+// of this process. It says how many processes it ended.
+//
+// A process is ours when one of that id, which began at that time, was. Where one of them is still in the group that the
+// server had, the group is the same one, since a number is not given away while it is in use; so all of it is ours.
+func EndOrphan(dir, host string) (int, error) {
+	name := filepath.Join(dir, recordName)
+	b, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read record of an engine: %w", err)
+	}
+	var r record
+	defer os.Remove(name)
+	if json.Unmarshal(b, &r) != nil || r.Host == "" || r.Host != host || r.Group <= 1 {
+		return 0, nil // of another boot, or nobody can tell
+	}
+	all, err := processes()
+	if err != nil {
+		return 0, err
+	}
+	for _, p := range all {
+		if p.group == r.Group && r.Members[p.id] == p.start {
+			n := len(family(all, r.Group, r.Members))
+			if left := endGroup(r.Group, r.Members); left > 0 {
+				return n, fmt.Errorf("end an engine that a killed millrace left: %d processes of group %d do not go", left, r.Group)
+			}
+			return n, nil
+		}
+	}
+	return 0, nil
+}

@@ -1,0 +1,417 @@
+// Package vllm starts, watches, restarts and ends one vLLM server. Its process has a group of its own, which is ended as
+// a whole: EngineCore and Worker outlive an API server that is killed, and keep the GPU. No exit that was not asked for is
+// a clean one, whatever its status: the API server of a dead engine ends with 0.
+//
+//	Flags     what the user gives behind --, and what follows from it    flags.go
+//	process   a server process and its group                            process.go, group_linux.go, group_other.go
+//	journal   its log: a file of limited size, and what was said last    journal.go
+//	reasons   what a dead server's log says, and what to do              reasons.go
+//	record    says on disk which process is ours, for the next start     record.go
+package vllm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"millrace/proto"
+)
+
+// Server keeps one vLLM server running at one port of the loopback interface. Its fields may be set until Run.
+type Server struct {
+	Command []string // what comes before `serve`; nil: vllm
+	Model   string   // a name or a folder
+	Flags   Flags
+	Port    int
+	GPUs    []string // that it may use, as in CUDA_VISIBLE_DEVICES; nil: as the environment says
+	Key     string   // that it asks for; empty: none
+	Dir     string   // of its log and of the record of its process; nobody else uses it
+	Host    string   // names the machine and the scope of its process ids; empty: no process is found again
+
+	Quiet    time.Duration // for how long a server that starts may say nothing new; 0: 15 min
+	Grace    time.Duration // from SIGTERM to SIGKILL; 0: 15 s
+	Restarts int           // until it is given up, counted anew when it was well for ten minutes
+
+	Log       *slog.Logger           // nil: none
+	Restarted *prometheus.CounterVec // see NewRestarted; nil: nobody counts
+
+	pause time.Duration // before the first restart; 0: 500 ms
+
+	mu      sync.Mutex
+	state   string // as State returns it
+	reason  string
+	up      bool
+	changed chan struct{}
+	kill    chan string // causes for which the server is to be ended
+	kv      int64
+}
+
+const (
+	wellFor      = 10 * time.Minute // then its restarts are forgotten
+	wellBriefly  = time.Minute      // then the next restart waits no longer than the first
+	failedStarts = 3                // in a row, of which none came up: it is given up
+	mostPause    = 30 * time.Second
+	lookEvery    = 250 * time.Millisecond // at a server that starts
+)
+
+// Failed is the error of a server that will not be started again.
+type Failed struct {
+	Why   string
+	Final bool // no restart would mend it: it never came up
+}
+
+func (f *Failed) Error() string { return f.Why }
+
+// String is where the server listens.
+func (s *Server) String() string { return "http://127.0.0.1:" + strconv.Itoa(s.Port) }
+
+// State says why the server cannot be asked: one of the proto.Engine states, and why. Both are empty when it can.
+func (s *Server) State() (state, reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.init()
+	return s.state, s.reason
+}
+
+// Changed gets a value when State says something else. It is for one reader.
+func (s *Server) Changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.init()
+	return s.changed
+}
+
+// Restart ends a server that hangs, and starts it again. It returns at once, and does nothing where the server is not up.
+func (s *Server) Restart(cause string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.init()
+	if s.up {
+		s.up = false
+		s.kill <- cause // it has room: once emptied it
+	}
+}
+
+// KVTokens is the capacity of the KV cache in tokens, as the log of the running server says; 0: it does not.
+func (s *Server) KVTokens() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kv
+}
+
+// CommandLine is what the server is started with.
+func (s *Server) CommandLine() []string {
+	command := s.Command
+	if len(command) == 0 {
+		command = []string{"vllm"}
+	}
+	return slices.Concat(command, []string{"serve", s.Model}, s.Flags.given(),
+		[]string{"--host", "127.0.0.1", "--port", strconv.Itoa(s.Port)})
+}
+
+// init makes what the first use needs. Called with mu held.
+func (s *Server) init() {
+	if s.changed == nil {
+		s.changed, s.kill = make(chan struct{}, 1), make(chan string, 1)
+		s.state, s.reason = proto.EngineWaiting, "engine is not started yet"
+	}
+}
+
+// set changes what State says.
+func (s *Server) set(up bool, state, reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.init()
+	s.up = up
+	if s.state == state && s.reason == reason {
+		return
+	}
+	s.state, s.reason = state, reason
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+}
+
+func (s *Server) complete() error {
+	switch {
+	case s.Model == "":
+		return errors.New("run vLLM: no model")
+	case s.Port <= 0:
+		return errors.New("run vLLM: no port")
+	case s.Dir == "":
+		return errors.New("run vLLM: no folder")
+	}
+	s.mu.Lock()
+	s.init()
+	s.mu.Unlock()
+	if s.Log == nil {
+		s.Log = slog.New(slog.DiscardHandler)
+	}
+	for v, d := range map[*time.Duration]time.Duration{&s.Quiet: 15 * time.Minute, &s.Grace: 15 * time.Second, &s.pause: 500 * time.Millisecond} {
+		if *v <= 0 {
+			*v = d
+		}
+	}
+	if err := os.MkdirAll(s.Dir, 0o755); err != nil {
+		return fmt.Errorf("make folder for vLLM's log: %w; choose another --data", err)
+	}
+	return nil
+}
+
+// Run keeps the server running until live ends. Then it is asked to stop, and killed after Grace or when patience ends.
+// Nothing of its process group is left when Run returns. The error is a *Failed where it was given up before.
+func (s *Server) Run(live, patience context.Context) error {
+	if err := s.complete(); err != nil {
+		return err
+	}
+	var t tally
+	for {
+		end := s.once(live, patience)
+		if live.Err() != nil {
+			s.set(false, proto.EngineWaiting, "engine is stopped")
+			return nil
+		}
+		pause, failed := t.judge(end, s)
+		if failed != nil {
+			s.set(false, proto.EngineDegraded, failed.Why+"; mend that, and start millrace again")
+			return failed
+		}
+		why := fmt.Sprintf("%s; it is started again (%d of %d)", end.why, t.restarts, s.Restarts)
+		s.Log.Warn(why, "engine", s.String(), "log", s.LogFile())
+		s.set(false, proto.EngineWaiting, why)
+		if s.Restarted != nil {
+			s.Restarted.WithLabelValues(end.cause).Inc()
+		}
+		select {
+		case <-live.Done():
+			return nil
+		case <-time.After(pause):
+		}
+	}
+}
+
+// ending is how a server came to its end that was not asked to stop.
+type ending struct {
+	cause string        // one of Causes
+	why   string        // for people
+	final bool          // a restart would not mend it
+	well  time.Duration // for how long it was up; 0: it never was
+}
+
+// tally is what there is to know about restarts.
+type tally struct {
+	restarts int // since it was well
+	failed   int // starts in a row
+	quick    int // ends in a row that came soon
+	came     bool
+}
+
+// judge says how long to wait before the next start, or that there is none.
+func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
+	t.failed++
+	if e.well > 0 {
+		t.failed, t.came = 0, true
+	}
+	if e.well >= wellFor {
+		t.restarts = 0
+	}
+	if e.well >= wellBriefly {
+		t.quick = 0
+	}
+	switch {
+	case e.final && !t.came:
+		return 0, &Failed{Why: e.why, Final: true}
+	case t.restarts >= s.Restarts, t.failed >= failedStarts:
+		return 0, &Failed{Why: fmt.Sprintf("%s; it was started again %s and is given up", e.why, proto.Count(int64(t.restarts), "time"))}
+	}
+	t.restarts++
+	t.quick++
+	return min(s.pause<<min(t.quick-1, 10), mostPause), nil
+}
+
+// once starts the server and watches it to its end.
+func (s *Server) once(live, patience context.Context) ending {
+	s.set(false, proto.EngineWaiting, "engine is starting")
+	s.mu.Lock()
+	s.kv = 0
+	select {
+	case <-s.kill: // it was for the one before
+	default:
+	}
+	s.mu.Unlock()
+	p, err := s.launch()
+	if err != nil {
+		return notStarted(s.CommandLine()[0], err)
+	}
+	w := &watch{Server: s, process: p, began: time.Now()}
+	return w.run(live, patience)
+}
+
+// watch is one life of the server.
+type watch struct {
+	*Server
+	*process
+	began time.Time
+	upAt  time.Time // zero: it is not up yet
+}
+
+func (w *watch) run(live, patience context.Context) ending {
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	for {
+		select {
+		case <-live.Done():
+			w.stop(patience)
+			return ending{}
+		case <-w.over:
+			return w.died()
+		case cause := <-w.kill:
+			return w.killed(cause, "engine hung and was killed")
+		case <-look.C:
+			if w.look(live) {
+				look.Stop()
+				continue
+			}
+			if quiet := time.Since(w.journal.last()); quiet >= w.Quiet {
+				return w.killed(CauseStartFailed, fmt.Sprintf("engine said nothing new for %s while it started and was killed; --engine-start-timeout says how long that may be", short(quiet)))
+			}
+		}
+	}
+}
+
+// look asks a server that starts whether it is up, and says how far it is.
+func (w *watch) look(ctx context.Context) bool {
+	took := time.Since(w.began)
+	if !w.ready(ctx) {
+		w.set(false, proto.EngineWaiting, loading(took, w.journal.phase()))
+		return false
+	}
+	w.upAt = time.Now()
+	w.record.members(w.group)
+	w.mu.Lock()
+	w.kv = w.journal.kvTokens()
+	w.mu.Unlock()
+	w.Log.Info("engine is up", "engine", w.String(), "after", took.Round(time.Second).String())
+	w.set(true, "", "")
+	return true
+}
+
+// loading says how far a server is that starts. The time comes in steps: who reads it sees a new line for each.
+func loading(took time.Duration, phase string) string {
+	step := 10 * time.Second
+	if took >= time.Minute {
+		step = 30 * time.Second
+	}
+	s := "engine is loading"
+	if took = took.Truncate(step); took > 0 {
+		s += " (" + short(took) + ")"
+	}
+	if phase != "" {
+		s += ": " + phase
+	}
+	return s
+}
+
+func short(d time.Duration) string {
+	d = d.Round(time.Second)
+	if d >= time.Minute && d%time.Minute == 0 {
+		return fmt.Sprintf("%d min", int(d.Minutes()))
+	}
+	if d >= time.Minute {
+		return fmt.Sprintf("%d min %d s", int(d.Minutes()), int(d.Seconds())%60)
+	}
+	return fmt.Sprintf("%d s", int(d.Seconds()))
+}
+
+// died deals with a server that ended by itself.
+func (w *watch) died() ending {
+	w.set(false, proto.EngineWaiting, "engine died")
+	w.end()
+	e := ending{cause: CauseCrashed, why: "engine died", well: w.well()}
+	if e.well == 0 {
+		e.cause, e.why = CauseStartFailed, "engine does not start"
+	}
+	if r, line := recognise(w.journal.tail()); r != nil {
+		e.why += ": " + r.say(line)
+		e.final = r.final
+		if r.cause != "" {
+			e.cause = r.cause
+		}
+	} else {
+		how, killed := w.how()
+		e.why += ": its process " + how
+		if killed {
+			e.cause = CauseKilled
+			return e
+		}
+		for _, line := range telling(w.journal.tail()) {
+			w.Log.Warn("engine said: " + line)
+		}
+	}
+	return e
+}
+
+// killed ends a server that does not answer, or not in time.
+func (w *watch) killed(cause, why string) ending {
+	w.set(false, proto.EngineWaiting, why)
+	w.end()
+	return ending{cause: bounded(cause), why: why, well: w.well()}
+}
+
+func (w *watch) well() time.Duration {
+	if w.upAt.IsZero() {
+		return 0
+	}
+	return max(time.Since(w.upAt), 1)
+}
+
+// stop asks the server to end, and sees to it that it does.
+func (w *watch) stop(patience context.Context) {
+	w.set(false, proto.EngineWaiting, "engine is stopped")
+	w.record.members(w.group) // whoever left the group is not found when its parent has gone
+	w.terminate()
+	grace := time.NewTimer(w.Grace)
+	defer grace.Stop()
+	select {
+	case <-w.over:
+	case <-grace.C:
+	case <-patience.Done():
+	}
+	w.end()
+}
+
+// FreePort is a port of the loopback interface at which nobody listens. It lies below those that systems give to
+// connections (from 32,768 on Linux, from 49,152 elsewhere), so that it stays free while no server has it.
+func FreePort(taken func(int) bool) (int, error) {
+	first := rand.IntN(lastPort - firstPort) // two that look at once should not find the same one
+	for i := range lastPort - firstPort {
+		port := firstPort + (first+i)%(lastPort-firstPort)
+		if taken(port) {
+			continue
+		}
+		ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
+		if err == nil {
+			return port, ln.Close()
+		}
+	}
+	return 0, fmt.Errorf("find a port for vLLM: all from %d to %d are taken", firstPort, lastPort-1)
+}
+
+const firstPort, lastPort = 18000, 19000
+
+func (s *Server) file(name string) string { return filepath.Join(s.Dir, name) }
+
+// LogFile is where what the server says is kept: at most 16 MiB, and as much in the file before it.
+func (s *Server) LogFile() string { return s.file("engine.log") }

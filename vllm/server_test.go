@@ -1,0 +1,327 @@
+package vllm_test
+
+import (
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"millrace/proto"
+	"millrace/vllm"
+)
+
+func kill(t *testing.T, pid int, sig syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(pid, sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// counted registers the counter of restarts and returns what reads it.
+func (r *rig) counted() func(cause string, want float64) {
+	c, err := vllm.NewRestarted(prometheus.NewRegistry())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.Restarted = c
+	return func(cause string, want float64) {
+		r.t.Helper()
+		if got := testutil.ToFloat64(c.WithLabelValues(cause)); got != want {
+			r.t.Errorf("%v restarts by cause %s, want %v", got, cause, want)
+		}
+	}
+}
+
+// TestKilled: the API server is killed; its EngineCore is ended before another one is started.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	restarts := r.counted()
+	first := r.start().up(1)
+	if n := r.KVTokens(); n != 473807 {
+		t.Errorf("KV cache of %d tokens", n)
+	}
+	kill(t, first.api, syscall.SIGKILL)
+	second := r.up(2)
+	if alive(first.core) {
+		t.Error("EngineCore of the server that was killed lives")
+	}
+	restarts(vllm.CauseKilled, 1)
+	r.stop()
+	if alive(second.api) || alive(second.core) {
+		t.Error("something of the server lives that was stopped")
+	}
+	if _, err := os.Stat(filepath.Join(r.Dir, vllm.RecordName)); err == nil {
+		t.Error("the record of a server that was stopped is there")
+	}
+}
+
+// TestStatusZero: an exit that was not asked for is a death, though vLLM ends with status 0.
+func TestStatusZero(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, `serve {"crash":true}`, "serve")
+	restarts := r.counted()
+	r.start().up(2)
+	restarts(vllm.CauseCrashed, 0)
+	restarts(vllm.CauseStartFailed, 1) // it was never up
+	if s := r.said.String(); !strings.Contains(s, "status 0") || !strings.Contains(s, "engine said: ") {
+		t.Errorf("said %s", s)
+	}
+}
+
+// TestHung: one that hangs is killed at once, and EngineCore with it.
+func TestHung(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "stubborn", "serve")
+	restarts := r.counted()
+	r.Grace = time.Hour
+	first := r.start().up(1)
+	kill(t, first.core, syscall.SIGSTOP)
+	r.Restart("hung")
+	r.Restart("hung") // by a worker that has not seen yet that it is done
+	r.up(2)
+	if alive(first.api) || alive(first.core) {
+		t.Error("the server that hung lives")
+	}
+	restarts(vllm.CauseHung, 1)
+	r.stop()
+	if n := len(r.lives()); n != 2 {
+		t.Errorf("%d starts, want 2", n)
+	}
+}
+
+// TestStubborn: a server that SIGTERM does not end is killed, after its grace or when its patience ends.
+func TestStubborn(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "stubborn")
+	r.Grace = time.Millisecond
+	l := r.start().up(1)
+	r.stop()
+	if alive(l.api) || alive(l.core) {
+		t.Error("it lives")
+	}
+	r = newRig(t, "stubborn")
+	r.Grace = time.Hour
+	l = r.start().up(1)
+	r.hurry()
+	r.stop()
+	if alive(l.api) || alive(l.core) {
+		t.Error("it lives")
+	}
+}
+
+// TestStray: a process that left the group is ended, too.
+func TestStray(t *testing.T) {
+	if _, err := os.Stat("/usr/bin/setsid"); err != nil {
+		t.Skip("no setsid here")
+	}
+	t.Parallel()
+	r := newRig(t, "strays")
+	stray := func() int {
+		t.Helper()
+		b, err := os.ReadFile(filepath.Join(r.life, "stray"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil || !alive(pid) {
+			t.Fatalf("no stray: %v", err)
+		}
+		return pid
+	}
+	r.start().up(1)
+	first := stray()
+	r.Restart("hung")
+	l := r.up(2)
+	second := stray()
+	kill(t, l.api, syscall.SIGKILL)
+	r.up(3)
+	third := stray()
+	r.stop()
+	for _, pid := range []int{first, second, third} {
+		if alive(pid) {
+			t.Errorf("stray %d lives", pid)
+			kill(t, pid, syscall.SIGKILL)
+		}
+	}
+}
+
+// TestFinal: what a restart cannot mend is not tried again.
+func TestFinal(t *testing.T) {
+	t.Parallel()
+	text, err := filepath.Abs("testdata/reasons/model-no-config.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRig(t, "says "+text)
+	f := r.start().fails()
+	if !f.Final || !strings.Contains(f.Why, "no such model") || !strings.Contains(f.Why, "check the name") || len(r.lives()) != 1 {
+		t.Errorf("%d starts, %+v", len(r.lives()), f)
+	}
+}
+
+// TestFinalAfterAll: where it was up before, the same reason is worth another try, and another.
+func TestFinalAfterAll(t *testing.T) {
+	t.Parallel()
+	text, err := filepath.Abs("testdata/reasons/model-no-config.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRig(t, "serve", "says "+text)
+	l := r.start().up(1)
+	kill(t, l.api, syscall.SIGKILL)
+	f := r.fails()
+	if f.Final || !strings.Contains(f.Why, "no such model") || len(r.lives()) != 4 {
+		t.Errorf("%d starts, %+v", len(r.lives()), f)
+	}
+}
+
+// TestBudget: a server that dies again and again is given up.
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	r.Restarts = 2
+	restarts := r.counted()
+	r.start()
+	for n := range 3 {
+		kill(t, r.up(n+1).api, syscall.SIGKILL)
+	}
+	if f := r.fails(); f.Final || !strings.Contains(f.Why, "2 times") || !strings.Contains(f.Why, "signal 9") {
+		t.Errorf("%+v", f)
+	}
+	restarts(vllm.CauseKilled, 2)
+}
+
+// TestNoCommand: there is no such program.
+func TestNoCommand(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.Command = []string{filepath.Join(t.TempDir(), "vllm")}
+	if f := r.start().fails(); !f.Final || !strings.Contains(f.Why, "--vllm-command") {
+		t.Errorf("%+v", f)
+	}
+}
+
+// TestPortTaken: a server is not mistaken for another one that has its port.
+func TestPortTaken(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	ln, err := net.Listen("tcp", strings.TrimPrefix(r.String(), "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`{"data":[{"id":"m"}]}`)) // looks like one
+	})}
+	served := make(chan error)
+	go func() { served <- other.Serve(ln) }()
+	r.Restarts = 100
+	f := r.start().fails()
+	other.Close()
+	<-served
+	if f.Final || !strings.Contains(f.Why, "is taken") || len(r.lives()) != 0 {
+		t.Errorf("%d starts, %+v", len(r.lives()), f)
+	}
+}
+
+// TestQuiet: a server that says nothing new and does not come up is ended.
+func TestQuiet(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "quiet")
+	r.Quiet = time.Millisecond
+	r.start()
+	r.state(proto.EngineWaiting, "nothing new", "--engine-start-timeout")
+}
+
+// TestOtherModel: a server that lists another model is not ready.
+func TestOtherModel(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	r.Flags = vllm.Flags{"--served-model-name", "n"}
+	r.start().up(1)
+	if s := strings.Join(r.CommandLine(), " "); !strings.HasSuffix(s, "serve m --served-model-name n --host 127.0.0.1 --port "+strconv.Itoa(r.Port)) {
+		t.Errorf("started with %s", s)
+	}
+}
+
+// TestOrphan: what a killed millrace left is ended; what is not ours is not.
+func TestOrphan(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	l := r.start().up(1)
+	record := filepath.Join(r.Dir, vllm.RecordName)
+	b, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := func(b []byte) string { // as that one would have left it
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, vllm.RecordName), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	other := []byte(strings.ReplaceAll(string(b), `":"`, `":"1`)) // ids of ours that began at other times
+	for _, c := range []struct {
+		dir, host string
+	}{{left(b), "here/other boot"}, {left(other), "1here/boot"}, {left([]byte("{")), "here/boot"}, {t.TempDir(), "here/boot"}} {
+		if n, err := vllm.EndOrphan(c.dir, c.host); n != 0 || err != nil {
+			t.Errorf("%d ended that are not ours, %v", n, err)
+		}
+		if _, err := os.Stat(filepath.Join(c.dir, vllm.RecordName)); err == nil {
+			t.Error("the record stays")
+		}
+	}
+	if !alive(l.api) || !alive(l.core) {
+		t.Fatal("it was ended")
+	}
+	if n, err := vllm.EndOrphan(left(b), "here/boot"); n != 2 || err != nil {
+		t.Errorf("%d ended, want 2; %v", n, err)
+	}
+	if alive(l.api) || alive(l.core) {
+		t.Error("the orphan lives")
+	}
+}
+
+// TestLog: the log is kept, up to its size.
+func TestLog(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	if err := os.WriteFile(r.LogFile(), make([]byte, vllm.JournalSize-1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.start().up(1)
+	r.stop()
+	now, err := os.ReadFile(r.LogFile())
+	if err != nil || !strings.Contains(string(now), "Starting to load model m") || !strings.Contains(string(now), "serve m --host") {
+		t.Errorf("the log is %.300s, %v", now, err)
+	}
+	if before, err := os.Stat(r.LogFile() + ".1"); err != nil || before.Size() != vllm.JournalSize-1 {
+		t.Errorf("the log before: %v", err)
+	}
+}
+
+func TestLoading(t *testing.T) {
+	for _, c := range []struct {
+		took  time.Duration
+		phase string
+		want  string
+	}{
+		{time.Second, "", "engine is loading"},
+		{47 * time.Second, "loading weights", "engine is loading (40 s): loading weights"},
+		{119 * time.Second, "compiling", "engine is loading (1 min 30 s): compiling"},
+		{2 * time.Minute, "", "engine is loading (2 min)"},
+	} {
+		if got := vllm.Loading(c.took, c.phase); got != c.want {
+			t.Errorf("%q, want %q", got, c.want)
+		}
+	}
+}

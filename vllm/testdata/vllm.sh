@@ -1,0 +1,40 @@
+#!/bin/sh
+# Stands for vLLM: vllm serve MODEL FLAGS --host H --port P. The API server is a simulated engine in this process, and
+# EngineCore another process of its group, which outlives it, as a real one does. $LIFE is a folder: what each start is to
+# do lies in its files 1, 2, …, by their words, or in file 0 for all others; what was started is in its log.
+set -u
+model=$2 name=$2 port=0
+while [ $# -gt 0 ]; do
+	case $1 in
+	--port) port=$2 ;;
+	--served-model-name) name=$2 ;;
+	esac
+	shift
+done
+n=$(($(wc -l <"$LIFE/log" 2>/dev/null || echo 0) + 1))
+sleep 100000 >/dev/null 2>&1 &
+core=$!
+echo "$$ $core ${CUDA_VISIBLE_DEVICES:-none} $port" >>"$LIFE/log"
+do=$(cat "$LIFE/$n" 2>/dev/null || cat "$LIFE/0" 2>/dev/null)
+echo "(EngineCore pid=$core) INFO 11-28 05:55:17 [gpu_model_runner.py:5040] Starting to load model $model..."
+echo "(EngineCore pid=$core) INFO 11-28 05:55:18 [kv_cache_utils.py:1301] GPU KV cache size: 473,807 tokens"
+case $do in
+says\ *) # a log, and the end of it all
+	kill $core
+	cat "${do#says }"
+	exit 1
+	;;
+fails*) exit 0 ;; # as vLLM does, and EngineCore stays
+killed*) kill -9 $$ ;;
+quiet*) exec sleep 100000 ;;
+stubborn*) # SIGTERM does not end it
+	export STUBBORN=1
+	;;
+strays*) # one leaves the group
+	setsid sleep 100000 >/dev/null 2>&1 &
+	echo $! >"$LIFE/stray"
+	;;
+esac
+faults={}
+case $do in *{*) faults="{${do#*\{}" ;; esac
+exec $SIM "$port" "$name" "$faults"
