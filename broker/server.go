@@ -252,7 +252,7 @@ type serverLog struct {
 func (l serverLog) Noticef(f string, v ...any) { l.s.Log.Debug("nats: " + fmt.Sprintf(f, v...)) }
 func (l serverLog) Warnf(f string, v ...any) {
 	text := fmt.Sprintf(f, v...)
-	if rebuilt.MatchString(text) {
+	if detail.MatchString(text) {
 		l.s.Log.Debug("nats: " + text)
 		return
 	}
@@ -261,9 +261,9 @@ func (l serverLog) Warnf(f string, v ...any) {
 func (l serverLog) Debugf(f string, v ...any) {}
 func (l serverLog) Tracef(f string, v ...any) {}
 
-// rebuilt matches what nats-server says at its start of indexes that are older than their stream, as after each kill: it
-// makes them anew from the messages, and nothing is lost.
-var rebuilt = regexp.MustCompile(`^Filestore \[[^]]*\] (Stream state outdated|Stream state detected prior state|[a-zA-Z ]* state is outdated; attempting to recover|Recovering [a-zA-Z ]* state from index errored: prior state file)`)
+// detail matches warnings of nats-server that tell nobody what to do: at its start, of indexes that are older than their
+// stream, as after each kill, which it makes anew from the messages; and of a machine that was busy for a moment.
+var detail = regexp.MustCompile(`^Internal subscription on \S+ took too long|^Filestore \[[^]]*\] (Stream state outdated|Stream state detected prior state|[a-zA-Z ]* state is outdated; attempting to recover|Recovering [a-zA-Z ]* state from index errored: prior state file)`)
 
 // Fatalf gives the reason to Start, which returns it; later there is nobody to say it but the log.
 func (l serverLog) Fatalf(f string, v ...any) {

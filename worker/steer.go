@@ -81,6 +81,10 @@ func (l *limit) begin(now look) {
 	n := b.fits()
 	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
 	l.set(max(n-others, n/2)) // another worker does the same
+	if l.begun.n == 0 {
+		l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of up to %.0f; none has come yet", l.kv, b.prompt)
+		return
+	}
 	l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of %.0f + up to %.0f; few have ended", l.kv, b.prompt, b.most)
 }
 
