@@ -121,6 +121,8 @@ func (l *limit) reason() string {
 		return fmt.Sprintf("engine refuses requests; %.0f %% of %.0f for now", 100*l.share, l.base/l.width())
 	case l.fixed > 0:
 		return "fixed by --concurrency"
+	case l.way == bySteering && l.seqs < l.most && l.base >= l.seqs:
+		return fmt.Sprintf("engine runs no more than %.0f at once", (l.seqs-seqsWait)/seqsMore)
 	case l.way >= byPlan && l.base <= minLimit*l.width():
 		return l.why + "; never below 8"
 	}

@@ -142,6 +142,42 @@ func TestLimitIdle(t *testing.T) {
 	}
 }
 
+// TestLimitCrowded: an engine that runs fewer lines at once than its KV cache holds is known by what it lets wait, long
+// before as many have ended as are in flight; one that runs all that it gets gets more.
+func TestLimitCrowded(t *testing.T) {
+	now := time.Now()
+	l := newLimit(0)
+	made, most := int64(0), int64(64)
+	second := func() {
+		now = now.Add(time.Second)
+		n := int64(l.get())
+		running := min(n, most)
+		for range 250 {
+			l.expects(100, wish{20, 1})
+			made += 20
+			l.finished(proto.Usage{Counted: true, Prompt: 118, Completion: 20}, 100, wish{20, 1}, time.Duration(n)*4*time.Millisecond, now)
+		}
+		l.observe(seen(131072, Gauges{Running: running, Waiting: n - running, KVUsage: float64(running) * 128 / 131072, Generation: made}), int(n), now)
+	}
+	second()
+	if got := l.get(); got < 500 {
+		t.Fatalf("limit %d by the KV cache", got)
+	}
+	for range 3 {
+		second()
+	}
+	if got, why := l.get(), l.reason(); got != 67 || why != "engine runs no more than 64 at once" {
+		t.Errorf("limit %d: %s", got, why)
+	}
+	most = 1024
+	for range 10 {
+		second()
+	}
+	if got := l.get(); got < 80 {
+		t.Errorf("limit %d of an engine that runs all", got)
+	}
+}
+
 // TestLimitLargeLine: one line that is far larger than the others does not cut the limit, and many do.
 func TestLimitLargeLine(t *testing.T) {
 	now := time.Now()

@@ -24,6 +24,8 @@ const (
 	// requests that run tell how long prompts are from so many on
 	seenRunning = 4
 	mostGrowth  = 0.25 // of the limit, in the life of a line
+	// of an engine that runs so many at once and no more, that many times seqsMore, and seqsWait, are in flight
+	seqsMore, seqsWait = 1.02, 2
 )
 
 // look is what a probe saw.
@@ -54,6 +56,9 @@ func (l *limit) steer(now look) {
 	l.looks = append(l.looks, now)
 	life := max(time.Duration(l.ended.took*float64(time.Second)), 2*time.Second)
 	l.trim(now.at.Add(-life))
+	if n := l.crowded(); n > 0 {
+		l.runs(n)
+	}
 	switch {
 	case !l.steers:
 		enough := l.all >= l.enough()
@@ -177,12 +182,13 @@ func (l *limit) grow(now look, life time.Duration) {
 		l.hold = now.at.Add(life)
 	case w.waiting > 0.2*w.running+1:
 		if w.whole && w.use < 0.9 && w.queued > 0 && w.least >= 0.95*w.most && w.most >= minLimit {
-			l.seqs = w.most*1.02 + 2 // it runs no more at once, whatever room there is
-			l.set(l.seqs)
-			l.why = fmt.Sprintf("engine runs no more than %.0f at once", w.most)
+			l.runs(w.most)
 		}
 	case preempted > bearable/2, now.inFlight < 0.9*l.base:
 	default:
+		if w.whole && w.waiting < 1 && w.running > 0.99*l.base {
+			l.seqs = l.most // it runs all that it gets
+		}
 		by := step / 3 * l.gain.turn(true, dt)
 		if w.whole && w.use > 0 && w.use < 0.95 {
 			lives := life.Seconds() / max(l.ended.took, 0.05) // of short lines, many: what is seen is what there will be
@@ -190,6 +196,34 @@ func (l *limit) grow(now look, life time.Duration) {
 		}
 		l.set(l.base * (1 + by*min(dt, 1)))
 	}
+}
+
+// crowded finds how many an engine runs at once that lets lines wait though its KV cache has much room: as many ran at
+// each look for as long as it takes to answer that many. 0: it does not look so. The life of a line would be too long a time
+// to tell by, since it waits for most of it.
+func (l *limit) crowded() float64 {
+	n := len(l.looks)
+	if n == 0 {
+		return 0
+	}
+	now := l.looks[n-1]
+	r := float64(now.g.Running)
+	for i := n - 1; i >= 0 && r >= minLimit; i-- {
+		k := l.looks[i]
+		if k.g.KVUsage > 0.5 || float64(k.g.Waiting) <= 0.2*r+1 || math.Abs(float64(k.g.Running)-r) > 0.02*r {
+			return 0
+		}
+		if n-i >= 3 && float64(now.answers-k.answers) >= r {
+			return r
+		}
+	}
+	return 0
+}
+
+// runs takes note of how many sequences the engine runs at once, whatever room there is.
+func (l *limit) runs(n float64) {
+	l.seqs = n*seqsMore + seqsWait
+	l.set(l.base)
 }
 
 // ahead lowers the limit when the lines to come are much larger than those that it was found with.
