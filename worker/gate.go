@@ -59,6 +59,7 @@ type gate struct {
 	lastBad     time.Time // end of the last probe that did not find the engine up
 	begun       int       // probes begun
 	ended       int       // number of the last probe that ended
+	lastDeath   time.Time // when lines last found it dead, or nobody there
 	turn        chan struct{}
 	equal       equalErrors
 	doubts      []*doubt

@@ -32,6 +32,7 @@ func TestPoisonFound(t *testing.T) {
 		t.Run(fmt.Sprint(c.inFlight), func(t *testing.T) {
 			r := worker.NewRig(t)
 			e := newEngine(t, func(cfg *sim.Config) { cfg.Faults = sim.Faults{Poison: "arsenic"} })
+			e.cfg.LoadTime = 500 * time.Millisecond // it is seen that it was gone; no real one is back at once
 			poison := c.lines / 3
 			r.Send(dose(c.lines, poison)...)
 			r.Start(e.client(), func(w *worker.Worker) { w.Concurrency = c.inFlight })

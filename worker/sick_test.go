@@ -20,7 +20,7 @@ func TestSick(t *testing.T) {
 	r, f := newRig(t), newFake(t)
 	const n = 300
 	var calls atomic.Int64
-	ways := []func(http.ResponseWriter, *http.Request, string){f.ok, says(500, "boom"), f.ok, says(503, busyBody), says(200, lostBody), says(200, ""), cut, cut}
+	ways := []func(http.ResponseWriter, *http.Request, string){f.ok, says(500, "boom"), f.ok, says(503, busyBody), says(200, lostBody), says(200, ""), cut, cutInside}
 	f.set(func() {
 		f.work = func(w http.ResponseWriter, q *http.Request, body string) {
 			ways[calls.Add(1)%int64(len(ways))](w, q, body)

@@ -52,6 +52,9 @@ func (g *gate) closeLocked(kind tripKind, state, reason string) bool {
 		return false
 	}
 	g.trip = &trip{kind: kind, state: state, reason: reason, at: now, until: now.Add(g.pause(kind))}
+	if kind == tripDead || kind == tripUnreached {
+		g.lastDeath = now
+	}
 	g.heard() // the trip says now why nothing moves
 	return true
 }
@@ -82,15 +85,15 @@ func (g *gate) pause(kind tripKind) time.Duration {
 func (g *gate) diedSince(t time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.lastBad.After(t) || g.trip != nil && (g.trip.kind == tripDead || g.trip.kind == tripUnreached) && g.trip.at.After(t)
+	return g.lastBad.After(t) || g.lastDeath.After(t)
 }
 
 // died closes the gate because a line that was started at a time found the engine dead. When the engine has been
-// found gone and well again meanwhile, nothing is left to wait for. It says whether a probe has found the engine gone.
+// found gone and well again meanwhile, nothing is left to wait for. It says whether it was found gone before.
 func (g *gate) died(started time.Time, reason string) bool {
 	g.mu.Lock()
 	gone := g.lastBad.After(started)
-	if gone && g.status.State == proto.EngineReady && g.trip == nil {
+	if g.status.State == proto.EngineReady && g.trip == nil && (gone || g.lastDeath.After(started)) {
 		g.mu.Unlock()
 		return true
 	}
