@@ -102,13 +102,6 @@ func blocks(_ http.ResponseWriter, r *http.Request, _ string) { <-r.Context().Do
 // cut breaks the connection.
 func cut(w http.ResponseWriter, _ *http.Request, _ string) { panic(http.ErrAbortHandler) }
 
-// cutInside ends the connection in the middle of the answer.
-func cutInside(w http.ResponseWriter, _ *http.Request, _ string) {
-	w.Header().Set("Content-Length", "100")
-	_, _ = w.Write([]byte("{"))
-	panic(http.ErrAbortHandler)
-}
-
 // enter waits until n requests have come in, and returns their bodies.
 func (f *fake) enter(n int) []string {
 	f.tb.Helper()
