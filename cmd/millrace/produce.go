@@ -172,7 +172,7 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 	fmt.Fprintf(a.std.err, "job %s: %s\n", job.ID, count(job.Lines, "line"))
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg,
 		Window: j.window, AckWait: j.ackWait}
-	v, err := a.own(ctx, conn, o)
+	v, err := a.own(ctx, ctx, conn, o)
 	if !ended(err) {
 		return err
 	}
@@ -199,8 +199,9 @@ func ended(err error) bool {
 	return err == nil || errors.Is(err, producer.ErrCancelled) || errors.Is(err, producer.ErrExpired)
 }
 
-// own runs the owner of the job's input, which watches the one that there is first, and shows the progress to the end.
-func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
+// own runs the owner of the job's input, which watches the one that there is first, until owned ends, and shows the
+// progress until ctx ends, or both to the end of the job.
+func (a *app) own(ctx, owned context.Context, conn *broker.Conn, o *producer.Owner) (broker.JobView, error) {
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var v broker.JobView
@@ -215,7 +216,7 @@ func (a *app) own(ctx context.Context, conn *broker.Conn, o *producer.Owner) (br
 	o.Held = func(by *producer.HeldError) {
 		fmt.Fprintf(a.std.err, "job %s is run by process %d on %s; watching it\n", o.Job.ID, by.Holder.PID, by.Holder.Machine())
 	}
-	err := o.Run(ctx)
+	err := o.Run(owned)
 	if !ended(err) {
 		cancel()
 	}

@@ -205,7 +205,12 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	defer func() { err = errors.Join(err, c.stop()) }()
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
 	fmt.Fprintf(a.std.err, "job %s: %s\n", job.ID, count(job.Lines, "line"))
-	v, err = a.own(take, conn, o)
+	// The job is owned until what is in flight has ended: nobody should take it for orphaned meanwhile.
+	owned, letGo := context.WithCancelCause(context.WithoutCancel(take))
+	defer letGo(nil)
+	stopOwning := context.AfterFunc(take, func() { <-c.ended; letGo(context.Cause(take)) })
+	defer stopOwning()
+	v, err = a.own(take, owned, conn, o)
 	if ended(err) { // every line has: nobody waits for what an engine still does
 		c.abort(nil)
 	}

@@ -158,6 +158,7 @@ type crew struct {
 	drain context.CancelCauseFunc // take no more
 	abort context.CancelCauseFunc // break off what is in flight
 	over  chan error
+	ended chan struct{} // closed when all have
 }
 
 // workers builds one worker for each engine. Their journals lie under dir; empty: they keep none. models are what the
@@ -220,7 +221,7 @@ func placeOf(engine string) string {
 // startCrew runs the workers. They end when take ends (in order, for as long as d lets them) or stop ends (at once), or
 // all together when one of them fails.
 func startCrew(take, stop context.Context, ws []*worker.Worker, d *drain) *crew {
-	c := &crew{over: make(chan error, 1)}
+	c := &crew{over: make(chan error, 1), ended: make(chan struct{})}
 	take, c.drain = context.WithCancelCause(take)
 	stop, c.abort = context.WithCancelCause(stop)
 	var parts []func(context.Context) error
@@ -245,6 +246,7 @@ func startCrew(take, stop context.Context, ws []*worker.Worker, d *drain) *crew 
 	go func() {
 		err := together(take, parts...)
 		close(over)
+		close(c.ended)
 		<-watched
 		c.over <- err
 	}()
