@@ -17,11 +17,11 @@ func TestHostsGivenUp(t *testing.T) {
 		t.Errorf("ended by the first: %v", ends)
 	}
 	h.watch(&vllm.Failed{Why: "second"})
-	if len(ends) != 1 || ends[0].Error() != "second" {
+	if len(ends) != 1 || ends[0].Error() != "second" || exitCode(ends[0]) != exitFailure {
 		t.Errorf("not ended by the last: %v", ends)
 	}
 	h.watch(&vllm.Failed{Why: "never", Final: true})
-	if len(ends) != 2 {
+	if len(ends) != 2 || exitCode(ends[1]) != exitEngine {
 		t.Errorf("not ended by one that cannot come up: %v", ends)
 	}
 }
