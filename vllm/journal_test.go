@@ -17,7 +17,7 @@ func TestDiskHangs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lines := strings.Repeat(strings.Repeat("x", 999)+"\n", 1000) + "the last words"
+	lines := strings.Repeat(strings.Repeat("x", 999)+"\n", 5000) + "the last words"
 	tail, _, written := vllm.Journal(w, strings.NewReader(lines))
 	if got := tail[len(tail)-1]; got != "the last words" {
 		t.Errorf("the last is %.50s", got)
