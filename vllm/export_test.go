@@ -1,6 +1,10 @@
 package vllm
 
-import "time"
+import (
+	"io"
+	"os"
+	"time"
+)
 
 // Quicken lets a server be started again at once.
 func (s *Server) Quicken() { s.pause = time.Millisecond }
@@ -30,3 +34,14 @@ func Loading(took time.Duration, phase string) string { return loading(took, pha
 
 // JournalSize is the size of a log file at which another one is begun.
 const JournalSize = journalSize
+
+// Journal takes in what a server says and writes it to f. It returns the last lines, when the last news came, and what is
+// closed when all is written.
+func Journal(f *os.File, said io.Reader) (tail []string, news time.Time, written <-chan struct{}) {
+	j := &journal{f: f, written: make(chan struct{})}
+	j.copy(said)
+	return j.tail(), j.last(), j.written
+}
+
+// Environment is that of a server's process.
+func (s *Server) Environment() []string { return s.environment() }

@@ -12,6 +12,7 @@ type Flags []string
 
 // owned are flags that are not the user's to give, and what to do instead.
 var owned = map[string]string{
+	"--config":       "what it sets would not be seen here; give its flags behind -- themselves",
 	"--host":         "the engine listens at 127.0.0.1 alone; leave it out",
 	"--uds":          "the engine listens at a port of 127.0.0.1; leave it out",
 	"--model":        "the model is what --vllm names",
@@ -153,11 +154,8 @@ func (f Flags) Names(model string) []string {
 	return f.names(model)
 }
 
-// names are those of which a server that is up lists one; none: any.
+// names are those of which a server that is up lists one.
 func (f Flags) names(model string) []string {
-	if _, file := f.values("--config"); file {
-		return nil
-	}
 	if vs, ok := f.values("--served-model-name"); ok {
 		return vs
 	}

@@ -38,10 +38,8 @@ func TestFlags(t *testing.T) {
 	if got := strings.Join(vllm.Flags{"--hf-token", "secret", "--port", "1", "--hf_token=secret", "--seed", "1"}.Shown(), " "); got != "--hf-token xxxxx --hf_token=xxxxx --seed 1" {
 		t.Errorf("shown are %s", got)
 	}
-	for _, f := range []vllm.Flags{{"--config", "x.yaml"}, {"--lora-modules", "a=b"}} {
-		if got := f.Names("m"); got != nil {
-			t.Errorf("%q: names %q, nobody can tell", f, got)
-		}
+	if got := (vllm.Flags{"--lora-modules", "a=b"}).Names("m"); got != nil {
+		t.Errorf("names %q, nobody can tell", got)
 	}
 }
 
@@ -53,6 +51,8 @@ func TestFlagsRefused(t *testing.T) {
 		{vllm.Flags{"--host", "0.0.0.0"}, "127.0.0.1"},
 		{vllm.Flags{"--api_key=x"}, "--engine-api-key"},
 		{vllm.Flags{"--model", "x"}, "--vllm"},
+		{vllm.Flags{"--config", "x.yaml"}, "give its flags behind --"},
+		{vllm.Flags{"--config=x.yaml"}, "give its flags behind --"},
 		{vllm.Flags{"--port", "x"}, `"x"`},
 		{vllm.Flags{"--port=0"}, `"0"`},
 		{vllm.Flags{"other/model"}, "--vllm"},
@@ -70,6 +70,12 @@ func TestFlagsRefused(t *testing.T) {
 
 func TestGPUs(t *testing.T) {
 	t.Setenv("CUDA_VISIBLE_DEVICES", "")
+	t.Setenv("CUDA_DEVICE_ORDER", "")
+	if _, _, err := vllm.GPUs("all", 1); err == nil || !strings.Contains(err.Error(), "hides all GPUs") {
+		t.Errorf("all of none: %v", err)
+	}
+	os.Unsetenv("CUDA_VISIBLE_DEVICES") // until the end of the test
+	byBus := true
 	bin := t.TempDir()
 	t.Setenv("PATH", bin)
 	smi := func(script string) {
@@ -79,13 +85,13 @@ func TestGPUs(t *testing.T) {
 	}
 	is := func(what string, each int, want [][]string) {
 		t.Helper()
-		if got, err := vllm.GPUs(what, each); err != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("%s by %d: %q, %v; want %q", what, each, got, err, want)
+		if got, bus, err := vllm.GPUs(what, each); err != nil || !reflect.DeepEqual(got, want) || bus != byBus {
+			t.Errorf("%s by %d: %q, by bus %v, %v; want %q, %v", what, each, got, bus, err, want, byBus)
 		}
 	}
 	not := func(what string, each int, has string) {
 		t.Helper()
-		if got, err := vllm.GPUs(what, each); err == nil || !strings.Contains(err.Error(), has) {
+		if got, _, err := vllm.GPUs(what, each); err == nil || !strings.Contains(err.Error(), has) {
 			t.Errorf("%s by %d: %q, %v; want %s", what, each, got, err, has)
 		}
 	}
@@ -102,6 +108,29 @@ func TestGPUs(t *testing.T) {
 	not("0,0", 1, "twice")
 	not("some", 1, "must be all")
 	not("", 1, "must be all")
+	byBus = false // the numbers are as who set it counts
 	t.Setenv("CUDA_VISIBLE_DEVICES", "2,GPU-8a5f12de-0000-1111-2222-333344445555")
 	is("all", 1, [][]string{{"2"}, {"GPU-8a5f12de-0000-1111-2222-333344445555"}})
+	byBus = true
+	t.Setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+	is("all", 1, [][]string{{"2"}, {"GPU-8a5f12de-0000-1111-2222-333344445555"}})
+}
+
+// TestDevices: which GPUs of the machine a server has is told where its numbers are those of the machine.
+func TestDevices(t *testing.T) {
+	for _, c := range []struct {
+		gpus  []string
+		byBus bool
+		want  []string
+	}{
+		{nil, true, nil},
+		{[]string{"1"}, true, []string{"1"}},
+		{[]string{"1"}, false, nil},
+		{[]string{"GPU-1", "GPU-2"}, false, []string{"GPU-1", "GPU-2"}},
+		{[]string{"GPU-1", "2"}, false, nil},
+	} {
+		if got := (&vllm.Server{GPUs: c.gpus, ByBus: c.byBus}).Devices(); !reflect.DeepEqual(got, c.want) {
+			t.Errorf("%q, by bus %v: %q, want %q", c.gpus, c.byBus, got, c.want)
+		}
+	}
 }

@@ -13,43 +13,47 @@ import (
 
 // GPUs lists the GPUs that are meant by all, or by numbers (or UUIDs) with commas, grouped for engines that take each of
 // them: {"0","1"}, {"2","3"}. All are those of CUDA_VISIBLE_DEVICES where that is set, else those that nvidia-smi lists.
-func GPUs(what string, each int) ([][]string, error) {
-	ids, err := gpuIDs(what)
+// byBus says that numbers are those of nvidia-smi, which counts by the bus.
+func GPUs(what string, each int) (groups [][]string, byBus bool, err error) {
+	ids, byBus, err := gpuIDs(what)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if len(ids)%each != 0 {
-		return nil, fmt.Errorf("--gpus names %d, and each engine takes %d of them (--tensor-parallel-size and the like, behind --); give a multiple of it", len(ids), each)
+		return nil, false, fmt.Errorf("--gpus names %d, and each engine takes %d of them (--tensor-parallel-size and the like, behind --); give a multiple of it", len(ids), each)
 	}
-	var out [][]string
 	for ; len(ids) > 0; ids = ids[each:] {
-		out = append(out, ids[:each:each])
+		groups = append(groups, ids[:each:each])
 	}
-	return out, nil
+	return groups, byBus, nil
 }
 
-func gpuIDs(what string) ([]string, error) {
+func gpuIDs(what string) (ids []string, byBus bool, err error) {
+	from, byBus := "--gpus", true
 	if what == "all" {
-		if v := os.Getenv("CUDA_VISIBLE_DEVICES"); v != "" {
-			what = v
-		} else {
-			return listed()
+		v, set := os.LookupEnv("CUDA_VISIBLE_DEVICES")
+		if !set {
+			ids, err = listed()
+			return ids, true, err
 		}
+		if strings.TrimSpace(v) == "" {
+			return nil, false, errors.New("--gpus all: CUDA_VISIBLE_DEVICES is empty, which hides all GPUs; unset it, or give --gpus numbers such as 0,1")
+		}
+		from, what, byBus = "CUDA_VISIBLE_DEVICES", v, os.Getenv("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" // its numbers are as who set it counts
 	}
 	seen := map[string]bool{}
-	var ids []string
 	for id := range strings.SplitSeq(what, ",") {
 		id = strings.TrimSpace(id)
 		if !gpuID.MatchString(id) {
-			return nil, fmt.Errorf("--gpus is %q, must be all, or numbers of GPUs such as 0 or 0,1", what)
+			return nil, false, fmt.Errorf("%s is %q, must be all, or numbers of GPUs such as 0 or 0,1", from, what)
 		}
 		if seen[id] {
-			return nil, fmt.Errorf("--gpus is %q, names GPU %s twice", what, id)
+			return nil, false, fmt.Errorf("%s is %q, names GPU %s twice", from, what, id)
 		}
 		seen[id] = true
 		ids = append(ids, id)
 	}
-	return ids, nil
+	return ids, byBus, nil
 }
 
 var (

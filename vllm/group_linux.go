@@ -3,6 +3,7 @@ package vllm
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -13,6 +14,18 @@ import (
 // then, which a SIGKILL would leave behind.
 func attributes() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
+}
+
+// await waits until a process that was started has ended, and leaves its number to it until somebody waits for it: so the
+// number of its group is nobody else's either.
+func await(cmd *exec.Cmd) {
+	const byID = 1 // P_PID of waitid(2)
+	for {
+		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, byID, uintptr(cmd.Process.Pid), 0, syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+		if err != syscall.EINTR {
+			return
+		}
+	}
 }
 
 // processes lists those that live, by proc(5).

@@ -16,6 +16,10 @@ import (
 // attributes give the server a group of its own. One whose millrace is killed is found at the next start.
 func attributes() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
 
+// await waits until a process that was started has ended. Its number may then be given away, though hardly within the
+// moment until its group is ended.
+func await(cmd *exec.Cmd) { _ = cmd.Wait() } // how it ended is in its state
+
 // processes lists those that live, by ps(1).
 func processes() ([]proc, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)

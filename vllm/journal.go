@@ -13,14 +13,16 @@ import (
 	"time"
 )
 
-// journal keeps what a server says: in a file of limited size with one older file beside it, and the last lines here.
+// journal keeps what a server says: in a file of limited size with one older file beside it, and the last lines here. The
+// file has one user at a time: who opened it until copy, which closes it, or close.
 type journal struct {
-	name string
+	name    string
+	f       *os.File
+	size    int64
+	written chan struct{} // closed when copy has written all
 
 	mu    sync.Mutex
-	f     *os.File
-	size  int64
-	lines []string // the last ones
+	lines []string // the last ones that are no access log
 	at    time.Time
 	stage string
 	kv    int64
@@ -30,6 +32,7 @@ const (
 	journalSize = 16 << 20
 	tailLines   = 600
 	lineSize    = 2000 // of a line that is kept here
+	pagesAhead  = 64   // of 32 KiB, that a slow disk may be behind
 )
 
 func openJournal(name string) (*journal, error) {
@@ -37,31 +40,41 @@ func openJournal(name string) (*journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open vLLM's log: %w; choose another --data", err)
 	}
-	j := &journal{name: name, f: f, at: time.Now()}
+	j := &journal{name: name, f: f, at: time.Now(), written: make(chan struct{})}
 	if st, err := f.Stat(); err == nil {
 		j.size = st.Size()
 	}
 	return j, nil
 }
 
-func (j *journal) close() {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.f.Close()
-}
+// close is for a journal that nothing is copied to.
+func (j *journal) close() { j.f.Close() }
 
 // note writes a line of ours into the file.
 func (j *journal) note(s string) {
 	j.write(fmt.Appendf(nil, "--- millrace %s: %s\n", time.Now().UTC().Format(time.RFC3339), s))
 }
 
-// copy takes in what the server says until it can say no more.
+// copy takes in what the server says until it can say no more. The file may end later, see written: neither the server
+// nor who looks at what it said last waits for a disk. What that does not take in time is not in the file.
 func (j *journal) copy(r io.Reader) {
+	pages := make(chan []byte, pagesAhead)
+	defer close(pages)
+	go func() {
+		defer close(j.written)
+		defer j.f.Close()
+		for b := range pages {
+			j.write(b)
+		}
+	}()
 	var part []byte
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := r.Read(buf)
-		j.write(buf[:n])
+		select {
+		case pages <- slices.Clone(buf[:n]):
+		default:
+		}
 		part = append(part, buf[:n]...)
 		for {
 			i := bytes.IndexAny(part, "\r\n") // progress bars end their lines so
@@ -81,10 +94,8 @@ func (j *journal) copy(r io.Reader) {
 	}
 }
 
-// write appends to the file. What the disk does not take is lost: an engine must not stand still for its log.
+// write appends to the file. What the disk does not take is lost.
 func (j *journal) write(b []byte) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
 	if j.size+int64(len(b)) > journalSize && j.size > 0 {
 		j.turn()
 	}
@@ -92,7 +103,7 @@ func (j *journal) write(b []byte) {
 	j.size += int64(n)
 }
 
-// turn begins a new file. Called with mu held.
+// turn begins a new file.
 func (j *journal) turn() {
 	if os.Rename(j.name, j.name+".1") != nil {
 		return
@@ -105,10 +116,13 @@ func (j *journal) turn() {
 	j.f, j.size = f, 0
 }
 
+// access is a line of uvicorn's access log: it says who asked, which may be we, and nothing of the server.
+var access = regexp.MustCompile(`"[A-Z]+ \S+ HTTP/\d(?:\.\d)?" \d{3}\b`)
+
 // take looks at one line.
 func (j *journal) take(b []byte) {
 	line := strings.TrimSpace(string(b[:min(len(b), lineSize)]))
-	if line == "" {
+	if line == "" || access.MatchString(line) {
 		return
 	}
 	j.mu.Lock()

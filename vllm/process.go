@@ -1,10 +1,12 @@
 package vllm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -18,6 +20,8 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"millrace/proto"
 )
 
 // process is a server process and its group, whose id is that of the process.
@@ -25,12 +29,14 @@ type process struct {
 	cmd     *exec.Cmd
 	group   int
 	over    chan struct{} // closed when the process that was started has ended
+	reap    chan struct{} // closed when its number may be given away
+	reaped  chan struct{} // closed when it may have been
 	said    *os.File      // the end of its output that we read
-	read    chan struct{} // closed when all of that is read
+	read    chan struct{} // closed when all of that is taken in
 	journal *journal
 	record  *record
 	client  *http.Client
-	models  []string // that it must list; nil: any
+	models  []string // of which it must list one
 	base    string
 	key     string
 }
@@ -55,22 +61,23 @@ func (s *Server) launch() (*process, error) {
 	line := s.CommandLine()
 	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Env, cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = s.environment(), out, out, attributes()
-	p := &process{cmd: cmd, over: make(chan struct{}), said: said, read: make(chan struct{}), journal: j, models: s.Flags.names(s.Model),
-		base: s.String(), key: s.Key, client: &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}}
+	p := &process{cmd: cmd, over: make(chan struct{}), reap: make(chan struct{}), reaped: make(chan struct{}), said: said, read: make(chan struct{}),
+		journal: j, models: s.Flags.names(s.Model), base: s.String(), key: s.Key,
+		client: &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}}
 	j.note(strings.Join(slices.Concat(line[:len(line)-len(s.Flags.given())-4], s.Flags.Shown(), line[len(line)-4:]), " "))
 	err = p.start()
 	out.Close()
 	if err != nil {
 		said.Close()
 		j.close()
-		return nil, err
+		return nil, notRun{err}
 	}
 	go func() {
 		defer close(p.read)
 		j.copy(said)
 	}()
-	p.record = &record{name: s.file(recordName), Host: s.Host, Group: p.group}
-	p.record.members(p.group)
+	p.record = &record{name: s.file(recordName), Host: s.Host, Group: p.group, Members: s.left}
+	p.record.see()
 	return p, nil
 }
 
@@ -80,15 +87,19 @@ func (p *process) start() error {
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		defer close(p.over)
+		defer close(p.reaped)
 		err := p.cmd.Start()
 		if err == nil {
 			p.group = p.cmd.Process.Pid
 		}
 		started <- err
-		if err == nil {
-			_ = p.cmd.Wait() // how it ended is in its state
+		if err != nil {
+			return
 		}
+		await(p.cmd)
+		close(p.over)
+		<-p.reap
+		_ = p.cmd.Wait() // how it ended is in its state
 	}()
 	return <-started
 }
@@ -97,11 +108,13 @@ func (p *process) start() error {
 func (s *Server) environment() []string {
 	env := slices.DeleteFunc(os.Environ(), func(v string) bool {
 		// An API server that stays when its engine is dead would not be noticed to be.
-		return strings.HasPrefix(v, "MILLRACE_") || strings.HasPrefix(v, "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH=")
+		return strings.HasPrefix(v, "MILLRACE_") || strings.HasPrefix(v, "NATS_") || strings.HasPrefix(v, "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH=")
 	})
 	if s.GPUs != nil {
-		// Numbers are then those of nvidia-smi; without it CUDA puts the fastest first.
-		env = append(env, "CUDA_VISIBLE_DEVICES="+strings.Join(s.GPUs, ","), "CUDA_DEVICE_ORDER=PCI_BUS_ID")
+		env = append(env, "CUDA_VISIBLE_DEVICES="+strings.Join(s.GPUs, ","))
+	}
+	if s.GPUs != nil && s.ByBus {
+		env = append(env, "CUDA_DEVICE_ORDER=PCI_BUS_ID") // without it CUDA puts the fastest first
 	}
 	if s.Key != "" {
 		env = append(env, "VLLM_API_KEY="+s.Key) // not among the arguments, which everybody may read
@@ -117,39 +130,71 @@ const (
 	endMost  = time.Minute           // until one that does not go is let be
 )
 
-// end kills what is left of the group and waits until nothing of it lives and all that it said is read.
-func (p *process) end() {
-	endGroup(p.group, p.record.Members)
-	<-p.over // it was in the group
-	select {
-	case <-p.read:
-	case <-time.After(time.Second): // who left the group may hold the other end
-		_ = p.said.SetReadDeadline(time.Now())
+// end kills what is left of the group and waits until nothing of it lives and all that it said is read. What does not go
+// within a minute is left, and stays in the record.
+func (p *process) end() (left []int) {
+	p.record.see()
+	left = endGroup(p.group, true, p.record.Members)
+	close(p.reap)
+	within(time.Second, p.reaped) // it was in the group: if it has not ended, it is left
+	if !within(time.Second, p.read) {
+		_ = p.said.SetReadDeadline(time.Now()) // who left the group may hold the other end
 		<-p.read
 	}
 	p.said.Close()
-	p.journal.close()
+	within(time.Second, p.journal.written) // a disk that hangs does not keep us
+	if len(left) > 0 {
+		p.record.see()
+		return left
+	}
 	p.record.remove()
+	return nil
+}
+
+// within says whether a channel is closed within a time.
+func within(d time.Duration, c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	case <-time.After(d):
+		return false
+	}
 }
 
 // endGroup kills a group, those who came from it and those who were known to (by when they began), and waits until they
-// are gone.
-func endGroup(group int, known map[int]string) (left int) {
+// are gone. The group is ours for sure, or if one of those is in it: else its number may have been given away. It returns
+// who does not go.
+func endGroup(group int, sure bool, known map[int]string) (left []int) {
+	mine := map[int]string{}
+	maps.Copy(mine, known)
 	for limit := time.Now().Add(endMost); ; time.Sleep(endEvery) {
 		all, err := processes()
 		if err != nil { // then the group alone
-			_ = syscall.Kill(-group, syscall.SIGKILL)
-			return 0
-		}
-		ours := family(all, group, known)
-		if len(ours) == 0 || time.Now().After(limit) {
-			return len(ours)
-		}
-		_ = syscall.Kill(-group, syscall.SIGKILL) // it may just have gone
-		for _, p := range ours {
-			if p.group != group {
-				_ = syscall.Kill(p.id, syscall.SIGKILL)
+			if sure {
+				_ = syscall.Kill(-group, syscall.SIGKILL)
 			}
+			return nil
+		}
+		ours := family(all, group, sure, mine)
+		late := time.Now().After(limit)
+		left = nil
+		whole := false
+		for _, p := range ours {
+			mine[p.id] = p.start
+			left = append(left, p.id)
+			switch {
+			case late:
+			case p.group == group:
+				whole = true
+			default:
+				_ = syscall.Kill(p.id, syscall.SIGKILL) // it may just have gone
+			}
+		}
+		if whole {
+			_ = syscall.Kill(-group, syscall.SIGKILL)
+		}
+		if late || len(ours) == 0 {
+			return left
 		}
 	}
 }
@@ -160,18 +205,20 @@ type proc struct {
 	start             string // when it began, in the system's words
 }
 
-// family are the living processes of a group, those that are known by when they began, and those that came from them and
-// left it.
-func family(all []proc, group int, known map[int]string) []proc {
+// family are the living processes that are known by when they began, those of the group where that is ours for sure or one
+// of them is in it, and those that came from them and left it.
+func family(all []proc, group int, sure bool, known map[int]string) []proc {
 	ours := map[int]bool{}
 	for _, p := range all {
-		start, is := known[p.id]
-		ours[p.id] = is && start == p.start
+		if start, is := known[p.id]; is && start == p.start {
+			ours[p.id] = true
+			sure = sure || p.group == group
+		}
 	}
 	for more := true; more; {
 		more = false
 		for _, p := range all {
-			if !ours[p.id] && (p.group == group || ours[p.parent]) {
+			if !ours[p.id] && (sure && p.group == group || ours[p.parent]) {
 				ours[p.id], more = true, true
 			}
 		}
@@ -182,6 +229,9 @@ func family(all []proc, group int, known map[int]string) []proc {
 // how says how the process ended, and whether it was by a signal.
 func (p *process) how() (string, bool) {
 	st := p.cmd.ProcessState
+	if st == nil {
+		return "does not end", true
+	}
 	if w, ok := st.Sys().(syscall.WaitStatus); ok && w.Signaled() {
 		how := fmt.Sprintf("was killed by signal %d (%s)", w.Signal(), w.Signal())
 		if w.Signal() == syscall.SIGKILL {
@@ -192,14 +242,14 @@ func (p *process) how() (string, bool) {
 	return fmt.Sprintf("ended with status %d, and said nothing that is known here; its log tells more", st.ExitCode()), false
 }
 
-// ready says whether the server is well and lists the model.
-func (p *process) ready(ctx context.Context) bool {
+// ready says whether the server is well and lists the model; and if not, what it says to that. Empty: it answers nothing.
+func (p *process) ready(ctx context.Context) (bool, string) {
 	if _, err := p.get(ctx, "/health"); err != nil {
-		return false
+		return false, refused("/health", err)
 	}
 	b, err := p.get(ctx, "/v1/models")
 	if err != nil {
-		return false
+		return false, refused("/v1/models", err)
 	}
 	var list struct {
 		Data []struct {
@@ -207,14 +257,36 @@ func (p *process) ready(ctx context.Context) bool {
 		} `json:"data"`
 	}
 	if json.Unmarshal(b, &list, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) != nil {
-		return false
+		return false, "its /v1/models is no list of models"
 	}
+	var ids []string
 	for _, m := range list.Data {
-		if p.models == nil || slices.Contains(p.models, m.ID) {
-			return true
+		if slices.Contains(p.models, m.ID) {
+			return true, ""
 		}
+		ids = append(ids, m.ID)
 	}
-	return false
+	return false, proto.Truncate(fmt.Sprintf("it lists %s, not %s", cmp.Or(strings.Join(ids, ", "), "no model"), strings.Join(p.models, ", ")), 200)
+}
+
+// refusal is an answer other than 200.
+type refusal struct {
+	code   int
+	status string
+}
+
+func (r refusal) Error() string { return r.status }
+
+// refused says what a server answered that is not well; empty: nothing.
+func refused(path string, err error) string {
+	var r refusal
+	switch {
+	case !errors.As(err, &r):
+		return ""
+	case r.code == http.StatusUnauthorized, r.code == http.StatusForbidden:
+		return fmt.Sprintf("its %s wants a key (%s); give the right one with --engine-api-key or --engine-api-key-file", path, r.status)
+	}
+	return fmt.Sprintf("its %s says %s", path, r.status)
 }
 
 func (p *process) get(ctx context.Context, path string) ([]byte, error) {
@@ -231,7 +303,7 @@ func (p *process) get(ctx context.Context, path string) ([]byte, error) {
 	}
 	defer r.Body.Close()
 	if r.StatusCode != http.StatusOK {
-		return nil, errors.New(r.Status)
+		return nil, refusal{r.StatusCode, r.Status}
 	}
 	return io.ReadAll(io.LimitReader(r.Body, 1<<20))
 }

@@ -14,12 +14,13 @@ import (
 
 // reason is something that a dead server's log can say.
 type reason struct {
-	name  string
-	line  *regexp.Regexp
-	what  string // for people
-	hint  string // what to do
-	final bool   // where the server never came up, a restart would not mend it
-	cause string // of the restart; empty: by how it ended
+	name   string
+	line   *regexp.Regexp
+	what   string // for people
+	hint   string // what to do
+	final  bool   // where the server never came up, a restart would not mend it
+	passes bool   // it may mend itself
+	cause  string // of the restart; empty: by how it ended
 }
 
 // reasons is searched from the top: a line that says more comes before one that follows from it. In brackets, who says
@@ -48,7 +49,7 @@ var reasons = []reason{
 		what: "the model is not on this machine, and downloads are switched off", hint: "check the name or folder of --vllm; unset HF_HUB_OFFLINE to have it downloaded", final: true},
 	{name: "network", // transformers utils/hub.py; huggingface_hub file_download.py
 		line: rx(`[Cc]ouldn't connect to '?https?://\S*huggingface|cannot find the requested files in the (?:local|disk) cache|Failed to resolve 'huggingface`),
-		what: "the model cannot be downloaded", hint: "see that this machine reaches huggingface.co, or name a folder"},
+		what: "the model cannot be downloaded", hint: "see that this machine reaches huggingface.co, or name a folder; it is tried again", passes: true},
 	{name: "model", // transformers_utils/config.py; transformers utils/hub.py; huggingface_hub utils/_validators.py, errors.py
 		line: rx(`Invalid repository ID or local directory specified|is not a local folder and is not a valid model identifier|HFValidationError|Repo id must|RepositoryNotFoundError|Repository Not Found|[Ee]ntry ?[Nn]ot ?[Ff]ound.*config\.json|Cannot find any model weights`),
 		what: "there is no such model", hint: "check the name or folder of --vllm: a folder has config.json and the weights in it, a private model needs HF_TOKEN in the environment", final: true},
@@ -78,7 +79,7 @@ var reasons = []reason{
 		what: "the GPU does not have this number format", hint: "give -- --dtype half, or another model", final: true},
 	{name: "port", // asyncio, uvicorn: vllm issues 7514, 9737
 		line: rx(`\[Errno (?:98|48)\]|error while attempting to bind on address`),
-		what: "its port is taken", hint: "another program listens there; it is tried again"},
+		what: "its port is taken", hint: "another program listens there; it is tried again", passes: true},
 	{name: "disk", // the system
 		line: rx(`No space left on device|Errno 28\b`),
 		what: "a disk is full", hint: "make room where models are kept (HF_HOME) and in /tmp and /dev/shm"},
@@ -119,13 +120,18 @@ func (p portTaken) Error() string {
 	return fmt.Sprintf("its port %d is taken: another program listens there", int(p))
 }
 
+// notRun is the error of a command that could not be run.
+type notRun struct{ error }
+
+func (n notRun) Unwrap() error { return n.error }
+
 // notStarted is the end of a server whose process could not be started.
 func notStarted(command string, err error) ending {
 	e := ending{cause: CauseStartFailed, final: true, why: fmt.Sprintf("engine does not start: %v", err)}
 	if taken := portTaken(0); errors.As(err, &taken) {
-		e.final = false
+		e.final, e.passes = false, true
 	}
-	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+	if errors.As(err, new(notRun)) && (errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist)) {
 		e.why = fmt.Sprintf("engine does not start: there is no command %s; %s", cmp.Or(command, `""`), notInstalled)
 	}
 	return e

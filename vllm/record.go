@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 
@@ -21,16 +22,20 @@ type record struct {
 
 const recordName = "engine.json"
 
-// members writes down who is in the group now.
-func (r *record) members(group int) {
+// see writes down who is of the server now, where that has changed. The group must be ours.
+func (r *record) see() {
 	all, err := processes()
 	if err != nil {
 		return // an orphan would not be found; nothing else depends on it
 	}
-	r.Members = map[int]string{}
-	for _, p := range family(all, group, nil) {
-		r.Members[p.id] = p.start
+	now := map[int]string{}
+	for _, p := range family(all, r.Group, true, r.Members) { // who left the group is not found by its parent when that has gone
+		now[p.id] = p.start
 	}
+	if maps.Equal(now, r.Members) {
+		return
+	}
+	r.Members = now
 	b, err := json.Marshal(r)
 	if err != nil {
 		return
@@ -47,7 +52,7 @@ func (r *record) remove() { _ = os.Remove(r.name) } // one that stays names proc
 //
 // A process is ours when one of that id, which began at that time, was. Where one of them is still in the group that the
 // server had, the group is the same one, since a number is not given away while it is in use; so all of it is ours.
-func EndOrphan(dir, host string) (int, error) {
+func EndOrphan(dir, host string) (n int, err error) {
 	name := filepath.Join(dir, recordName)
 	b, err := os.ReadFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -57,7 +62,11 @@ func EndOrphan(dir, host string) (int, error) {
 		return 0, fmt.Errorf("read record of an engine: %w", err)
 	}
 	var r record
-	defer os.Remove(name)
+	defer func() {
+		if err == nil { // what does not go is tried again
+			_ = os.Remove(name)
+		}
+	}()
 	if json.Unmarshal(b, &r) != nil || r.Host == "" || r.Host != host || r.Group <= 1 {
 		return 0, nil // of another boot, or nobody can tell
 	}
@@ -65,14 +74,9 @@ func EndOrphan(dir, host string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	for _, p := range all {
-		if p.group == r.Group && r.Members[p.id] == p.start {
-			n := len(family(all, r.Group, r.Members))
-			if left := endGroup(r.Group, r.Members); left > 0 {
-				return n, fmt.Errorf("end an engine that a killed millrace left: %d processes of group %d do not go", left, r.Group)
-			}
-			return n, nil
-		}
+	n = len(family(all, r.Group, false, r.Members))
+	if left := endGroup(r.Group, false, r.Members); len(left) > 0 {
+		return n, fmt.Errorf("end an engine that a killed millrace left: processes %v do not go; see why (ps -o pid,stat,user,wchan)", left)
 	}
-	return 0, nil
+	return n, nil
 }

@@ -20,7 +20,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -39,14 +41,18 @@ type Server struct {
 	Dir     string   // of its log and of the record of its process; nobody else uses it
 	Host    string   // names the machine and the scope of its process ids; empty: no process is found again
 
+	ByBus    bool          // GPUs are numbered as nvidia-smi does it
 	Quiet    time.Duration // for how long a server that starts may say nothing new; 0: 15 min
 	Grace    time.Duration // from SIGTERM to SIGKILL; 0: 15 s
-	Restarts int           // until it is given up, counted anew when it was well for ten minutes
+	Restarts int           // until it is given up, counted anew when it has answered lines since, or was well for ten minutes
+
+	Answered atomic.Int64 // lines that it has answered; whoever sends them counts
 
 	Log       *slog.Logger           // nil: none
 	Restarted *prometheus.CounterVec // see NewRestarted; nil: nobody counts
 
-	pause time.Duration // before the first restart; 0: 500 ms
+	pause time.Duration  // before the first restart; 0: 500 ms
+	left  map[int]string // processes of servers before that did not go, and when each began
 
 	mu      sync.Mutex
 	state   string // as State returns it
@@ -62,7 +68,9 @@ const (
 	wellBriefly  = time.Minute      // then the next restart waits no longer than the first
 	failedStarts = 3                // in a row, of which none came up: it is given up
 	mostPause    = 30 * time.Second
+	passing      = 20                     // times the first pause is waited for what may mend itself
 	lookEvery    = 250 * time.Millisecond // at a server that starts
+	countEvery   = 10 * time.Second       // at the processes of one that is up
 )
 
 // Failed is the error of a server that will not be started again.
@@ -101,6 +109,14 @@ func (s *Server) Restart(cause string) {
 		s.up = false
 		s.kill <- cause // it has room: once emptied it
 	}
+}
+
+// Devices are the GPUs that it may use, as nvidia-smi numbers and names them; nil: that is not known.
+func (s *Server) Devices() []string {
+	if !s.ByBus && slices.ContainsFunc(s.GPUs, func(id string) bool { return !strings.HasPrefix(id, "GPU-") }) {
+		return nil
+	}
+	return s.GPUs
 }
 
 // KVTokens is the capacity of the KV cache in tokens, as the log of the running server says; 0: it does not.
@@ -171,7 +187,8 @@ func (s *Server) complete() error {
 }
 
 // Run keeps the server running until live ends. Then it is asked to stop, and killed after Grace or when patience ends.
-// Nothing of its process group is left when Run returns. The error is a *Failed where it was given up before.
+// Nothing of its processes is left when Run returns, unless the system does not end them: that is logged, and they are
+// in the record. The error is a *Failed where it was given up before.
 func (s *Server) Run(live, patience context.Context) error {
 	if err := s.complete(); err != nil {
 		return err
@@ -204,17 +221,19 @@ func (s *Server) Run(live, patience context.Context) error {
 
 // ending is how a server came to its end that was not asked to stop.
 type ending struct {
-	cause string        // one of Causes
-	why   string        // for people
-	final bool          // a restart would not mend it
-	well  time.Duration // for how long it was up; 0: it never was
+	cause  string        // one of Causes
+	why    string        // for people
+	final  bool          // a restart would not mend it
+	passes bool          // it may mend itself
+	well   time.Duration // for how long it was up; 0: it never was
 }
 
 // tally is what there is to know about restarts.
 type tally struct {
-	restarts int // since it was well
-	failed   int // starts in a row
-	quick    int // ends in a row that came soon
+	restarts int   // since it was well or answered
+	failed   int   // starts in a row
+	quick    int   // ends in a row that came soon
+	answered int64 // lines, until the end before
 	came     bool
 }
 
@@ -224,21 +243,27 @@ func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
 	if e.well > 0 {
 		t.failed, t.came = 0, true
 	}
-	if e.well >= wellFor {
+	answered := s.Answered.Load()
+	if e.well >= wellFor || answered > t.answered { // a line that kills its engine is found while others are answered
 		t.restarts = 0
 	}
+	t.answered = answered
 	if e.well >= wellBriefly {
 		t.quick = 0
 	}
 	switch {
 	case e.final && !t.came:
 		return 0, &Failed{Why: e.why, Final: true}
-	case t.restarts >= s.Restarts, t.failed >= failedStarts:
+	case t.restarts >= s.Restarts, t.failed >= failedStarts && !e.passes:
 		return 0, &Failed{Why: fmt.Sprintf("%s; it was started again %s and is given up", e.why, proto.Count(int64(t.restarts), "time"))}
 	}
 	t.restarts++
 	t.quick++
-	return min(s.pause<<min(t.quick-1, 10), mostPause), nil
+	first := s.pause
+	if e.passes {
+		first *= passing
+	}
+	return min(first<<min(t.quick-1, 10), mostPause), nil
 }
 
 // once starts the server and watches it to its end.
@@ -265,6 +290,7 @@ type watch struct {
 	*process
 	began time.Time
 	upAt  time.Time // zero: it is not up yet
+	says  string    // what it answers while it is not up
 }
 
 func (w *watch) run(live, patience context.Context) ending {
@@ -280,12 +306,16 @@ func (w *watch) run(live, patience context.Context) ending {
 		case cause := <-w.kill:
 			return w.killed(cause, "engine hung and was killed")
 		case <-look.C:
+			w.record.see()
+			if !w.upAt.IsZero() {
+				continue
+			}
 			if w.look(live) {
-				look.Stop()
+				look.Reset(countEvery)
 				continue
 			}
 			if quiet := time.Since(w.journal.last()); quiet >= w.Quiet {
-				return w.killed(CauseStartFailed, fmt.Sprintf("engine said nothing new for %s while it started and was killed; --engine-start-timeout says how long that may be", short(quiet)))
+				return w.killed(CauseStartFailed, fmt.Sprintf("engine logged nothing new for %s while it started and was killed%s; --engine-start-timeout says how long that may be", short(quiet), w.but()))
 			}
 		}
 	}
@@ -294,18 +324,27 @@ func (w *watch) run(live, patience context.Context) ending {
 // look asks a server that starts whether it is up, and says how far it is.
 func (w *watch) look(ctx context.Context) bool {
 	took := time.Since(w.began)
-	if !w.ready(ctx) {
-		w.set(false, proto.EngineWaiting, loading(took, w.journal.phase()))
+	ready, says := w.ready(ctx)
+	if !ready {
+		w.says = says
+		w.set(false, proto.EngineWaiting, loading(took, w.journal.phase())+w.but())
 		return false
 	}
 	w.upAt = time.Now()
-	w.record.members(w.group)
 	w.mu.Lock()
 	w.kv = w.journal.kvTokens()
 	w.mu.Unlock()
 	w.Log.Info("engine is up", "engine", w.String(), "after", took.Round(time.Second).String())
 	w.set(true, "", "")
 	return true
+}
+
+// but says what a server answers that is not up; empty: nothing.
+func (w *watch) but() string {
+	if w.says == "" {
+		return ""
+	}
+	return "; " + w.says
 }
 
 // loading says how far a server is that starts. The time comes in steps: who reads it sees a new line for each.
@@ -345,7 +384,7 @@ func (w *watch) died() ending {
 	}
 	if r, line := recognise(w.journal.tail()); r != nil {
 		e.why += ": " + r.say(line)
-		e.final = r.final
+		e.final, e.passes = r.final, r.passes
 		if r.cause != "" {
 			e.cause = r.cause
 		}
@@ -380,7 +419,7 @@ func (w *watch) well() time.Duration {
 // stop asks the server to end, and sees to it that it does.
 func (w *watch) stop(patience context.Context) {
 	w.set(false, proto.EngineWaiting, "engine is stopped")
-	w.record.members(w.group) // whoever left the group is not found when its parent has gone
+	w.record.see() // who came since
 	w.terminate()
 	grace := time.NewTimer(w.Grace)
 	defer grace.Stop()
@@ -390,6 +429,15 @@ func (w *watch) stop(patience context.Context) {
 	case <-patience.Done():
 	}
 	w.end()
+}
+
+// end ends what is left of the server.
+func (w *watch) end() {
+	w.left = nil
+	if left := w.process.end(); len(left) > 0 {
+		w.left = w.record.Members
+		w.Log.Error("processes of the engine do not go, and may keep its GPU; see why (ps -o pid,stat,user,wchan)", "engine", w.String(), "processes", left)
+	}
 }
 
 // FreePort is a port of the loopback interface at which nobody listens. It lies below those that systems give to

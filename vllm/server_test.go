@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -118,6 +119,20 @@ func TestStubborn(t *testing.T) {
 	}
 }
 
+// stray is a process that the script says has left its group.
+func (r *rig) stray() int {
+	r.t.Helper()
+	b, err := os.ReadFile(filepath.Join(r.life, "stray"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || !alive(pid) {
+		r.t.Fatalf("no stray: %v", err)
+	}
+	return pid
+}
+
 // TestStray: a process that left the group is ended, too.
 func TestStray(t *testing.T) {
 	if _, err := os.Stat("/usr/bin/setsid"); err != nil {
@@ -125,32 +140,37 @@ func TestStray(t *testing.T) {
 	}
 	t.Parallel()
 	r := newRig(t, "strays")
-	stray := func() int {
-		t.Helper()
-		b, err := os.ReadFile(filepath.Join(r.life, "stray"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-		if err != nil || !alive(pid) {
-			t.Fatalf("no stray: %v", err)
-		}
-		return pid
-	}
 	r.start().up(1)
-	first := stray()
+	first := r.stray()
 	r.Restart("hung")
 	l := r.up(2)
-	second := stray()
+	second := r.stray()
 	kill(t, l.api, syscall.SIGKILL)
 	r.up(3)
-	third := stray()
+	third := r.stray()
 	r.stop()
 	for _, pid := range []int{first, second, third} {
 		if alive(pid) {
 			t.Errorf("stray %d lives", pid)
 			kill(t, pid, syscall.SIGKILL)
 		}
+	}
+}
+
+// TestStrayOfGone: who has left the group is ended at a clean stop, though the parent ended while the server loaded.
+func TestStrayOfGone(t *testing.T) {
+	if _, err := os.Stat("/usr/bin/setsid"); err != nil {
+		t.Skip("no setsid here")
+	}
+	t.Parallel()
+	r := newRig(t, "orphans")
+	r.Command = append([]string{"env", "RECORD=" + filepath.Join(r.Dir, vllm.RecordName)}, r.Command...)
+	r.start().up(1)
+	pid := r.stray()
+	r.stop()
+	if alive(pid) {
+		t.Errorf("stray %d lives", pid)
+		kill(t, pid, syscall.SIGKILL)
 	}
 }
 
@@ -200,12 +220,42 @@ func TestBudget(t *testing.T) {
 	restarts(vllm.CauseKilled, 2)
 }
 
+// TestBudgetOfProgress: restarts of a server that has answered lines in between are forgotten.
+func TestBudgetOfProgress(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	r.Restarts = 1
+	r.start()
+	for n := range 3 {
+		l := r.up(n + 1)
+		if n < 2 {
+			r.Answered.Add(1)
+		}
+		kill(t, l.api, syscall.SIGKILL)
+	}
+	if f := r.fails(); !strings.Contains(f.Why, "1 time ") || len(r.lives()) != 3 {
+		t.Errorf("%d starts, %+v", len(r.lives()), f)
+	}
+}
+
 // TestNoCommand: there is no such program.
 func TestNoCommand(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.Command = []string{filepath.Join(t.TempDir(), "vllm")}
 	if f := r.start().fails(); !f.Final || !strings.Contains(f.Why, "--vllm-command") {
+		t.Errorf("%+v", f)
+	}
+}
+
+// TestNoLog: what is wrong with the log is not taken for a command that is not there.
+func TestNoLog(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	if err := os.Symlink(filepath.Join(t.TempDir(), "nosuch", "log"), r.LogFile()); err != nil {
+		t.Fatal(err)
+	}
+	if f := r.start().fails(); !strings.Contains(f.Why, "choose another --data") || strings.Contains(f.Why, "--vllm-command") {
 		t.Errorf("%+v", f)
 	}
 }
@@ -223,11 +273,11 @@ func TestPortTaken(t *testing.T) {
 	})}
 	served := make(chan error)
 	go func() { served <- other.Serve(ln) }()
-	r.Restarts = 100
+	r.Restarts = 4 // more than starts in a row that may fail for other reasons
 	f := r.start().fails()
 	other.Close()
 	<-served
-	if f.Final || !strings.Contains(f.Why, "is taken") || len(r.lives()) != 0 {
+	if f.Final || !strings.Contains(f.Why, "is taken") || !strings.Contains(f.Why, "4 times") || len(r.lives()) != 0 {
 		t.Errorf("%d starts, %+v", len(r.lives()), f)
 	}
 }
@@ -250,6 +300,15 @@ func TestOtherModel(t *testing.T) {
 	if s := strings.Join(r.CommandLine(), " "); !strings.HasSuffix(s, "serve m --served-model-name n --host 127.0.0.1 --port "+strconv.Itoa(r.Port)) {
 		t.Errorf("started with %s", s)
 	}
+}
+
+// TestAnswersOther: one that answers and does not come up says what it answers.
+func TestAnswersOther(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve")
+	r.Flags = vllm.Flags{"--served-model-name=other"} // the script does not see it
+	r.start()
+	r.state(proto.EngineWaiting, "engine is loading", "; it lists m, not other")
 }
 
 // TestOrphan: what a killed millrace left is ended; what is not ours is not.
@@ -283,6 +342,8 @@ func TestOrphan(t *testing.T) {
 	if !alive(l.api) || !alive(l.core) {
 		t.Fatal("it was ended")
 	}
+	// Though none is in the group that is written down.
+	b = regexp.MustCompile(`"group":\d+`).ReplaceAll(b, []byte(`"group":2147483647`))
 	if n, err := vllm.EndOrphan(left(b), "here/boot"); n != 2 || err != nil {
 		t.Errorf("%d ended, want 2; %v", n, err)
 	}

@@ -326,7 +326,9 @@ func (g *gate) watchDown(now time.Time, st Status, err error) error {
 		g.down = time.Time{}
 		return nil
 	}
-	if g.down.IsZero() || g.downAnswers != g.answers || g.busy() == 0 {
+	// With nothing in flight nobody is kept waiting; but one that we could start again takes nothing in while it is ill.
+	idle := g.busy() == 0 && (g.keeper == nil || st.Gone || st.Gauges.Asleep)
+	if g.down.IsZero() || g.downAnswers != g.answers || idle {
 		g.down, g.downAnswers = now, g.answers
 	}
 	if now.Sub(g.down) < most {

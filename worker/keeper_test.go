@@ -127,6 +127,27 @@ func TestKeeperOfGone(t *testing.T) {
 	wanted(t, h, "gone")
 }
 
+// TestKeeperOfIdleIll: an engine that falls ill while it has nothing is started again: nothing would ever get to it.
+func TestKeeperOfIdleIll(t *testing.T) {
+	r, f, h := newRig(t), newFake(t), newHands()
+	r.start(f.engine(), func(w *Worker) { w.Keeper, w.StallTimeout, w.ProbeEvery = h, 400*time.Millisecond, 20*time.Millisecond })
+	r.state(proto.EngineReady)
+	f.set(func() { f.health = 503 })
+	wanted(t, h, "gone")
+}
+
+// TestKeeperLetsSleep: one that somebody put to sleep is not woken by a restart.
+func TestKeeperLetsSleep(t *testing.T) {
+	g := &gate{keeper: newHands(), stall: time.Second, busy: func() int { return 0 }}
+	st, now := Status{State: proto.EngineWaiting, Gauges: Gauges{Asleep: true}}, time.Now()
+	for range 3 {
+		if err := g.watchDown(now, st, nil); err != nil {
+			t.Errorf("it is let go of: %v", err)
+		}
+		now = now.Add(time.Minute)
+	}
+}
+
 // TestKeeperTellsRunsApart: an engine that was started again is another run of it, though no probe found it down.
 func TestKeeperTellsRunsApart(t *testing.T) {
 	f, h := newFake(t), newHands()

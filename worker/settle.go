@@ -176,6 +176,9 @@ func reasonOf(c class) string {
 
 func (s *session) finished(o *outcome) {
 	s.gate.success(o.started)
+	if s.Answered != nil {
+		s.Answered.Add(1)
+	}
 	s.limit.finished(o.usage, len(o.req.Body), o.asks, o.took, time.Now())
 	s.metrics.answered(o.queue.model, o.usage)
 	s.meter.answered(o.usage)

@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -44,6 +45,8 @@ type Worker struct {
 	ProbeEvery     time.Duration // between looks at an engine that is ready; 0: 2 s
 	RetryEvery     time.Duration // between lines let through to a degraded, hung or denying engine; 0: 30 s
 	KVTokens       func() int64  // capacity of the engine's KV cache in tokens, asked where its metrics do not tell, 0: unknown; nil: nobody knows
+
+	Answered *atomic.Int64 // counts the lines that the engine answered well; nil: nobody counts
 
 	Flags   []string // that the engine was started with; nil: not known
 	Devices []string // GPUs that it was given, by number or UUID; nil: not known

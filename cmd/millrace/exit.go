@@ -21,6 +21,7 @@ const (
 	exitUsage       = 2
 	exitSomeFailed  = 3 // finished, some lines failed
 	exitThreshold   = 4 // --fail-under missed
+	exitEngine      = 5 // --vllm: cannot come up, and no restart mends it
 	exitUnreachable = 7 // broker; or an engine that is not usable, of --check: a worker waits for it
 	exitEnded       = 8 // timed out or cancelled
 	exitInvalid     = 9 // input

@@ -153,8 +153,8 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 		abort(err)
 	}
 	defer func() {
-		if f := (*vllm.Failed)(nil); !ended(err) && errors.As(context.Cause(take), &f) {
-			err = fmt.Errorf("%w; the same command goes on with the job once that is mended", f)
+		if why := context.Cause(take); !ended(err) && errors.As(why, new(*vllm.Failed)) {
+			err = fmt.Errorf("%w; the same command goes on with the job once that is mended", why)
 		}
 	}()
 	stopEngines, err := a.engines(take, patience, r, &job, reg, broken)

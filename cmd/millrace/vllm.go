@@ -28,6 +28,7 @@ type vllmFlags struct {
 	restarts int
 	flags    vllm.Flags // behind --
 	groups   [][]string // GPUs of each server; one nil: as the environment says
+	byBus    bool       // they are numbered as nvidia-smi does it
 }
 
 func (v *vllmFlags) bind(cmd *cobra.Command) {
@@ -36,7 +37,7 @@ func (v *vllmFlags) bind(cmd *cobra.Command) {
 	f.StringVar(&v.gpus, "gpus", "", "GPUs for --vllm, a server and a worker for each: all, or numbers such as 0 or 0,1 (default: one server that sees what vLLM sees)")
 	f.StringVar(&v.command, "vllm-command", "vllm", "`COMMAND` that starts vLLM, up to the word serve; may have arguments")
 	f.DurationVar(&v.quiet, "engine-start-timeout", 15*time.Minute, "how long a vLLM server that starts may log nothing new until it is thought stuck")
-	f.IntVar(&v.restarts, "engine-restarts", 12, "restarts of a vLLM server until it is given up, counted anew when it was well for 10 minutes; one that does not come up three times in a row is given up sooner")
+	f.IntVar(&v.restarts, "engine-restarts", 12, "restarts of a vLLM server until it is given up, counted anew when it has answered lines since the last one, or was well for 10 minutes; one that does not come up three times in a row is given up sooner, unless its port is taken or the hub of models not reached")
 }
 
 // check refuses what cannot be meant, and finds the GPUs.
@@ -66,7 +67,7 @@ func (v *vllmFlags) check() error {
 	}
 	v.groups = [][]string{nil}
 	if v.gpus != "" {
-		if v.groups, err = vllm.GPUs(v.gpus, each); err != nil {
+		if v.groups, v.byBus, err = vllm.GPUs(v.gpus, each); err != nil {
 			return coded{err, exitUsage}
 		}
 	}
@@ -142,7 +143,7 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	h.end = end
 	for i, s := range h.servers {
 		s.Command, s.Model, s.Flags, s.GPUs, s.Key, s.Host = strings.Fields(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i], key, self.Host
-		s.Quiet, s.Restarts, s.Log, s.Restarted = e.vllm.quiet, e.vllm.restarts, a.log, restarted
+		s.ByBus, s.Quiet, s.Restarts, s.Log, s.Restarted = e.vllm.byBus, e.vllm.quiet, e.vllm.restarts, a.log, restarted
 		e.urls = append(e.urls, s.String())
 		fmt.Fprintf(a.std.err, "starting vLLM for %s at %s%s; its log is %s\n", s.Model, s, onGPUs(s.GPUs), s.LogFile())
 		h.running.Go(func() { h.watch(s.Run(live, patience)) })
@@ -170,7 +171,10 @@ func (h *hosts) watch(err error) {
 	all := h.given == len(h.servers)
 	h.mu.Unlock()
 	var f *vllm.Failed
-	if all || !errors.As(err, &f) || f.Final {
+	if errors.As(err, &f) && f.Final {
+		err = coded{err, exitEngine}
+	}
+	if all || f == nil || f.Final {
 		h.failed(err)
 	}
 }
@@ -247,7 +251,8 @@ func (h *hosts) keep(u string, w *worker.Worker) {
 	}
 	for _, s := range h.servers {
 		if s.String() == u {
-			w.Keeper, w.KVTokens, w.Flags = s, s.KVTokens, s.Flags.Shown()
+			w.Keeper, w.KVTokens, w.Answered, w.Flags = s, s.KVTokens, &s.Answered, s.Flags.Shown()
+			w.Devices = s.Devices()
 			if w.Dir != "" { // its port may be another one each time
 				w.Dir = filepath.Join(filepath.Dir(w.Dir), "vllm-"+filepath.Base(s.Dir))
 			}

@@ -34,6 +34,9 @@ strays*) # one leaves the group
 	setsid sleep 100000 >/dev/null 2>&1 &
 	echo $! >"$LIFE/stray"
 	;;
+orphans*) # one leaves the group, and its parent ends when it was seen
+	sh -c 'setsid sleep 100000 >/dev/null 2>&1 & echo $! >"$LIFE/stray"; until grep -q "\"$!\":" "$RECORD"; do sleep 0.02; done'
+	;;
 esac
 faults={}
 case $do in *{*) faults="{${do#*\{}" ;; esac
