@@ -45,7 +45,7 @@ type Worker struct {
 	RetryEvery     time.Duration // between lines let through to a degraded, hung or denying engine; 0: 30 s
 	KVTokens       func() int64  // capacity of the engine's KV cache in tokens, asked where its metrics do not tell, 0: unknown; nil: nobody knows
 
-	Flags   []string // that the engine was started with; nil: not known
+	Flags   []string // that the engine was started with, without keys: everybody may read them; nil: not known
 	Devices []string // GPUs that it was given, by number or UUID; nil: not known
 	GPUs    *GPUs    // of this machine; nil: nobody looks
 
