@@ -25,8 +25,8 @@ type Engine struct {
 	// Flags are those of its command line, keys left out, where the worker knows it; otherwise settings that its metrics
 	// tell, as NAME=VALUE.
 	Flags []string `json:"engine_flags,omitempty"`
-	// GPUs are those of the engine where OwnGPUs says so. Otherwise they are those of its machine, and nobody knows which
-	// of them it has.
+	// GPUs are those of the engine where OwnGPUs says so. Otherwise they are those of the worker's machine, told where the
+	// engine's URL is a loopback address. Nobody knows which of them it has; through a tunnel, such as of ssh -L, none.
 	GPUs    []GPU `json:"gpus,omitempty"`
 	OwnGPUs bool  `json:"gpus_are_the_engines,omitzero"`
 

@@ -289,7 +289,7 @@ type Worker struct {
 	LastError   string   // what went wrong with the last attempt that failed, for people; empty: none has
 	LastErrorUS int64    // how long ago that was
 	Flags       []string // the engine's, where they are known: of its command line, or NAME=VALUE as its metrics tell
-	GPUs        []GPU    // of the worker's machine, where the engine is on it and nvidia-smi is there
+	GPUs        []GPU    // of the worker's machine, where the engine's URL is a loopback address and nvidia-smi is there
 	OwnGPUs     bool     // these are the engine's; otherwise nobody knows which of them are
 	Kind        string   // of the engine, as its worker found out; empty: not known
 	Slots       int64    // most sequences that it runs at once; 0: it does not tell

@@ -267,7 +267,7 @@ func TestDoubtOfUnlikeAlone(t *testing.T) {
 // TestNoRouteOfTwo: two routes that an engine does not have, and says so of each in its own way.
 func TestNoRouteOfTwo(t *testing.T) {
 	r, f := newRig(t), newFake(t)
-	const n = 200
+	const n = 100
 	f.set(func() {
 		f.work = func(w http.ResponseWriter, q *http.Request, _ string) {
 			say(w, 404, "no handler for "+strings.ReplaceAll(q.URL.Path, "/", " "))
@@ -279,7 +279,7 @@ func TestNoRouteOfTwo(t *testing.T) {
 		reqs[2*i].URL = "/v1/embeddings"
 	}
 	r.send(reqs...)
-	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.refusal = 64, time.Millisecond })
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.refusal, w.RetryEvery = 64, time.Millisecond, 10*time.Millisecond })
 	r.reason(proto.EngineDegraded, "engine has no route")
 	f.enter(64 + 4*patience) // it tries on, when nothing else is in flight
 	f.set(func() { f.work = f.ok })

@@ -70,6 +70,7 @@ type Gauges struct {
 	Prompt      int64 // prompt tokens since the engine's start
 	Generation  int64 // output tokens since the engine's start
 	Held        int64 // tokens, prompts included, of sequences that have begun and not ended; 0: not told
+	Holding     int64 // sequences that Held is of, those that clients gave up included where it has them; 0: not told
 	Finished    int64 // sequences that ended since the engine's start, whoever asked; 0: not told
 	Preemptions int64 // since the engine's start
 	Asleep      bool

@@ -235,7 +235,7 @@ func TestDegradedOfAnyKind(t *testing.T) {
 // TestDegradedLate: of a worker whose engine was well, those lines fail that show that it is not any more.
 func TestDegradedLate(t *testing.T) {
 	r, f := newRig(t), newFake(t)
-	const n = 200
+	const n = 100
 	r.rival()
 	r.send(request(0))
 	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.RetryEvery, w.refusal = 8, 20*time.Millisecond, time.Millisecond })

@@ -22,7 +22,9 @@ import (
 // GPUs is what nvidia-smi says of the GPUs of this machine. Its zero value knows none yet. The workers of a process share
 // one, so that it runs once for all of them. All methods may be called from any goroutine.
 type GPUs struct {
-	turn sync.Mutex // one run of nvidia-smi at a time
+	turn sync.Mutex                                             // one run of nvidia-smi at a time
+	left chan smiSaid                                           // what a run that was left behind will say; nil: none was
+	smi  func(ctx context.Context, path string) ([]byte, error) // nil: runSMI
 
 	mu   sync.Mutex
 	seen []proto.GPU
@@ -38,7 +40,13 @@ const (
 // errNoSMI says that there is no nvidia-smi on this machine.
 var errNoSMI = errors.New("no nvidia-smi")
 
-// look runs nvidia-smi, unless it was run a moment ago.
+// smiSaid is what a run of nvidia-smi came to.
+type smiSaid struct {
+	text []byte
+	err  error
+}
+
+// look runs nvidia-smi, unless it was run a moment ago, or an earlier run still hangs.
 func (g *GPUs) look(ctx context.Context) error {
 	g.turn.Lock()
 	defer g.turn.Unlock()
@@ -48,7 +56,7 @@ func (g *GPUs) look(ctx context.Context) error {
 	if young {
 		return nil
 	}
-	seen, err := readGPUs(ctx)
+	seen, err := g.read(ctx)
 	if err != nil {
 		return err
 	}
@@ -84,24 +92,33 @@ func (g *GPUs) watch(ctx context.Context, first func()) {
 	}
 }
 
-// readGPUs runs nvidia-smi. With a driver that hangs, a process may not even be killed: it is left behind then.
-func readGPUs(ctx context.Context) ([]proto.GPU, error) {
+// errHangs says that a run of nvidia-smi has not ended though it was killed.
+var errHangs = errors.New("nvidia-smi hangs")
+
+// read runs nvidia-smi. With a driver that hangs, a process may not even be killed: it is left behind then, and no other is
+// started until it has gone.
+func (g *GPUs) read(ctx context.Context) ([]proto.GPU, error) {
 	path, err := exec.LookPath("nvidia-smi")
 	if err != nil {
 		return nil, errNoSMI
 	}
+	if g.left != nil {
+		select {
+		case <-g.left:
+			g.left = nil
+		default:
+			return nil, errHangs
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, gpuTimeout)
 	defer cancel()
-	type said struct {
-		text []byte
-		err  error
+	run, out := g.smi, make(chan smiSaid, 1)
+	if run == nil {
+		run = runSMI
 	}
-	out := make(chan said, 1)
 	go func() {
-		cmd := exec.CommandContext(ctx, path, "--query-gpu=index,uuid,name,memory.used,memory.total,power.draw,utilization.gpu", "--format=csv,noheader,nounits")
-		cmd.WaitDelay = time.Second
-		text, err := cmd.Output()
-		out <- said{text, err}
+		text, err := run(ctx, path)
+		out <- smiSaid{text, err}
 	}()
 	select {
 	case s := <-out:
@@ -113,9 +130,17 @@ func readGPUs(ctx context.Context) ([]proto.GPU, error) {
 		select {
 		case <-out: // it was killed
 		case <-time.After(2 * time.Second):
+			g.left = out
 		}
 		return nil, context.Cause(ctx)
 	}
+}
+
+// runSMI runs it until it ends, or ctx does.
+func runSMI(ctx context.Context, path string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, path, "--query-gpu=index,uuid,name,memory.used,memory.total,power.draw,utilization.gpu", "--format=csv,noheader,nounits")
+	cmd.WaitDelay = time.Second
+	return cmd.Output()
 }
 
 // parseGPUs reads a line for each GPU. A value that is not there stands as [N/A], [Not Supported] or [Unknown Error].
@@ -168,7 +193,7 @@ func (g *GPUs) Collect(to chan<- prometheus.Metric) {
 	}
 }
 
-// here says whether an engine is on this machine for sure: it listens on a loopback address.
+// here says whether an engine has a loopback address: it is on this machine, unless a tunnel leads to another from there.
 func here(engine string) bool {
 	u, err := url.Parse(engine)
 	if err != nil {

@@ -43,6 +43,19 @@ func TestGuessLost(t *testing.T) {
 	}
 }
 
+// TestGuessGivenUp: requests that a client gave up stay among those that are counted as held while others go on.
+func TestGuessGivenUp(t *testing.T) {
+	now := time.Now()
+	l := newLimit(0)
+	for i := range int64(100) { // each time 30 more, of about as many tokens
+		g := Gauges{Held: 100*992 + 30*i*1100, Holding: 100 + 30*i, Running: 100, KVUsage: 0.25}
+		l.observe(seen(0, g), 100, now.Add(time.Duration(i)*time.Second))
+	}
+	if l.kv < 380000 || l.kv > 450000 {
+		t.Errorf("KV cache of %.0f tokens, want 400000", l.kv)
+	}
+}
+
 const sglangMetrics = `# as python/sglang/srt/observability/metrics_collector.py names them, with two data-parallel engines and priorities
 sglang:num_running_reqs{dp_rank="0",engine_type="unified",model_name="m",priority="",tp_rank="0"} 30.0
 sglang:num_running_reqs{dp_rank="0",engine_type="unified",model_name="m",priority="1",tp_rank="0"} 10.0

@@ -44,6 +44,7 @@ type limit struct {
 	guesses guesses
 	most    float64 // sequences that an engine of its kind runs at once
 	seqs    float64 // the same, as far as it was seen
+	ran     float64 // so many ran while others waited, when that was seen; 0: it was not, or it has run more since
 	maxLen  float64
 	several several
 	climb   climb
@@ -121,8 +122,8 @@ func (l *limit) reason() string {
 		return fmt.Sprintf("engine refuses requests; %.0f %% of %.0f for now", 100*l.share, l.base/l.width())
 	case l.fixed > 0:
 		return "fixed by --concurrency"
-	case l.way == bySteering && l.seqs < l.most && l.base >= l.seqs:
-		return fmt.Sprintf("engine runs no more than %.0f at once", (l.seqs-seqsWait)/seqsMore)
+	case l.way == bySteering && l.ran > 0 && l.base >= l.seqs:
+		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
 	case l.way >= byPlan && l.base <= minLimit*l.width():
 		return l.why + "; never below 8"
 	}
@@ -285,7 +286,7 @@ func (l *limit) meet(st Status) {
 	if st.Slots > 0 {
 		l.most = float64(st.Slots)*1.02 + 2
 	}
-	l.seqs = l.most
+	l.seqs, l.ran = l.most, 0
 	if was == (identity{}) {
 		return
 	}
@@ -328,7 +329,7 @@ func (l *limit) capacity(kv float64) {
 
 // forget starts anew with an engine whose counters start anew. What lines hold is still known.
 func (l *limit) forget() {
-	l.looks, l.first, l.count, l.made, l.hold, l.seqs, l.gain = nil, look{}, 0, 0, time.Time{}, l.most, gain{size: 1}
+	l.looks, l.first, l.count, l.made, l.hold, l.seqs, l.ran, l.gain = nil, look{}, 0, 0, time.Time{}, l.most, 0, gain{size: 1}
 	if l.ended.n >= fewLines && l.kv > 0 {
 		l.set(load{prompt: l.ended.prompt, output: l.ended.output}.fits(fill * l.kv))
 	}

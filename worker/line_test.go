@@ -172,13 +172,13 @@ func TestLanes(t *testing.T) {
 func TestLargeLines(t *testing.T) {
 	r, f := newRig(t), newFake(t)
 	pad := strings.Repeat("x", 3<<20)
-	for i := range 16 {
+	for i := range 8 {
 		q := request(i)
 		q.Body = []byte(`{"pad":"` + pad + `"}`)
 		r.send(q)
 	}
 	r.start(f.engine())
-	exactly(t, r.wait(16), 16)
+	exactly(t, r.wait(8), 8)
 	r.settled(0)
 }
 

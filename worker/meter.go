@@ -41,8 +41,8 @@ func (m *meter) look(g Gauges, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.g.Known && g.Known {
-		m.sum.generated += max(0, g.Generation-m.g.Generation)
-		m.sum.preemptions += max(0, g.Preemptions-m.g.Preemptions)
+		m.sum.generated += since(g.Generation, m.g.Generation)
+		m.sum.preemptions += since(g.Preemptions, m.g.Preemptions)
 	}
 	if m.g.Known != g.Known {
 		m.looks = nil // what had been counted before says nothing
@@ -56,6 +56,14 @@ func (m *meter) look(g Gauges, now time.Time) {
 	for len(m.looks) > 2 && now.Sub(m.looks[1].at) >= pressWindow {
 		m.looks = m.looks[1:]
 	}
+}
+
+// since is what a counter has counted since it was old.
+func since(now, old int64) int64 {
+	if now < old {
+		return now
+	}
+	return now - old
 }
 
 // answered takes in an answer.

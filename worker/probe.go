@@ -58,16 +58,16 @@ func (h *HTTP) probe(ctx context.Context) (Status, error) {
 // asleep asks an engine whether it sleeps. One that does not answer that is taken to be awake; one without the route is
 // not asked again.
 func (h *HTTP) asleep(ctx context.Context) bool {
-	h.about.mu.Lock()
-	defer h.about.mu.Unlock()
-	if h.about.wakeful {
+	if h.about.awake() {
 		return false
 	}
-	a, err := h.get(ctx, "/is_sleeping")
+	a, err := h.ask(ctx, "/is_sleeping")
 	if err != nil {
 		return false
 	}
-	h.about.wakeful = a.Status != http.StatusOK
+	if a.Status == http.StatusNotFound || a.Status == http.StatusMethodNotAllowed {
+		h.about.wakes()
+	}
 	var v struct {
 		Asleep bool `json:"is_sleeping"`
 	}

@@ -54,6 +54,7 @@ type about struct {
 	known *profile // nil: not known yet
 	tries int      // that brought no answer
 	run   int      // of those that were asked
+	turn  int      // goes up when all is forgotten
 
 	wakeful bool // it has no /is_sleeping
 }
@@ -67,23 +68,58 @@ const (
 func (a *about) forget() {
 	a.mu.Lock()
 	a.known, a.tries, a.wakeful = nil, 0, false
+	a.turn++
 	a.mu.Unlock()
+}
+
+// awake says whether the engine has no /is_sleeping.
+func (a *about) awake() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.wakeful
+}
+
+// wakes notes that it has none.
+func (a *about) wakes() {
+	a.mu.Lock()
+	a.wakeful = true
+	a.mu.Unlock()
+}
+
+// now returns what is known (nil: nothing yet), which run that is, and in which turn it was asked for.
+func (a *about) now() (known *profile, run, turn int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.known, a.run, a.turn
+}
+
+// found takes in what came of asking in a turn, unless that is over or another probe was faster.
+func (a *about) found(p profile, missing error, turn int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if turn != a.turn || a.known != nil {
+		return
+	}
+	if a.tries++; missing != nil && a.tries < mostTries {
+		return
+	}
+	p.version = proto.Truncate(p.version, 100)
+	a.known = &p
+	a.run++
 }
 
 // profile asks once for each run, and again at the next probe where an answer was missing.
 func (h *HTTP) profile(ctx context.Context) (profile, int) {
-	h.about.mu.Lock()
-	defer h.about.mu.Unlock()
-	if h.about.known == nil {
+	known, run, turn := h.about.now()
+	if known == nil {
 		p, err := h.discover(ctx)
-		if h.about.tries++; err != nil && h.about.tries < mostTries {
-			return profile{}, h.about.run
-		}
-		p.version = proto.Truncate(p.version, 100)
-		h.about.known = &p
-		h.about.run++
+		h.about.found(p, err, turn)
+		known, run, _ = h.about.now()
 	}
-	return *h.about.known, h.about.run
+	if known == nil {
+		return profile{}, run
+	}
+	return *known, run
 }
 
 // discover asks until the kind is known. An error says that it might be one that did not answer.
@@ -101,11 +137,16 @@ func (h *HTTP) discover(ctx context.Context) (profile, error) {
 	return profile{kind: KindOther}, missing
 }
 
-// read asks for a JSON object and says whether it came. What is not there, or is something else, is not it.
-func (h *HTTP) read(ctx context.Context, path string, v any) (bool, error) {
+// ask gets what an engine may not have, or not answer.
+func (h *HTTP) ask(ctx context.Context, path string) (Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	a, err := h.get(ctx, path)
+	return h.get(ctx, path)
+}
+
+// read asks for a JSON object and says whether it came. What is not there, or is something else, is not it.
+func (h *HTTP) read(ctx context.Context, path string, v any) (bool, error) {
+	a, err := h.ask(ctx, path)
 	if err != nil {
 		return false, fmt.Errorf("ask engine for %s: %w", path, err)
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -164,4 +165,47 @@ func TestHangUsage(t *testing.T) {
 	if !look(0.09) {
 		t.Error("it stands still and is not called hung")
 	}
+}
+
+// TestSleepIsAsked: an engine that does not answer whether it sleeps is taken to be awake, holds nobody up, and is asked again;
+// one that has no such route is not.
+func TestSleepIsAsked(t *testing.T) {
+	var asked atomic.Int64
+	var answer atomic.Pointer[func(http.ResponseWriter, *http.Request)]
+	does := func(f func(http.ResponseWriter, *http.Request)) { answer.Store(&f) }
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/health":
+		case "/v1/models":
+			say(w, 200, `{"data":[{"id":"m"}]}`)
+		case "/is_sleeping":
+			asked.Add(1)
+			(*answer.Load())(w, r)
+		default:
+			w.WriteHeader(404)
+		}
+	}))
+	t.Cleanup(srv.Close)
+	h, err := NewHTTP(srv.URL, "")
+	must(t, err)
+	t.Cleanup(h.Close)
+	is := func(what, state string, times int64) {
+		t.Helper()
+		st, err := h.Probe(t.Context())
+		if err != nil || st.State != state || asked.Load() != times {
+			t.Errorf("%s: %s, %v; asked %d times", what, st.State, err, asked.Load())
+		}
+	}
+	does(func(_ http.ResponseWriter, r *http.Request) {
+		h.about.forget() // as another probe may
+		<-r.Context().Done()
+	})
+	is("it hangs", proto.EngineReady, 1)
+	does(func(w http.ResponseWriter, _ *http.Request) { say(w, 503, "not now") })
+	is("503", proto.EngineReady, 2)
+	does(func(w http.ResponseWriter, _ *http.Request) { say(w, 200, `{"is_sleeping":true}`) })
+	is("it sleeps", proto.EngineWaiting, 3)
+	does(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) })
+	is("no route", proto.EngineReady, 4)
+	is("no route, as is known", proto.EngineReady, 4)
 }

@@ -76,6 +76,16 @@ func half(a, b func(*rand.Rand, int, int) ask) func(*rand.Rand, int, int) ask {
 	}
 }
 
+// turns changes from a to b and back after every n lines.
+func turns(n int, a, b func(*rand.Rand, int, int) ask) func(*rand.Rand, int, int) ask {
+	return func(r *rand.Rand, i, of int) ask {
+		if i/n%2 == 0 {
+			return a(r, i, of)
+		}
+		return b(r, i, of)
+	}
+}
+
 func shared(tokens, groups int, a func(*rand.Rand, int, int) ask) func(*rand.Rand, int, int) ask {
 	return func(r *rand.Rand, i, of int) ask {
 		l := a(r, i, of)
@@ -352,9 +362,35 @@ func TestRegimes(t *testing.T) {
 	}
 }
 
+// TestPromptsFirst: lines that are almost all prompt keep few running, whatever is in flight; that says nothing of those that
+// come after them.
+func TestPromptsFirst(t *testing.T) {
+	prompts, outputs := fixed(1500, 5), fixed(100, 400)
+	for _, c := range []struct {
+		name string
+		line func(*rand.Rand, int, int) ask
+		best int // fixed number in flight
+	}{{"1,500 + 5, then 100 + 400", half(prompts, outputs), 890}, {"the same in turns", turns(1500, prompts, outputs), 956}} {
+		g := regime{name: c.name, engine: big(432 * 1100), line: c.line}
+		g.engine.MaxModelLen = 4096
+		lines := g.lines(6000)
+		best, got := g.run(t, lines, c.best, tellsAll), g.run(t, lines, 0, tellsAll)
+		t.Logf("%s: %.3f of the best, limit in the last half %d to %d", c.name, got.rate/best.rate, got.least, got.largest)
+		if got.rate < 0.9*best.rate {
+			t.Errorf("%s: %.3f of the best; %s", c.name, got.rate/best.rate, got.why)
+		}
+	}
+}
+
 // TestSettles: where lines stay as they are, the limit is in the last half of a job within 10 per cent of itself.
 func TestSettles(t *testing.T) {
-	for _, g := range regimes(100) {
+	all := regimes(100)
+	for _, c := range []struct{ fit, seqs int }{{100, 60}, {432, 256}, {432, 16}} {
+		g := regime{name: "788 + 308, few sequences at most", engine: big(c.fit*1096 + 4096), fit: c.fit, line: fixed(788, 308), steady: true}
+		g.engine.MaxNumSeqs = c.seqs
+		all = append(all, g)
+	}
+	for _, g := range all {
 		if !g.steady {
 			continue
 		}

@@ -21,6 +21,8 @@ type scrape struct {
 	engines []engineGauges
 	sums    Gauges
 	ended   int64 // tokens of sequences that ended, prompts included
+	begun   int64 // sequences that had their first token
+	over    int64 // sequences that ended is of
 	counts  bool  // ended is told
 	live    int64 // output tokens, of SGLang's realtime_tokens_total
 }
@@ -128,6 +130,10 @@ func (s *scrape) counter(name, labels string, v float64) {
 		s.ended += n
 	case "vllm:request_generation_tokens_sum":
 		s.ended, s.counts = s.ended+n, true
+	case "vllm:request_generation_tokens_count":
+		s.over += n
+	case "vllm:time_to_first_token_seconds_count":
+		s.begun += n
 	case "sglang:realtime_tokens_total":
 		if label(labels, "mode") == "decode" {
 			s.live += n
@@ -144,7 +150,7 @@ func (s *scrape) total() Gauges {
 	g := s.sums
 	g.Generation = max(g.Generation, s.live)
 	if s.counts {
-		g.Held = max(0, g.Prompt+g.Generation-s.ended)
+		g.Held, g.Holding = max(0, g.Prompt+g.Generation-s.ended), max(0, s.begun-s.over)
 	}
 	var share, shares float64
 	for i := range s.engines {

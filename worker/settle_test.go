@@ -121,7 +121,7 @@ func TestAnswers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t)
 			s := newServer(t, c.play...)
-			r.start(s.engine(), func(w *Worker) { w.MaxAttempts = 2 })
+			r.start(s.engine(), func(w *Worker) { w.MaxAttempts, w.refusal = 2, time.Millisecond })
 			r.send(request(0))
 			got := exactly(t, r.wait(1), 1)[0]
 			if got.OK != c.ok || got.Code != c.code || len(got.Attempts) != c.attempts {

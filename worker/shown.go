@@ -3,7 +3,6 @@ package worker
 import (
 	"bytes"
 	"context"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -31,26 +30,7 @@ func (s *session) flags(st Status) []string {
 	if s.Flags == nil {
 		return st.Settings
 	}
-	return shown(s.Flags)
-}
-
-// shown hides the keys in a command line.
-func shown(flags []string) []string {
-	out := make([]string, 0, len(flags))
-	secret := false
-	for _, f := range flags {
-		name, _, joined := strings.Cut(f, "=")
-		switch is := name == "--api-key" || name == "--hf-token"; {
-		case secret && !strings.HasPrefix(f, "--"):
-			f = "xxxxx" // vLLM takes several keys
-		case is && joined:
-			f, secret = name+"=xxxxx", false
-		default:
-			secret = is
-		}
-		out = append(out, f)
-	}
-	return out
+	return s.Flags
 }
 
 // gpus are those of the engine, if it is known which these are, or else those of the machine, one of which may be its own.
@@ -84,7 +64,7 @@ func newKnownGauges(m *meter, labels prometheus.Labels) *knownGauges {
 	return &knownGauges{
 		meter:    m,
 		usage:    prometheus.NewDesc("millrace_engine_kv_usage_ratio", "Share of the engine's KV cache that is in use, as it tells.", nil, labels),
-		pressure: prometheus.NewDesc("millrace_preemptions_per_line", "Pre-emptions that the engine counted for each line that it answered, over the last five minutes.", nil, labels),
+		pressure: prometheus.NewDesc("millrace_preemptions_per_line", "Pre-emptions that the engine counted, those of its other clients among them, for each line that it answered to this worker, over the last five minutes.", nil, labels),
 		rate:     prometheus.NewDesc("millrace_engine_output_tokens_per_second", "Output tokens over the last 15 s: those that the engine counted, or where it has no counter those of its answers.", nil, labels),
 	}
 }

@@ -45,7 +45,7 @@ func (l *limit) steer(now look) {
 		}
 	}
 	if now.inFlight == 0 {
-		l.seqs, l.count, l.made, now.answers = l.most, 0, 0, 0
+		l.seqs, l.ran, l.count, l.made, now.answers = l.most, 0, 0, 0, 0
 	}
 	if len(l.looks) == 0 || now.inFlight == 0 {
 		l.first = now
@@ -138,6 +138,7 @@ type window struct {
 	whole               bool    // it spans a life, all of it with about as many in flight as may be
 	use                 float64 // of the KV cache, at most
 	waiting, running    float64 // mean
+	inFlight            float64 // sequences of ours, mean
 	least, most, queued float64 // running at least and at most; waiting at least
 	held                float64 // tokens in the KV cache per running request, mean; 0: not told
 }
@@ -152,6 +153,7 @@ func (l *limit) window(life time.Duration) (w window) {
 		w.use = max(w.use, k.g.KVUsage)
 		w.waiting += waiting / float64(len(l.looks))
 		w.running += running / float64(len(l.looks))
+		w.inFlight += k.inFlight / float64(len(l.looks))
 		w.least, w.most, w.queued = min(w.least, running), max(w.most, running), min(w.queued, waiting)
 		w.held += k.g.KVUsage * l.kv / max(running, 1) / float64(len(l.looks))
 	}
@@ -186,15 +188,16 @@ func (l *limit) grow(now look, life time.Duration) {
 		}
 	case preempted > bearable/2, now.inFlight < 0.9*l.base:
 	default:
-		if w.whole && w.waiting < 1 && w.running > 0.99*l.base {
-			l.seqs = l.most // it runs all that it gets
-		}
 		by := step / 3 * l.gain.turn(true, dt)
 		if w.whole && w.use > 0 && w.use < 0.95 {
 			lives := life.Seconds() / max(l.ended.took, 0.05) // of short lines, many: what is seen is what there will be
 			by = max(by, min(0.97/w.use-1, mostGrowth*min(max(lives, 1), 4)))
 		}
-		l.set(l.base * (1 + by*min(dt, 1)))
+		next := l.base * (1 + by*min(dt, 1))
+		if next > l.seqs && w.whole && w.waiting < 1 && w.running > 0.9*w.inFlight {
+			l.seqs, l.ran = min(next, l.most), 0 // it runs all that it gets
+		}
+		l.set(next)
 	}
 }
 
@@ -222,7 +225,7 @@ func (l *limit) crowded() float64 {
 
 // runs takes note of how many sequences the engine runs at once, whatever room there is.
 func (l *limit) runs(n float64) {
-	l.seqs = n*seqsMore + seqsWait
+	l.seqs, l.ran = n*seqsMore+seqsWait, n
 	l.set(l.base)
 }
 

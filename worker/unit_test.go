@@ -15,8 +15,8 @@ import (
 // TestGauges reads the metrics that were recorded.
 func TestGauges(t *testing.T) {
 	for name, want := range map[string]Gauges{
-		"metrics-vllm-0.26.0-python.txt": {Known: true, Engines: 1, KVTokens: 4112864, KVUsage: 0.012374879888583323, Running: 159, Waiting: 97, Prompt: 1759626, Generation: 676285, Held: 41654, Finished: 5604, SleepTold: true},
-		"metrics-vllm-0.26.0-rust.txt":   {Known: true, Engines: 1, KVUsage: 0.08386597316506717, Running: 1024, Prompt: 3951024, Generation: 1452280, Held: 332953, Finished: 11819},
+		"metrics-vllm-0.26.0-python.txt": {Known: true, Engines: 1, KVTokens: 4112864, KVUsage: 0.012374879888583323, Running: 159, Waiting: 97, Prompt: 1759626, Generation: 676285, Held: 41654, Holding: 133, Finished: 5604, SleepTold: true},
+		"metrics-vllm-0.26.0-rust.txt":   {Known: true, Engines: 1, KVUsage: 0.08386597316506717, Running: 1024, Prompt: 3951024, Generation: 1452280, Held: 332953, Holding: 1009, Finished: 11819},
 		"metrics-vllm-0.32.0-cpu.txt":    {Known: true, Engines: 1, KVTokens: 1048576, Prompt: 5237, Generation: 3048, Finished: 45, SleepTold: true},
 	} {
 		b, err := os.ReadFile("../testdata/vllm/" + name)

@@ -88,7 +88,7 @@ func rowOfFinding(engine string, f *worker.Finding) checkRow {
 // printCheck prints what is known of an engine, one thing a line.
 func (a *app) printCheck(r *checkRow) error {
 	tw := tabwriter.NewWriter(a.std.out, 0, 4, 2, ' ', 0)
-	say := func(what, format string, args ...any) { fmt.Fprintf(tw, what+"\t"+format+"\n", args...) }
+	say := func(what, format string, args ...any) { fmt.Fprintf(tw, "%s\t%s\n", plain(what), plain(fmt.Sprintf(format, args...))) }
 	say("engine", "%s", r.Engine)
 	if r.Kind+r.Version != "" {
 		say("version", "%s", strings.TrimSpace(r.Kind+" "+r.Version))
@@ -113,7 +113,7 @@ func (a *app) printCheck(r *checkRow) error {
 		say("GPU "+g.Index, "%s", g.shown())
 	}
 	if len(r.GPUs) > 0 && !r.OwnGPUs {
-		say("", "of this machine; it is not known which of them the engine has")
+		say("", "of this machine; which of them the engine has is not known; none, if a tunnel leads to it")
 	}
 	if r.OK {
 		for _, q := range r.Queues {

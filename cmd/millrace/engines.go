@@ -112,8 +112,7 @@ func reach(sorted []string) string {
 	}
 }
 
-// gpuNames names the GPUs of an engine. Where it is on a machine with several, and nobody knows which it has, it is one of
-// them or more.
+// gpuNames names the GPUs of an engine, or where nobody knows which it has, what its worker's machine has.
 func gpuNames(e *aggregator.Engine) string {
 	if len(e.GPUs) == 0 {
 		return unknown
@@ -123,14 +122,13 @@ func gpuNames(e *aggregator.Engine) string {
 		names = append(names, g.Name)
 	}
 	name := common(names)
-	switch n := len(names); {
-	case n == 1:
-		return name
-	case e.OwnGPUs:
-		return fmt.Sprintf("%d × %s", n, name)
-	default:
-		return fmt.Sprintf("of %d × %s", n, name)
+	if n := len(names); n > 1 {
+		name = fmt.Sprintf("%d × %s", n, name)
 	}
+	if !e.OwnGPUs {
+		return "worker's " + name
+	}
+	return name
 }
 
 // printFlags says with what flags engines ran; those with the same flags together.
@@ -149,6 +147,6 @@ func printFlags(w io.Writer, all []aggregator.Engine) {
 		if len(whose[f]) == len(all) {
 			of = ""
 		}
-		fmt.Fprintf(w, "engine flags%s: %s\n", of, proto.Truncate(f, 160))
+		fmt.Fprintf(w, "engine flags%s: %s\n", plain(of), proto.Truncate(plain(f), 160))
 	}
 }

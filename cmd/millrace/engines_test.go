@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unicode"
 
 	"millrace/aggregator"
 	"millrace/proto"
@@ -30,11 +31,11 @@ func TestManyEngines(t *testing.T) {
 	printEngines(&b, all)
 	want := `
   engine of  version         gpu  KV tok  lines       limit            full  pre-emptions  per line
-        w49   0.26.0   of 2 × H100    1000    149         449           99.0%             2     0.010
+        w49   0.26.0   worker's 2 × H100    1000    149         449           99.0%             2     0.010
         w48   0.26.0      2 × H100    1000    148         448           98.0%             2     0.010
-        w47   0.26.0   of 2 × H100    1000    147         447           97.0%             2     0.010
-        w46   0.26.0   of 2 × H100    1000    146         446           96.0%             2     0.010
-  46 others  several   of 2 × H100    1000   5635  401 to 445  51.0% to 95.0%            90     0.016
+        w47   0.26.0   worker's 2 × H100    1000    147         447           97.0%             2     0.010
+        w46   0.26.0   worker's 2 × H100    1000    146         446           96.0%             2     0.010
+  46 others  several   worker's 2 × H100    1000   5635  401 to 445  51.0% to 95.0%            90     0.016
 engine flags of w49, w47, w46: --seed 1
 `
 	squeeze := func(s string) string { return strings.Join(strings.Fields(s), " ") }
@@ -45,6 +46,22 @@ engine flags of w49, w47, w46: --seed 1
 	printEngines(&b, nil)
 	if b.String() != "" {
 		t.Errorf("of nothing: %q", b.String())
+	}
+}
+
+// TestControlCharacters: what engines and workers say of themselves breaks no row, and does nothing to a terminal.
+func TestControlCharacters(t *testing.T) {
+	const bad = "a\nb\x1b[2J\t\u009bc"
+	w := proto.Worker{ID: bad, Engine: bad, Models: []string{bad}, State: proto.EngineReady, Reason: bad, LimitWhy: bad, LastError: bad}
+	j := jobRow{Note: bad, Input: bad, Models: map[string]int64{bad: 1}, TopErrors: []topError{{Message: bad}}}
+	o := overview{Jobs: []jobRow{j}, Workers: []workerRow{rowOfWorker(&w), rowOfWorker(&w)}, Queues: []queueRow{{Model: bad}}}
+	var b strings.Builder
+	if err := o.print(&b, true); err != nil {
+		t.Fatal(err)
+	}
+	printEngines(&b, []aggregator.Engine{{Worker: bad, Kind: bad, Version: bad, GPUs: []aggregator.GPU{{Name: bad}}, Flags: []string{bad}}})
+	if s := strings.ReplaceAll(b.String(), "\n", ""); strings.ContainsFunc(s, unicode.IsControl) || strings.Count(b.String(), "\nb") > 0 {
+		t.Errorf("%q", b.String())
 	}
 }
 

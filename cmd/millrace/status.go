@@ -240,7 +240,7 @@ func (o *overview) print(w io.Writer, detail bool) error {
 	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(tw, "JOB\tSTATE\tDONE\tOK\tFAILED\tLINES/S\tTOK/S\tNOTE")
 	for _, j := range o.Jobs {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d\t%.1f\t%.0f\t%s\n", j.ID, shown(j.State, j.Outcome), part(j.OK+j.Failed, j.Lines), j.OK, j.Failed, j.RateLines, j.RateTokens, j.Note)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%d\t%.1f\t%.0f\t%s\n", j.ID, shown(j.State, j.Outcome), part(j.OK+j.Failed, j.Lines), j.OK, j.Failed, j.RateLines, j.RateTokens, plain(j.Note))
 	}
 	fmt.Fprintln(tw)
 	if err := tw.Flush(); err != nil {
@@ -251,7 +251,7 @@ func (o *overview) print(w io.Writer, detail bool) error {
 	}
 	fmt.Fprintln(tw, "\nQUEUE\tWAITING\tHANDED OUT\tSIZE\tOF AT MOST")
 	for _, q := range o.Queues {
-		fmt.Fprintf(tw, "%s\t%d\t%d\t%s\t%s\n", q.Model, q.Waiting, q.HandedTo, broker.Size(q.Bytes), most(q.MaxBytes))
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%s\t%s\n", plain(q.Model), q.Waiting, q.HandedTo, broker.Size(q.Bytes), most(q.MaxBytes))
 	}
 	if detail && len(o.Jobs) == 1 {
 		o.Jobs[0].detail(tw)
@@ -261,7 +261,7 @@ func (o *overview) print(w io.Writer, detail bool) error {
 
 func (j *jobRow) detail(w io.Writer) {
 	fmt.Fprintf(w, "\ninput\t%s\nsha256\t%s\nenqueued\t%d\nsent again\t%d\ndropped duplicates\t%d\ntokens\t%d prompt, %d completion\n",
-		j.Input, j.SHA256, j.Enqueued, j.Resent, j.Duplicates, j.Prompt, j.Completion)
+		plain(j.Input), j.SHA256, j.Enqueued, j.Resent, j.Duplicates, j.Prompt, j.Completion)
 	for m, n := range j.Models {
 		fmt.Fprintf(w, "model\t%s: %s\n", modelName(m), count(n, "line"))
 	}
@@ -269,7 +269,7 @@ func (j *jobRow) detail(w io.Writer) {
 		fmt.Fprintln(w, "error\t"+failure((*proto.ErrorCount)(&e)))
 	}
 	if j.Manifest != "" {
-		fmt.Fprintf(w, "verdict\t%s\nfiles on\t%s\noutput\t%s\nerrors\t%s\nmanifest\t%s\n", j.Verdict, j.Host, j.Output, j.Errors, j.Manifest)
+		fmt.Fprintf(w, "verdict\t%s\nfiles on\t%s\noutput\t%s\nerrors\t%s\nmanifest\t%s\n", j.Verdict, j.Host, plain(j.Output), plain(j.Errors), plain(j.Manifest))
 	}
 }
 
@@ -314,7 +314,7 @@ func (a *app) jobsCommand() *cobra.Command {
 			tw := tabwriter.NewWriter(a.std.out, 0, 4, 2, ' ', 0)
 			fmt.Fprintln(tw, "JOB\tNAME\tSTATE\tDONE\tFAILED\tINPUT\tOUTPUT\tNOTE")
 			for _, j := range rows {
-				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", j.ID, j.Name, shown(j.State, j.Outcome), part(j.OK+j.Failed, j.Lines), j.Failed, j.Input, j.Output, j.Note)
+				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", j.ID, plain(j.Name), shown(j.State, j.Outcome), part(j.OK+j.Failed, j.Lines), j.Failed, plain(j.Input), plain(j.Output), plain(j.Note))
 			}
 			return tw.Flush()
 		},

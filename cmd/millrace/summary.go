@@ -69,7 +69,7 @@ func (a *app) printManifest(m *aggregator.Manifest, files aggregator.Files) {
 	w := a.std.out
 	fmt.Fprintf(w, "\n%s  job %s: %s, %d ok, %d failed, %s\n", m.Verdict, m.Job.ID, count(m.Input.Lines, "line"), m.Counts.OK, m.Counts.Failed, took(&m.Statistics.Figures))
 	for _, r := range m.Reasons {
-		fmt.Fprintln(w, "  ", r)
+		fmt.Fprintln(w, "  ", plain(r))
 	}
 	if simulated(m) {
 		fmt.Fprintln(w, "the text is simulated: no model ran, and the figures are the simulator's")
@@ -124,7 +124,7 @@ func table(w io.Writer, rows [][]string) {
 	for _, row := range rows {
 		for c, cell := range row {
 			if slices.ContainsFunc(rows[1:], func(r []string) bool { return r[c] != unknown }) {
-				fmt.Fprint(tw, cell, "\t")
+				fmt.Fprint(tw, plain(cell), "\t")
 			}
 		}
 		fmt.Fprintln(tw)
@@ -146,7 +146,7 @@ func cuts(n int64) string {
 	if n == 0 {
 		return ""
 	}
-	return count(n, "answer") + " ended with fewer tokens than the line asked for: prompt and output exceed the engine's context; give such lines a smaller max_tokens, or the engine a longer context"
+	return count(n, "answer") + " ended with fewer tokens than the line asked for: they end at the engine's context, or at a limit of its own; give such lines a smaller max_tokens, or the engine a longer context or a larger limit"
 }
 
 // repeats says what came and does not count, with its tokens; empty: nothing.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 	"time"
+	"unicode"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -27,7 +28,17 @@ func span(d time.Duration) string {
 }
 
 // modelName is how a table names a model: lines that are invalid may name none.
-func modelName(m string) string { return cmp.Or(m, "(none)") }
+func modelName(m string) string { return cmp.Or(plain(m), "(none)") }
+
+// plain is what others wrote, without what would break a row of a table or do something to a terminal.
+func plain(s string) string {
+	return strings.Map(func(c rune) rune {
+		if unicode.IsControl(c) {
+			return ' '
+		}
+		return c
+	}, s)
+}
 
 // failure describes a kind of failure by one line that failed so. Lines that no engine answered have no status.
 func failure(e *proto.ErrorCount) string {
@@ -38,7 +49,7 @@ func failure(e *proto.ErrorCount) string {
 	if e.Mixed {
 		s += " with other messages"
 	}
-	if eg := proto.Truncate(e.Example(), 240); eg != "" {
+	if eg := proto.Truncate(plain(e.Example()), 240); eg != "" {
 		s += ", e.g. " + eg
 	}
 	return s
@@ -69,10 +80,10 @@ func asked(c *proto.Control) string {
 		return ""
 	}
 	if c.By != "" {
-		did += " by " + c.By
+		did += " by " + plain(c.By)
 	}
 	if c.Reason != "" {
-		did += ": " + strings.Join(strings.Fields(c.Reason), " ") // on one line, whatever it is
+		did += ": " + plain(strings.Join(strings.Fields(c.Reason), " ")) // on one line, whatever it is
 	}
 	return did
 }

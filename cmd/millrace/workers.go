@@ -40,7 +40,7 @@ type workerRow struct {
 	LastErrorS  *float64 `json:"last_error_s,omitempty"`   // how long ago that was
 	Flags       []string `json:"engine_flags,omitempty"`   // or NAME=VALUE, as it tells of its settings
 	GPUs        []gpuRow `json:"gpus,omitempty"`
-	OwnGPUs     bool     `json:"gpus_are_the_engines,omitzero"` // otherwise they are the machine's, and nobody knows which of them the engine has
+	OwnGPUs     bool     `json:"gpus_are_the_engines,omitzero"` // otherwise they are those of the worker's machine, told of engines at a loopback address; nobody knows which of them it has
 	Program     string   `json:"millrace,omitempty"`
 	Simulated   bool     `json:"simulated,omitzero"`
 }
@@ -116,8 +116,8 @@ func printWorkers(w io.Writer, all []workerRow) error {
 		if r.RateOf == proto.RateAnswers {
 			rate, ours = rate+"*", true
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%d/%d\t%s\t%s\t%d\t%d\t%s\n", r.ID, r.State, r.model(), r.InFlight, r.Limit, kv, rate, r.OK, r.Failed,
-			proto.Truncate(strings.TrimPrefix(r.Engine, "http://"), wideEngine))
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d/%d\t%s\t%s\t%d\t%d\t%s\n", plain(r.ID), r.State, r.model(), r.InFlight, r.Limit, kv, rate, r.OK, r.Failed,
+			proto.Truncate(plain(strings.TrimPrefix(r.Engine, "http://")), wideEngine))
 	}
 	_ = tw.Flush() // to memory
 	for i, line := range strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n") {
@@ -143,19 +143,19 @@ func (r *workerRow) model() string {
 	if n := len(r.Models) - 1; n > 0 {
 		others = fmt.Sprintf(" +%d", n)
 	}
-	return proto.Truncate(r.Models[0], wideModel-len(others)) + others
+	return proto.Truncate(plain(r.Models[0]), wideModel-len(others)) + others
 }
 
 // notes says why a worker does not run, or why it has as much in flight as it has, and what went wrong last. What fails here
 // fails with the next line of the table, too.
 func (r *workerRow) notes(w io.Writer, limit bool) {
 	if r.Reason != "" {
-		fmt.Fprintf(w, "  %s\n", r.Reason)
+		fmt.Fprintf(w, "  %s\n", plain(r.Reason))
 	}
 	if limit && r.State == proto.EngineReady && r.LimitWhy != "" {
-		fmt.Fprintf(w, "  limit %d: %s\n", r.Limit, r.LimitWhy)
+		fmt.Fprintf(w, "  limit %d: %s\n", r.Limit, plain(r.LimitWhy))
 	}
 	if r.LastError != "" {
-		fmt.Fprintf(w, "  last error %s ago: %s\n", span(time.Duration(*r.LastErrorS*float64(time.Second))), proto.Truncate(r.LastError, wideError))
+		fmt.Fprintf(w, "  last error %s ago: %s\n", span(time.Duration(*r.LastErrorS*float64(time.Second))), proto.Truncate(plain(r.LastError), wideError))
 	}
 }
