@@ -117,7 +117,7 @@ func (r *reason) say(line string) string {
 type portTaken int
 
 func (p portTaken) Error() string {
-	return fmt.Sprintf("its port %d is taken: another program listens there", int(p))
+	return fmt.Sprintf("its port %d is taken: another program listens there; give another -- --port, or none", int(p))
 }
 
 // notRun is the error of a command that could not be run.

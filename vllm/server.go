@@ -205,7 +205,11 @@ func (s *Server) Run(live, patience context.Context) error {
 			s.set(false, proto.EngineDegraded, failed.Why+"; mend that, and start millrace again")
 			return failed
 		}
-		why := fmt.Sprintf("%s; it is started again (%d of %d)", end.why, t.restarts, s.Restarts)
+		when := ""
+		if pause >= time.Second {
+			when = " in " + short(pause)
+		}
+		why := fmt.Sprintf("%s; it is started again%s (%d of %d)", end.why, when, t.restarts, s.Restarts)
 		s.Log.Warn(why, "engine", s.String(), "log", s.LogFile())
 		s.set(false, proto.EngineWaiting, why)
 		if s.Restarted != nil {
@@ -304,7 +308,11 @@ func (w *watch) run(live, patience context.Context) ending {
 		case <-w.over:
 			return w.died()
 		case cause := <-w.kill:
-			return w.killed(cause, "engine hung and was killed")
+			why := "engine made no progress and was killed"
+			if cause == "gone" {
+				why = "engine did not answer any more, though its process was there, and was killed"
+			}
+			return w.killed(cause, why)
 		case <-look.C:
 			w.record.see()
 			if !w.upAt.IsZero() {

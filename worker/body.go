@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"regexp"
 	"strings"
 	"unicode/utf8"
 
@@ -26,7 +27,7 @@ func readError(body []byte) errorBody {
 		Detail jsontext.Value `json:"detail"`
 	}
 	if json.Unmarshal(body, &v, lenient) != nil {
-		return errorBody{message: proto.Truncate(strings.ToValidUTF8(string(bytes.TrimSpace(body)), "\uFFFD"), proto.MaxMessage)}
+		return errorBody{message: proto.Truncate(strings.ToValidUTF8(pageText(body), "\uFFFD"), proto.MaxMessage)}
 	}
 	switch {
 	case v.Error.Kind() == '"':
@@ -37,6 +38,21 @@ func readError(body []byte) errorBody {
 		return errorBody{typ: "detail", message: text(v.Detail)}
 	}
 	return readErrorObject(body)
+}
+
+var pageTitle = regexp.MustCompile(`(?is)<title>(.*?)</title>`)
+
+// pageText is what is said by a body that is no JSON, in one line: of a page of HTML, its title.
+func pageText(body []byte) string {
+	body = bytes.TrimSpace(body)
+	if bytes.HasPrefix(body, []byte("<")) {
+		if m := pageTitle.FindSubmatch(body); m != nil {
+			body = m[1]
+		} else {
+			body = []byte("a page of HTML")
+		}
+	}
+	return strings.Join(strings.Fields(string(body)), " ")
 }
 
 var lenient = json.JoinOptions(jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))

@@ -341,3 +341,16 @@ func TestAlikeWords(t *testing.T) {
 		}
 	}
 }
+
+// TestPageText: what a body says that is no JSON is one line.
+func TestPageText(t *testing.T) {
+	for in, want := range map[string]string{
+		"<!DOCTYPE HTML>\n<html><head>\n<title>502 Bad\nGateway</title></head><body>x": "502 Bad Gateway",
+		"<h1>Oops</h1>":               "a page of HTML",
+		" Internal\nServer\tError \n": "Internal Server Error",
+	} {
+		if got := readError([]byte(in)).message; got != want {
+			t.Errorf("%q: %q", in, got)
+		}
+	}
+}

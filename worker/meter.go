@@ -148,12 +148,14 @@ func (m *meter) preempted() (n int64, known bool) {
 	return m.sum.preemptions, m.g.Known
 }
 
-// tell completes a heartbeat.
-func (m *meter) tell(w *proto.Worker, now time.Time) {
-	g := m.gauges(now)
-	w.Metered, w.KVUsage = g.Known, g.KVUsage
+// tell completes a heartbeat. Of an engine that is not up, nothing is known but the past.
+func (m *meter) tell(w *proto.Worker, up bool, now time.Time) {
 	w.Preemptions, _ = m.preempted()
-	w.TokenRate, w.RateOf = m.rate(now)
+	if up {
+		g := m.gauges(now)
+		w.Metered, w.KVUsage = g.Known, g.KVUsage
+		w.TokenRate, w.RateOf = m.rate(now)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if w.LastError = m.fault; m.fault != "" {

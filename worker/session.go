@@ -430,6 +430,6 @@ func (s *session) record() *proto.Worker {
 		LimitWhy: s.limit.reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
 	}
 	w.GPUs, w.OwnGPUs = s.gpus(st)
-	s.meter.tell(w, time.Now())
+	s.meter.tell(w, st.State == proto.EngineReady, time.Now())
 	return w
 }

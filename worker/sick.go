@@ -82,7 +82,7 @@ func (o *outcome) how() (string, bool) {
 	switch o.class {
 	case classDone:
 		return healthy, true
-	case classPermanent:
+	case classPermanent, classDead: // the latter is said otherwise
 		return "", false
 	case classLost:
 		return "aborted", true
@@ -90,8 +90,6 @@ func (o *outcome) how() (string, bool) {
 		return "connection broke", !o.closed // as idle
 	case classUnreached:
 		return "no connection", true
-	case classDead:
-		return "engine died", true
 	case classTimeout:
 		return "too late", true
 	}

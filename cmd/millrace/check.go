@@ -88,7 +88,9 @@ func rowOfFinding(engine string, f *worker.Finding) checkRow {
 // printCheck prints what is known of an engine, one thing a line.
 func (a *app) printCheck(r *checkRow) error {
 	tw := tabwriter.NewWriter(a.std.out, 0, 4, 2, ' ', 0)
-	say := func(what, format string, args ...any) { fmt.Fprintf(tw, "%s\t%s\n", plain(what), plain(fmt.Sprintf(format, args...))) }
+	say := func(what, format string, args ...any) {
+		fmt.Fprintf(tw, "%s\t%s\n", plain(what), plain(fmt.Sprintf(format, args...)))
+	}
 	say("engine", "%s", r.Engine)
 	if r.Kind+r.Version != "" {
 		say("version", "%s", strings.TrimSpace(r.Kind+" "+r.Version))

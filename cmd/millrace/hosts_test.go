@@ -1,6 +1,9 @@
 package main
 
 import (
+	"log/slog"
+	"slices"
+	"strings"
 	"testing"
 
 	"millrace/vllm"
@@ -11,17 +14,19 @@ import (
 // ends it all.
 func TestHostsGivenUp(t *testing.T) {
 	var ends []error
-	h := &hosts{servers: make([]*vllm.Server, 2), failed: func(err error) { ends = append(ends, err) }}
-	h.watch(nil)
-	h.watch(&vllm.Failed{Why: "first"})
-	if len(ends) != 0 {
-		t.Errorf("ended by the first: %v", ends)
+	var said strings.Builder
+	s := &vllm.Server{Port: 1}
+	h := &hosts{servers: make([]*vllm.Server, 2), failed: func(err error) { ends = append(ends, err) }, log: slog.New(slog.NewTextHandler(&said, nil))}
+	h.watch(s, nil)
+	h.watch(s, &vllm.Failed{Why: "first"})
+	if len(ends) != 0 || !strings.Contains(said.String(), "first; the other engines go on without it") {
+		t.Errorf("ended by the first: %v; said %s", ends, said.String())
 	}
-	h.watch(&vllm.Failed{Why: "second"})
+	h.watch(s, &vllm.Failed{Why: "second"})
 	if len(ends) != 1 || ends[0].Error() != "second" || exitCode(ends[0]) != exitFailure {
 		t.Errorf("not ended by the last: %v", ends)
 	}
-	h.watch(&vllm.Failed{Why: "never", Final: true})
+	h.watch(s, &vllm.Failed{Why: "never", Final: true})
 	if len(ends) != 2 || exitCode(ends[1]) != exitEngine {
 		t.Errorf("not ended by one that cannot come up: %v", ends)
 	}
@@ -38,5 +43,14 @@ func TestHostsKeep(t *testing.T) {
 	h.keep(s.String(), w)
 	if w.Keeper != s || w.Answered != &s.Answered || len(w.Devices) != 1 || w.Devices[0] != "3" {
 		t.Errorf("worker %+v", w)
+	}
+}
+
+// TestCommandOf: the word serve is ours.
+func TestCommandOf(t *testing.T) {
+	for in, want := range map[string][]string{"vllm": {"vllm"}, " /opt/vllm serve ": {"/opt/vllm"}, "python3 -m vllm.entrypoints.cli.main": {"python3", "-m", "vllm.entrypoints.cli.main"}, "serve": {"serve"}} {
+		if got := commandOf(in); !slices.Equal(got, want) {
+			t.Errorf("%q: %q", in, got)
+		}
 	}
 }

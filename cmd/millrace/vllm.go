@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -35,7 +36,7 @@ func (v *vllmFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&v.model, "vllm", "", "start a vLLM server for `MODEL` (a name or a folder) here, and keep it running; flags of `vllm serve` go behind --")
 	f.StringVar(&v.gpus, "gpus", "", "GPUs for --vllm, a server and a worker for each: all, or numbers such as 0 or 0,1 (default: one server that sees what vLLM sees)")
-	f.StringVar(&v.command, "vllm-command", "vllm", "`COMMAND` that starts vLLM, up to the word serve; may have arguments")
+	f.StringVar(&v.command, "vllm-command", "vllm", "`COMMAND` that starts vLLM, without the word serve; may have arguments")
 	f.DurationVar(&v.quiet, "engine-start-timeout", 15*time.Minute, "how long a vLLM server that starts may log nothing new until it is thought stuck")
 	f.IntVar(&v.restarts, "engine-restarts", 12, "restarts of a vLLM server until it is given up, counted anew when it has answered lines since the last one, or was well for 10 minutes; one that does not come up three times in a row is given up sooner, unless its port is taken or the hub of models not reached")
 }
@@ -107,6 +108,7 @@ type hosts struct {
 	end     context.CancelFunc
 	running sync.WaitGroup
 	failed  func(error) // what to do when one will never come up, or all are given up
+	log     *slog.Logger
 
 	mu    sync.Mutex
 	given int // up, so many of them
@@ -116,7 +118,7 @@ type hosts struct {
 // waits for it, and killed when patience ends. failed is called where nothing can come of them any more: all were given up,
 // or one cannot come up.
 func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus.Registerer, failed func(error)) (*hosts, error) {
-	h := &hosts{failed: failed, end: func() {}}
+	h := &hosts{failed: failed, log: a.log, end: func() {}}
 	if e.vllm.model == "" {
 		return h, nil
 	}
@@ -142,13 +144,22 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	live, end := context.WithCancel(context.Background())
 	h.end = end
 	for i, s := range h.servers {
-		s.Command, s.Model, s.Flags, s.GPUs, s.Key, s.Host = strings.Fields(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i], key, self.Host
+		s.Command, s.Model, s.Flags, s.GPUs, s.Key, s.Host = commandOf(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i], key, self.Host
 		s.ByBus, s.Quiet, s.Restarts, s.Log, s.Restarted = e.vllm.byBus, e.vllm.quiet, e.vllm.restarts, a.log, restarted
 		e.urls = append(e.urls, s.String())
 		fmt.Fprintf(a.std.err, "starting vLLM for %s at %s%s; its log is %s\n", s.Model, s, onGPUs(s.GPUs), s.LogFile())
-		h.running.Go(func() { h.watch(s.Run(live, patience)) })
+		h.running.Go(func() { h.watch(s, s.Run(live, patience)) })
 	}
 	return h, nil
+}
+
+// commandOf splits what the user wants vLLM to be started with. Some take the word serve for a part of it.
+func commandOf(s string) []string {
+	words := strings.Fields(s)
+	if n := len(words); n > 1 && words[n-1] == "serve" {
+		words = words[:n-1]
+	}
+	return words
 }
 
 func onGPUs(ids []string) string {
@@ -162,7 +173,7 @@ func onGPUs(ids []string) string {
 }
 
 // watch takes the end of a server.
-func (h *hosts) watch(err error) {
+func (h *hosts) watch(s *vllm.Server, err error) {
 	if err == nil {
 		return
 	}
@@ -176,7 +187,9 @@ func (h *hosts) watch(err error) {
 	}
 	if all || f == nil || f.Final {
 		h.failed(err)
+		return
 	}
+	h.log.Warn(fmt.Sprintf("%v; the other engines go on without it", err), "engine", s.String(), "log", s.LogFile())
 }
 
 // folders takes a folder for each of n servers: those that no living millrace has. What a dead one left running in any of
