@@ -146,6 +146,21 @@ func (f Flags) GPUs() (int, error) {
 	return n, nil
 }
 
+// Sequences is how many a server runs at once, where the flags say so; 0: they do not. Each copy of the model runs as many.
+func (f Flags) Sequences() int64 {
+	v, _ := f.last("--max-num-seqs")
+	copies, ok := f.last("--data-parallel-size", "-dp")
+	if !ok {
+		copies = "1"
+	}
+	n, err1 := strconv.ParseInt(v, 10, 32)
+	k, err2 := strconv.ParseInt(copies, 10, 32)
+	if err1 != nil || err2 != nil || n < 1 || k < 1 {
+		return 0
+	}
+	return n * k
+}
+
 // Names are the names under which a model will be served; none where that cannot be told before.
 func (f Flags) Names(model string) []string {
 	if _, adapters := f.values("--lora-modules"); adapters {

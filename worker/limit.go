@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"fmt"
 	"sync"
 	"time"
@@ -24,7 +25,8 @@ import (
 // It counts sequences, as engines do: a line that asks for n choices is n of them. All methods may be called from any
 // goroutine.
 type limit struct {
-	fixed int // by the user; 0: find out
+	fixed int   // by the user; 0: find out
+	given int64 // sequences that the engine runs at once, by its flags; 0: not known
 
 	mu      sync.Mutex
 	base    float64   // sequences, before back-pressure
@@ -124,6 +126,8 @@ func (l *limit) reason() string {
 		return "fixed by --concurrency"
 	case l.way == bySteering && l.ran > 0 && l.base >= l.seqs:
 		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
+	case l.way == bySteering && l.given > 0 && l.base >= l.most:
+		return fmt.Sprintf("engine runs no more than %d at once, by its flags", l.given)
 	case l.way >= byPlan && l.base <= minLimit*l.width():
 		return l.why + "; never below 8"
 	}
@@ -283,8 +287,8 @@ func (l *limit) meet(st Status) {
 	was := l.engine
 	l.engine = now
 	l.most = mostSeqs * float64(max(st.Gauges.Engines, 1))
-	if st.Slots > 0 {
-		l.most = float64(st.Slots)*1.02 + 2
+	if n := cmp.Or(st.Slots, l.given); n > 0 {
+		l.most = float64(n)*seqsMore + seqsWait
 	}
 	l.seqs, l.ran = l.most, 0
 	if was == (identity{}) {

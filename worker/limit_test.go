@@ -163,6 +163,15 @@ func TestLimitCrowded(t *testing.T) {
 	if got := l.get(); got < 500 {
 		t.Fatalf("limit %d by the KV cache", got)
 	}
+	told := newLimit(0)
+	told.given = 64
+	st := seen(131072, Gauges{})
+	st.Kind = KindVLLM
+	told.observe(st, 0, now)
+	told.expects(100, wish{20, 1})
+	if got, why := told.get(), told.reason(); got != 67 || why != "engine runs no more than 64 at once, by its flags" {
+		t.Errorf("limit %d by its flags: %s", got, why)
+	}
 	for range 3 {
 		second()
 	}

@@ -46,6 +46,8 @@ type Worker struct {
 	RetryEvery     time.Duration // between lines let through to a degraded, hung or denying engine; 0: 30 s
 	KVTokens       func() int64  // capacity of the engine's KV cache in tokens, asked where its metrics do not tell, 0: unknown; nil: nobody knows
 
+	Sequences int64 // that the engine runs at once, where it was told so at its start; 0: not known
+
 	Answered *atomic.Int64 // counts the lines that the engine answered well; nil: nobody counts
 
 	Flags   []string // that the engine was started with, without keys: everybody may read them; nil: not known

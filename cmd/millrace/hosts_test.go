@@ -34,14 +34,14 @@ func TestHostsGivenUp(t *testing.T) {
 
 // TestHostsKeep: the worker of a server of ours knows what is known of it.
 func TestHostsKeep(t *testing.T) {
-	s := &vllm.Server{Port: 1, GPUs: []string{"3"}, ByBus: true}
+	s := &vllm.Server{Port: 1, GPUs: []string{"3"}, ByBus: true, Flags: vllm.Flags{"--max-num-seqs", "64", "-dp=2"}}
 	h, w := &hosts{servers: []*vllm.Server{s}}, &worker.Worker{}
 	h.keep("http://127.0.0.1:2", w)
 	if w.Keeper != nil {
 		t.Error("it keeps an engine of others")
 	}
 	h.keep(s.String(), w)
-	if w.Keeper != s || w.Answered != &s.Answered || len(w.Devices) != 1 || w.Devices[0] != "3" {
+	if w.Keeper != s || w.Sequences != 128 || w.Answered != &s.Answered || len(w.Devices) != 1 || w.Devices[0] != "3" {
 		t.Errorf("worker %+v", w)
 	}
 }
