@@ -46,7 +46,7 @@ func (s *session) suspect(l *line, what string) {
 	}
 	end := func() {
 		o := &outcome{line: l, verdict: verdict{class: classPermanent, code: proto.CodeEngineCrash,
-			message: proto.Truncate(fmt.Sprintf("%s; that was the %d. time, and it was alone", what, next.Suspicions), proto.MaxMessage)}, took: time.Since(l.started)}
+			message: proto.Truncate(fmt.Sprintf("%s; engines died %d times while they had it, and %d of these times it was alone", what, next.Suspicions, next.Alone), proto.MaxMessage)}, took: time.Since(l.started)}
 		s.publish(l, s.result(o))
 	}
 	if next.Alone >= 2 && next.Suspicions >= guilty {

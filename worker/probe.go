@@ -95,7 +95,7 @@ func (h *HTTP) notWell(a Answer) (Status, bool) {
 	if rest, plain := strings.CutPrefix(h.String(), "http://"); plain && a.Status == http.StatusBadRequest && strings.Contains(said, "HTTPS") {
 		return Status{State: proto.EngineWaiting, Reason: fmt.Sprintf("engine at %s wants TLS; name it https://%s", h, rest)}, false
 	}
-	return Status{State: proto.EngineWaiting, Ill: true, Reason: fmt.Sprintf("engine is not well: /health says %d %s", a.Status, said)}, false
+	return Status{State: proto.EngineWaiting, Ill: true, Reason: strings.TrimSpace(fmt.Sprintf("engine is not well: /health says %d %s", a.Status, said))}, false
 }
 
 func (h *HTTP) denied(a Answer) Status {

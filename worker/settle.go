@@ -57,7 +57,7 @@ func (s *session) attempt(l *line) {
 // said is what the engine said, in short.
 func (o *outcome) said() string {
 	status := fmt.Sprintf("HTTP %d", o.answer.Status)
-	if o.class == classBroken || strings.HasPrefix(o.message, status) {
+	if o.answer.Status == 0 || o.class == classBroken || strings.HasPrefix(o.message, status) {
 		return o.message
 	}
 	return status + ": " + o.message
