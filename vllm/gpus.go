@@ -63,12 +63,18 @@ var (
 
 // listed asks nvidia-smi.
 func listed() ([]string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second) // it wakes the driver where nobody has
+	const most = 30 * time.Second // it wakes the driver where nobody has
+	ctx, cancel := context.WithTimeout(context.Background(), most)
 	defer cancel()
 	const instead = "; give --gpus numbers such as 0,1, or leave it out"
-	out, err := exec.CommandContext(ctx, "nvidia-smi", "-L").CombinedOutput()
+	cmd := exec.CommandContext(ctx, "nvidia-smi", "-L")
+	cmd.WaitDelay = time.Second // whoever it started may hold its output
+	out, err := cmd.CombinedOutput()
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, errors.New("--gpus all: there is no nvidia-smi on this machine to list GPUs" + instead)
+	}
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("--gpus all: nvidia-smi -L did not answer in %s; the driver may hang%s", short(most), instead)
 	}
 	if err != nil {
 		first, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
