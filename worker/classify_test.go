@@ -105,7 +105,7 @@ func TestClassifyRecordings(t *testing.T) {
 		v := classify(r.Path, r.answer(), nil)
 		fmt.Fprintf(&b, "%s\t%s\t%d\t%v\t%s\t%s", r.File, r.Name, r.Status, v.class, v.code, v.finish)
 		if v.class == classDone {
-			v = v.against(&proto.Request{URL: r.Path, Body: []byte(r.Request)})
+			v = v.against(readDemand([]byte(r.Request)), r.Path)
 			fmt.Fprintf(&b, "\t%d+%d", v.usage.Prompt, v.usage.Completion)
 			if v.cut {
 				b.WriteString("\tcut")
@@ -136,7 +136,7 @@ func TestClassifyRecordings(t *testing.T) {
 func (r *recorded) judged() verdict {
 	v := classify(r.Path, r.answer(), nil)
 	if v.class == classDone {
-		v = v.against(&proto.Request{URL: r.Path, Body: []byte(r.Request)})
+		v = v.against(readDemand([]byte(r.Request)), r.Path)
 	}
 	return v
 }

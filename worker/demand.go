@@ -71,11 +71,14 @@ func (a *demand) readInputs(d *jsontext.Decoder) error {
 	return err
 }
 
-// wish is what the engine has to do for a body. Zero: nobody has looked.
+// wish is what the engine has to do for a body.
 type wish struct {
 	most    int // output tokens, over all its sequences
 	choices int // sequences: n for each prompt
 }
+
+// sequences is how many a line has, one at least.
+func (w wish) sequences() float64 { return float64(max(w.choices, 1)) }
 
 // wish is what a body asks for, within what any engine does.
 func (a demand) wish() wish {
@@ -100,12 +103,11 @@ func (a demand) answers(url string) int {
 	return 0
 }
 
-// against holds a good answer against the body of its line. One with fewer choices or embeddings than were asked for is
+// against holds a good answer at a URL against what the body of its line asks for. One with fewer choices or embeddings than were asked for is
 // none. Of one that ended at a limit of tokens, though with fewer than the body allows, the engine cut the rest off,
 // since prompt and output together exceed its context (vLLM's Rust frontend, Python from 0.32).
-func (v verdict) against(r *proto.Request) verdict {
-	a := readDemand(r.Body)
-	if want := a.answers(r.URL); v.parts < want {
+func (v verdict) against(a demand, url string) verdict {
+	if want := a.answers(url); v.parts < want {
 		return verdict{class: classRetry, code: proto.CodeBadResponse, id: v.id,
 			message: "HTTP 200 with " + strconv.Itoa(v.parts) + " of the " + strconv.Itoa(want) + " answers that the body asks for"}
 	}

@@ -52,7 +52,7 @@ func TestAgainst(t *testing.T) {
 	} {
 		v := classify(c.url, Answer{Status: 200, Body: []byte(c.answer)}, nil)
 		if v.class == classDone {
-			v = v.against(&proto.Request{URL: c.url, Body: []byte(c.asks)})
+			v = v.against(readDemand([]byte(c.asks)), c.url)
 		}
 		if v.class != c.class || v.cut != c.cut || (v.class == classDone) != (v.code == "") {
 			t.Errorf("%s: %v %s, cut %v (%s), want %v, cut %v", c.name, v.class, v.code, v.cut, v.message, c.class, c.cut)

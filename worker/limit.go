@@ -60,7 +60,6 @@ type limit struct {
 	count  int     // sequences that were answered since first
 	made   float64 // tokens in these
 	all    int     // answers, ever
-	bodies int     // that were asked for
 	steers bool    // so many lines have ended that it need not compute any more
 	idle   bool    // nothing was in flight at the last look, and no line has come since
 	early  int     // looks since then, before any line has ended
@@ -143,10 +142,8 @@ func (l *limit) expects(bytes int, w wish) (moved, wake bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	wake, l.idle = l.idle, false
-	if w.choices > 0 {
-		l.choices.add(begunLines, 0, 0, float64(w.choices), 0, 0)
-	}
-	n := l.sequences(w)
+	n := w.sequences()
+	l.choices.add(begunLines, 0, 0, n, 0, 0)
 	b := &l.begun
 	b.add(begunLines, b.usual(float64(bytes)/n, b.bytes), 0, 0, 0, b.usual(float64(w.most)/n, b.most))
 	switch looks := len(l.looks); {
@@ -160,35 +157,12 @@ func (l *limit) expects(bytes int, w wish) (moved, wake bool) {
 	return true, wake
 }
 
-// sequences is how many a line has.
-func (l *limit) sequences(w wish) float64 {
-	if w.choices > 0 {
-		return float64(w.choices)
-	}
-	return l.width()
-}
-
-// asks finds what a body asks for. It looks into every body at the beginning, and into some later.
-func (l *limit) asks(body []byte) wish {
-	if l.fixed > 0 {
-		return wish{}
-	}
-	l.mu.Lock()
-	l.bodies++
-	look := l.begun.n < begunLines || l.bodies%8 == 0
-	l.mu.Unlock()
-	if !look {
-		return wish{}
-	}
-	return readDemand(body).wish()
-}
-
 // finished takes in what a line held that was answered now. Lines whose engine counts nothing do not tell.
 func (l *limit) finished(u proto.Usage, bytes int, w wish, took time.Duration, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.served++
-	n := l.sequences(w)
+	n := w.sequences()
 	prompt, output := float64(u.Prompt-u.Cached)/n, float64(u.Completion)/n
 	l.climb.finished(n, n*(prompt+workOfOutput*output), now)
 	if !u.Counted {

@@ -19,7 +19,7 @@ type line struct {
 	key     key
 	queue   *queue
 	size    int
-	asks    wish // what its body asks for
+	asks    demand // what its body asks for
 	pulled  time.Time
 	stored  time.Time // by the broker; see mark
 	alone   bool      // it runs while nothing else does

@@ -300,8 +300,8 @@ func (s *session) accept(l *line) {
 	if s.unwanted(l) {
 		return
 	}
-	l.asks = s.limit.asks(l.req.Body)
-	moved, wake := s.limit.expects(len(l.req.Body), l.asks)
+	l.asks = readDemand(l.req.Body)
+	moved, wake := s.limit.expects(len(l.req.Body), l.asks.wish())
 	if moved {
 		s.adjust()
 	}

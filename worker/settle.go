@@ -49,7 +49,7 @@ func (s *session) attempt(l *line) {
 	}
 	v := classify(l.req.URL, a, err)
 	if v.class == classDone {
-		v = v.against(l.req)
+		v = v.against(l.asks, l.req.URL)
 	}
 	s.settle(&outcome{line: l, verdict: v, answer: a, took: took})
 }
@@ -179,7 +179,7 @@ func (s *session) finished(o *outcome) {
 	if s.Answered != nil {
 		s.Answered.Add(1)
 	}
-	s.limit.finished(o.usage, len(o.req.Body), o.asks, o.took, time.Now())
+	s.limit.finished(o.usage, len(o.req.Body), o.asks.wish(), o.took, time.Now())
 	s.metrics.answered(o.queue.model, o.usage)
 	s.meter.answered(o.usage)
 	s.publish(o.line, s.result(o))
