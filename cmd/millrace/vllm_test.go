@@ -214,8 +214,8 @@ func reasons(w samples) string {
 	return strings.Join(out, ", ")
 }
 
-// audit waits for the end of the job and asks the oracle.
-func (r *realRun) audit() {
+// conserved waits for the end of the job and asks the oracle: every line once, with its own answer and uncharged, as verify says, too.
+func (r *realRun) conserved() *aggregator.Manifest {
 	r.t.Helper()
 	if code := r.job.wait(); code != exitSomeFailed {
 		r.t.Fatalf("the job ended with %d\n%s", code, r.job.err)
@@ -236,10 +236,17 @@ func (r *realRun) audit() {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	s := m.Statistics
-	if s.Attempts != int64(r.want.lines) {
-		r.t.Errorf("%d attempts were charged for %d lines; a death of the engine is nobody's fault", s.Attempts, r.want.lines)
+	if n := m.Statistics.Attempts; n != int64(r.want.lines) {
+		r.t.Errorf("%d attempts were charged for %d lines; a death of the engine is nobody's fault", n, r.want.lines)
 	}
+	return m
+}
+
+// audit waits for the end of the job, asks the oracle, and holds what engines counted against the manifest.
+func (r *realRun) audit() {
+	r.t.Helper()
+	m := r.conserved()
+	s := m.Statistics
 	if about, err := fetch(r.engine.url() + "/version"); err != nil || len(m.Engines) != 1 || m.Engines[0].Simulated ||
 		!bytes.Contains(about, fmt.Appendf(nil, "%q", m.Engines[0].Version)) {
 		r.t.Errorf("the manifest names the engines %+v, the engine says %s (%v)", m.Engines, about, err)
