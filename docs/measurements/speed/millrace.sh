@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # millrace.sh JOB OUT RECORD MODEL [flags of vllm]: one run of `millrace run --vllm`; appends to RECORD.
 # $VLLM is the command of vLLM (default vllm), $MILLRACE that of millrace, $LABEL the name in the record, $MORE flags of millrace.
-# With $ENGINE, that engine is used, and MODEL and the flags are for the record alone: cold_s is then without a start.
+# $KEEP is a file for the log of vLLM. With $ENGINE, that engine is used, and MODEL and the flags are for the record alone: cold_s is then without a start.
 set -u
 job=$1 out=$2 record=$3 model=$4; shift 4
 state=$(mktemp -d)
-trap 'rm -rf "$state"' EXIT
+trap '[ -z "${KEEP:-}" ] || find "$state" -name "*.log" -exec cp {} "$KEEP" \;; rm -rf "$state"' EXIT
 if [ -n "${ENGINE:-}" ]; then engine=(--engine "$ENGINE"); else engine=(--vllm "$model" --vllm-command "${VLLM:-vllm}" -- --served-model-name m "$@"); fi
 begin=$(date +%s.%N)
 MILLRACE_DATA=$state timeout "${LIMIT:-500}" "${MILLRACE:-millrace}" run "$job" -o "$out" --again --json ${MORE:-} "${engine[@]}" > "$out.summary.json" 2> "$out.log" || tail -5 "$out.log"
