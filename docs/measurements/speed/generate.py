@@ -5,7 +5,7 @@
 
 The prompts of the job WARM run first, so that the kernels are compiled; the cold time holds them, too. Prompts are
 rendered by the chat template before the clock of the warm time starts; they are tokenised within it, as they are by a
-server. Appends to RECORD.
+server. Appends to RECORD, with $CARD as the name of the card.
 """
 import time; begin = time.time()
 import json, os, sys
@@ -42,9 +42,9 @@ def main():
         os.fsync(f.fileno())
     end = time.time()
     with open(record, "a") as f:
-        f.write(json.dumps({"how": "generate", "label": os.environ.get("LABEL", "LLM.generate"), "job": os.path.basename(job), "lines": len(answers),
+        f.write(json.dumps({"card": os.environ.get("CARD", ""), "how": "generate", "label": os.environ.get("LABEL", "LLM.generate"), "job": os.path.basename(job), "lines": len(answers),
                             "in": sum(len(a.prompt_token_ids) for a in answers), "out": sum(len(a.outputs[0].token_ids) for a in answers),
-                            "warm_s": round(done - ready, 2), "cold_s": round(end - begin, 2), "args": args}) + "\n")
+                            "warm_s": round(done - ready, 2), "cold_s": round(end - begin, 2), "begin": round(ready), "args": args}) + "\n")
 
 
 if __name__ == "__main__":
