@@ -56,6 +56,11 @@ type Config struct {
 	// One step takes StepTime + DecodeTime × sequences that decode
 	// + PrefillTime × prompt tokens that are computed, in real time.
 	StepTime, DecodeTime, PrefillTime time.Duration
+	// GraphTokens is how many tokens the largest CUDA graph of the engine holds: 512 for vLLM on most cards. A step of more,
+	// decoding sequences counted with one each, is started kernel by kernel, and takes EagerTime longer. Default 0: no such
+	// thing.
+	GraphTokens int
+	EagerTime   time.Duration
 	// LoadTime is how long ListenAndServe refuses connections before it is ready.
 	LoadTime time.Duration
 
@@ -145,7 +150,7 @@ func (c Config) check() error {
 	for name, v := range map[string]int64{
 		"--step-time": int64(c.StepTime), "--decode-time": int64(c.DecodeTime), "--prefill-time": int64(c.PrefillTime),
 		"--load-time": int64(c.LoadTime), "--max-num-queued-reqs": int64(c.MaxQueued), "--embedding-dim": int64(c.EmbeddingDim),
-		"--sliding-window": int64(c.SlidingWindow), "--sliding-layers": int64(c.SlidingLayers),
+		"GraphTokens": int64(c.GraphTokens), "EagerTime": int64(c.EagerTime), "--sliding-window": int64(c.SlidingWindow), "--sliding-layers": int64(c.SlidingLayers),
 		"DrainTimeout": int64(c.DrainTimeout), "KeepAlive": int64(c.KeepAlive), "DeathTime": int64(c.DeathTime),
 	} {
 		if v < 0 {

@@ -157,7 +157,11 @@ func (e *Engine) abortAll() {
 
 // stepTime is the model of how long a step takes.
 func stepTime(c Config, p *plan) time.Duration {
-	return c.StepTime + time.Duration(p.decodes)*c.DecodeTime + time.Duration(p.prefill)*c.PrefillTime
+	d := c.StepTime + time.Duration(p.decodes)*c.DecodeTime + time.Duration(p.prefill)*c.PrefillTime
+	if c.GraphTokens > 0 && p.decodes+p.prefill > c.GraphTokens {
+		d += c.EagerTime
+	}
+	return d
 }
 
 // maxLag is how far the clock of the steps may stay behind real time and still

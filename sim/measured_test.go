@@ -2,6 +2,7 @@ package sim
 
 import (
 	"math"
+	"math/rand/v2"
 	"testing"
 	"time"
 )
@@ -13,6 +14,7 @@ type row struct {
 	rate        float64 // output tokens a second
 	running     float64 // mean over time; 0: not measured
 	preemptions float64
+	least       int // tokens of the shortest output; 0: all are of one length
 }
 
 // closedLoop runs what a row measured. Requests take the frontend one after another, spacing each, and a client takes
@@ -24,8 +26,12 @@ func closedLoop(t *testing.T, cfg Config, r row, spacing time.Duration) Figures 
 		t.Fatal(err)
 	}
 	loop := Loop{Requests: make([]Request, r.lines), InFlight: func() int { return r.inFlight }, Turn: 20 * time.Millisecond, Spacing: spacing}
+	random := rand.New(rand.NewPCG(1, 2))
 	for i := range loop.Requests {
 		loop.Requests[i] = Request{Prompt: r.prompt, Output: r.output}
+		if r.least > 0 {
+			loop.Requests[i].Output = r.least + random.IntN(r.output-r.least+1)
+		}
 	}
 	return loop.Run(v)
 }
@@ -40,6 +46,18 @@ func gemmaH100() Config {
 func gemmaH200() Config { // with the KV cache of a card of 16 GB
 	return Config{KVTokens: 11816, MaxNumSeqs: 256, MaxBatchedTokens: 2048, SlidingWindow: 1024, SlidingLayers: 5,
 		StepTime: 3100 * time.Microsecond, DecodeTime: 60 * time.Microsecond, PrefillTime: 28 * time.Microsecond}
+}
+
+func gemmaWholeH200() Config {
+	return Config{KVTokens: 895506, MaxNumSeqs: 1024, MaxBatchedTokens: 8192, SlidingWindow: 1024, SlidingLayers: 5,
+		StepTime: 3000 * time.Microsecond, DecodeTime: 56 * time.Microsecond, PrefillTime: 12 * time.Microsecond,
+		GraphTokens: 512, EagerTime: 15 * time.Millisecond}
+}
+
+func gemma80H200() Config {
+	c := gemmaWholeH200()
+	c.KVTokens = 462893
+	return c
 }
 
 func llamaH200() Config { // 1B: a core of the processor is the limit, not the card
@@ -59,29 +77,38 @@ func TestMeasured(t *testing.T) {
 		rows    []row
 	}{
 		{"Gemma 3 4B on an H100", gemmaH100(), 2 * time.Millisecond, 573, []row{
-			{384, 1500, 788, 308, 9253, 358, 0},
-			{437, 1500, 788, 308, 9298, 408, 0},
-			{512, 1500, 788, 308, 8778, 449, 164},
-			{1024, 1500, 788, 308, 7687, 455, 240},
+			{384, 1500, 788, 308, 9253, 358, 0, 0},
+			{437, 1500, 788, 308, 9298, 408, 0, 0},
+			{512, 1500, 788, 308, 8778, 449, 164, 0},
+			{1024, 1500, 788, 308, 7687, 455, 240, 0},
 		}},
 		{"Gemma 3 4B on an H200, KV of 16 GB", gemmaH200(), 2 * time.Millisecond, 14, []row{
-			{8, 72, 788, 308, 1839, 7.8, 0},
-			{10, 80, 788, 308, 2139, 9.6, 0},
-			{11, 88, 788, 308, 2384, 10.4, 0},
-			{12, 93, 788, 308, 2427, 10.6, 7},
-			{13, 96, 788, 308, 2414, 11.7, 20},
-			{16, 100, 788, 308, 2282, 11.4, 29},
-			{16, 188, 788, 308, 2494, 11.4, 51},
-			{64, 232, 788, 308, 2355, 11.1, 66},
-			{256, 425, 788, 308, 2415, 11.6, 119},
+			{8, 72, 788, 308, 1839, 7.8, 0, 0},
+			{10, 80, 788, 308, 2139, 9.6, 0, 0},
+			{11, 88, 788, 308, 2384, 10.4, 0, 0},
+			{12, 93, 788, 308, 2427, 10.6, 7, 0},
+			{13, 96, 788, 308, 2414, 11.7, 20, 0},
+			{16, 100, 788, 308, 2282, 11.4, 29, 0},
+			{16, 188, 788, 308, 2494, 11.4, 51, 0},
+			{64, 232, 788, 308, 2355, 11.1, 66, 0},
+			{256, 425, 788, 308, 2415, 11.6, 119, 0},
 		}},
 		{"Gemma 3 4B on an H200, KV of 16 GB, short", gemmaH200(), 2 * time.Millisecond, 36, []row{
-			{256, 911, 308, 121, 4184, 28.8, 246},
+			{256, 911, 308, 121, 4184, 28.8, 246, 0},
+		}},
+		{"Gemma 3 4B on an H200, KV of 80 GB", gemma80H200(), 2 * time.Millisecond, 460, []row{ // of the next one
+			{384, 1500, 788, 308, 10428, 0, 0, 0},
+			{437, 1500, 788, 308, 10174, 0, 0, 0},
+			{437, 1500, 788, 600, 8218, 0, 0, 50},
+			{460, 1500, 788, 308, 10289, 0, 48, 0},
+		}},
+		{"Gemma 3 4B on an H200", gemmaWholeH200(), 2 * time.Millisecond, 824, []row{
+			{824, 3000, 788, 308, 8602, 0, 0, 0},
 		}},
 		{"Llama 3.2 1B on an H200", llamaH200(), 3900 * time.Microsecond, 0, []row{ // frontend CPU per request
-			{64, 4000, 308, 121, 16360, 0, 0},
-			{256, 6000, 308, 121, 23849, 0, 0},
-			{1024, 8000, 308, 121, 28694, 0, 0},
+			{64, 4000, 308, 121, 16360, 0, 0, 0},
+			{256, 6000, 308, 121, 23849, 0, 0, 0},
+			{1024, 8000, 308, 121, 28694, 0, 0, 0},
 		}},
 	} {
 		for i, r := range m.rows {

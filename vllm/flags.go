@@ -161,6 +161,19 @@ func (f Flags) Sequences() int64 {
 	return n * k
 }
 
+// Graphs is how many tokens the largest CUDA graph of a server holds, where the flags say so; 0: they do not, -1: it has
+// none.
+func (f Flags) Graphs() int64 {
+	if _, ok := f.last("--enforce-eager"); ok {
+		return -1
+	}
+	v, _ := f.last("--max-cudagraph-capture-size")
+	if n, err := strconv.ParseInt(v, 10, 32); err == nil && n > 0 {
+		return n
+	}
+	return 0
+}
+
 // Names are the names under which a model will be served; none where that cannot be told before.
 func (f Flags) Names(model string) []string {
 	if _, adapters := f.values("--lora-modules"); adapters {

@@ -27,6 +27,7 @@ import (
 type limit struct {
 	fixed int   // by the user; 0: find out
 	given int64 // sequences that the engine runs at once, by its flags; 0: not known
+	graph int64 // sequences of its largest CUDA graph, by its flags; 0: not known, below 0: it has none
 
 	mu      sync.Mutex
 	base    float64   // sequences, before back-pressure
@@ -50,6 +51,7 @@ type limit struct {
 	maxLen  float64
 	several several
 	climb   climb
+	graphs  graphs
 
 	begun  mean // of sequences that were taken
 	ended  mean // of sequences that were answered
@@ -127,6 +129,8 @@ func (l *limit) reason() string {
 		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
 	case l.way == bySteering && l.given > 0 && l.base >= l.most:
 		return fmt.Sprintf("engine runs no more than %d at once, by its flags", l.given)
+	case l.way == bySteering && l.base >= l.graphs.most(l.base+1):
+		return l.graphs.why()
 	case l.way >= byPlan && l.base <= minLimit*l.width():
 		return l.why + "; never below 8"
 	}
@@ -165,6 +169,7 @@ func (l *limit) finished(u proto.Usage, bytes int, w wish, took time.Duration, n
 	n := w.sequences()
 	prompt, output := float64(u.Prompt-u.Cached)/n, float64(u.Completion)/n
 	l.climb.finished(n, n*(prompt+workOfOutput*output), now)
+	l.graphs.ended += n
 	if !u.Counted {
 		return
 	}
@@ -265,6 +270,7 @@ func (l *limit) meet(st Status) {
 		l.most = float64(n)*seqsMore + seqsWait
 	}
 	l.seqs, l.ran = l.most, 0
+	l.graphs.meet(now.kind, same, l.graph, float64(max(st.Gauges.Engines, 1)))
 	if was == (identity{}) {
 		return
 	}
@@ -307,6 +313,7 @@ func (l *limit) capacity(kv float64) {
 
 // forget starts anew with an engine whose counters start anew. What lines hold is still known.
 func (l *limit) forget() {
+	l.graphs.skip, l.graphs.from = 0, tally{}
 	l.looks, l.first, l.count, l.made, l.hold, l.seqs, l.ran, l.gain = nil, look{}, 0, 0, time.Time{}, l.most, 0, gain{size: 1}
 	if l.ended.n >= fewLines && l.kv > 0 {
 		l.set(load{prompt: l.ended.prompt, output: l.ended.output}.fits(fill * l.kv))

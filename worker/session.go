@@ -79,7 +79,7 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	}
 	s.stopped, s.breakOff = context.WithCancelCause(stop)
 	s.limit = newLimit(w.Concurrency)
-	s.limit.given = w.Sequences
+	s.limit.given, s.limit.graph = w.Sequences, w.Graphs
 	s.feeder = newFeeder()
 	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
 	s.slots.back = func(l *line) { s.giveBack(l, jitter(2*time.Second), "doubted") }

@@ -68,6 +68,23 @@ func (l *limit) steer(now look) {
 	default:
 		l.grow(now, life)
 	}
+	l.keepToGraphs(now)
+}
+
+// keepToGraphs bounds the limit by the engine's CUDA graphs, and frees it where more are no slower.
+func (l *limit) keepToGraphs(now look) {
+	line := load{prompt: l.ended.prompt, output: l.ended.output}
+	use := 0.0
+	for _, k := range l.looks {
+		use = max(use, k.g.KVUsage)
+	}
+	room := max(line.fits(fill*l.kv), l.base*fill/max(use, 0.01))
+	switch moved := l.graphs.weigh(now, l.base, room, line.prompt+line.output); {
+	case moved && l.graphs.stage != graphsKeep:
+		l.set(min(room, l.seqs))
+	default:
+		l.set(l.base)
+	}
 }
 
 // trim forgets all looks before a time but the last of them.
@@ -255,7 +272,7 @@ func (l *limit) set(n float64) {
 	if math.IsNaN(n) {
 		return
 	}
-	l.base = max(min(n, l.seqs), minLimit*l.width())
+	l.base = max(min(l.graphs.most(n), l.seqs), minLimit*l.width())
 }
 
 // plan sets the limit to what fits, where the engine tells its capacity and not its load.

@@ -47,6 +47,7 @@ type Worker struct {
 	KVTokens       func() int64  // capacity of the engine's KV cache in tokens, asked where its metrics do not tell, 0: unknown; nil: nobody knows
 
 	Sequences int64 // that the engine runs at once, where it was told so at its start; 0: not known
+	Graphs    int64 // tokens of its largest CUDA graph, where it was told so at its start; 0: not known, below 0: it has none
 
 	Answered *atomic.Int64 // counts the lines that the engine answered well; nil: nobody counts
 

@@ -264,7 +264,8 @@ func (h *hosts) keep(u string, w *worker.Worker) {
 	}
 	for _, s := range h.servers {
 		if s.String() == u {
-			w.Keeper, w.KVTokens, w.Sequences, w.Answered, w.Flags = s, s.KVTokens, s.Flags.Sequences(), &s.Answered, s.Flags.Shown()
+			w.Keeper, w.KVTokens, w.Answered, w.Flags = s, s.KVTokens, &s.Answered, s.Flags.Shown()
+			w.Sequences, w.Graphs = s.Flags.Sequences(), s.Flags.Graphs()
 			w.Devices = s.Devices()
 			if w.Dir != "" { // its port may be another one each time
 				w.Dir = filepath.Join(filepath.Dir(w.Dir), "vllm-"+filepath.Base(s.Dir))
