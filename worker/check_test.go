@@ -37,7 +37,7 @@ func TestCheck(t *testing.T) {
 			if got.State != c.state || !strings.Contains(got.Trouble, c.trouble) || (got.Trouble == "") != (c.trouble == "") {
 				t.Errorf("%s: %q", got.State, got.Trouble)
 			}
-			if well := c.trouble == ""; well != (got.Limit >= minLimit) || well != (got.LimitWhy != "") || well && strings.Join(got.Models, "") != "m" {
+			if well := c.trouble == ""; well != (got.Limit >= 8) || well != (got.LimitWhy != "") || well && strings.Join(got.Models, "") != "m" {
 				t.Errorf("%+v", got)
 			}
 			if len(got.GPUs) != 1 || !got.OwnGPUs || got.GPUs[0].Index != "0" {
@@ -52,9 +52,9 @@ func TestCheck(t *testing.T) {
 		})
 	}
 	for _, c := range []struct{ path, says, kind, version string }{
-		{"/get_server_info", `{"version":"0.5.20","max_total_num_tokens":50000,"max_running_requests":48}`, KindSGLang, "0.5.20 50000 48"},
-		{"/props", `{"total_slots":4,"build_info":"b7000","default_generation_settings":{"n_ctx":2048}}`, KindLlama, "b7000 0 4"},
-		{"/api/version", `{"version":"0.13.1"}`, KindOllama, "0.13.1 0 0"},
+		{"/get_server_info", `{"version":"0.5.20","max_total_num_tokens":50000,"max_running_requests":48}`, proto.KindSGLang, "0.5.20 50000 48"},
+		{"/props", `{"total_slots":4,"build_info":"b7000","default_generation_settings":{"n_ctx":2048}}`, proto.KindLlama, "b7000 0 4"},
+		{"/api/version", `{"version":"0.13.1"}`, proto.KindOllama, "0.13.1 0 0"},
 	} {
 		mux := http.NewServeMux()
 		for path, says := range map[string]string{"/health": "{}", "/v1/models": `{"data":[{"id":"m"}]}`, c.path: c.says} {

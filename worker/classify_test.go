@@ -22,6 +22,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -319,7 +320,7 @@ func FuzzClassify(f *testing.F) {
 		case status/100 != 2, !jsontext.Value(b).IsValid(lenient), !utf8.Valid(b), v.parts < readDemand(asked).answers(path), v.usage.Prompt < 0:
 			t.Errorf("it is done: HTTP %d %s", status, b)
 		}
-		readGauges(b)
+		load.ReadGauges(b)
 	})
 }
 

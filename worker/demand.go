@@ -7,6 +7,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // demand is what a body asks for, as far as the answer can be held against it.
@@ -17,8 +18,7 @@ type demand struct {
 }
 
 const (
-	noMaxTokens = 512     // output tokens expected of a body that sets no limit
-	mostTokens  = 1 << 20 // that a body can set
+	mostTokens = 1 << 20 // that a body can set
 )
 
 // readDemand reads a body; what it cannot read is not asked for.
@@ -71,23 +71,14 @@ func (a *demand) readInputs(d *jsontext.Decoder) error {
 	return err
 }
 
-// wish is what the engine has to do for a body.
-type wish struct {
-	most    int // output tokens, over all its sequences
-	choices int // sequences: n for each prompt
-}
-
-// sequences is how many a line has, one at least.
-func (w wish) sequences() float64 { return float64(max(w.choices, 1)) }
-
 // wish is what a body asks for, within what any engine does.
-func (a demand) wish() wish {
+func (a demand) wish() load.Wish {
 	tokens := a.tokens
 	if tokens == 0 {
-		tokens = noMaxTokens
+		tokens = load.NoMaxTokens
 	}
 	sequences := a.n * min(a.inputs, 1<<10)
-	return wish{tokens * sequences, sequences}
+	return load.Wish{Most: tokens * sequences, Sequences: sequences}
 }
 
 // answers is how many choices or items an answer at a URL has to have; 0: that cannot be told.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // Engine answers requests. HTTP is a real one, Null one for benchmarks.
@@ -47,34 +48,20 @@ type Status struct {
 	Reason    string // for people, where not ready
 	Ill       bool   // the engine itself says that it is not well
 	Gone      bool   // it has no process that could answer
-	Kind      string // KindVLLM, …; empty: not asked yet
+	Kind      string // proto.KindVLLM, …; empty: not asked yet
 	Version   string
 	Run       int   // counts how often the engine was found anew: at first, and after it was not well
 	Slots     int64 // most sequences that it runs at once; 0: not told
 	Models    []string
 	MaxLen    int64 // longest context of any of the models, in tokens
 	Simulated bool
-	Gauges    Gauges
+	Gauges    load.Gauges
 	Settings  []string // NAME=VALUE
 }
 
-// Gauges is what an engine counts itself, over all engines behind one server. Known is false where it has no metrics:
-// then nothing is zero, all is unknown. Sequences are what it calls requests: a request with n = 4 is four of them.
-type Gauges struct {
-	Known       bool
-	Engines     int     // data-parallel engines that it is the sum of
-	KVTokens    int64   // capacity of the KV cache in tokens; 0: not told
-	KVUsage     float64 // share of it in use, 0 to 1
-	Running     int64   // sequences
-	Waiting     int64
-	Prompt      int64 // prompt tokens since the engine's start
-	Generation  int64 // output tokens since the engine's start
-	Held        int64 // tokens, prompts included, of sequences that have begun and not ended; 0: not told
-	Holding     int64 // sequences that Held is of, those that clients gave up included where it has them; 0: not told
-	Finished    int64 // sequences that ended since the engine's start, whoever asked; 0: not told
-	Preemptions int64 // since the engine's start
-	Asleep      bool
-	SleepTold   bool // Asleep is known
+// load is what matters for how many requests the engine gets.
+func (st *Status) load() load.Engine {
+	return load.Engine{Kind: st.Kind, Version: st.Version, Run: st.Run, Slots: st.Slots, MaxLen: st.MaxLen, Gauges: st.Gauges}
 }
 
 // Null answers everything at once, inside the process. It measures what lies around an engine.
@@ -104,7 +91,7 @@ func (n *Null) Do(ctx context.Context, _ *proto.Request) (Answer, error) {
 
 // Probe always finds the engine ready.
 func (n *Null) Probe(context.Context) (Status, error) {
-	return Status{State: proto.EngineReady, Kind: KindOther, Version: "null", Models: n.Models, Simulated: true}, nil
+	return Status{State: proto.EngineReady, Kind: proto.KindOther, Version: "null", Models: n.Models, Simulated: true}, nil
 }
 
 func (n *Null) String() string { return "null:" }

@@ -40,16 +40,3 @@ func (w *Worker) SetRefusal(d time.Duration) { w.refusal = d }
 
 // Close lets go of idle connections at once; a test ends with none.
 func (h *HTTP) Close() { h.rt.CloseIdleConnections() }
-
-// Limit is what tests from outside use of the controller.
-type Limit struct{ *limit }
-
-func NewLimit() Limit                                 { return Limit{newLimit(0)} }
-func (l Limit) Get() int                              { return l.get() }
-func (l Limit) Pace() time.Duration                   { return l.pace() }
-func (l Limit) Why() string                           { return l.reason() }
-func (l Limit) Expects(bytes, most, choices int)      { l.expects(bytes, wish{most, choices}) }
-func (l Limit) Observe(st Status, n int, t time.Time) { l.observe(st, n, t) }
-func (l Limit) Finished(u proto.Usage, bytes, most, choices int, took time.Duration, now time.Time) {
-	l.finished(u, bytes, wish{most, choices}, took, now)
-}

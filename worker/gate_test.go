@@ -18,6 +18,7 @@ import (
 
 	"millrace/broker"
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // TestGateStates goes through what keeps an engine from being used, and lets it get well each time.
@@ -432,7 +433,7 @@ func TestHungIdle(t *testing.T) {
 // TestSlowIsNotHung: tokens move, or lines end.
 func TestSlowIsNotHung(t *testing.T) {
 	var h hangWatch
-	now, g := time.Now(), Gauges{Known: true, Running: 1, Generation: 5}
+	now, g := time.Now(), load.Gauges{Known: true, Running: 1, Generation: 5}
 	step := func(d time.Duration, inFlight, answers int) bool {
 		now = now.Add(d)
 		return h.stalled(now, g, inFlight, answers, time.Minute)

@@ -1,6 +1,9 @@
 package worker
 
-import "time"
+import (
+	"millrace/worker/load"
+	"time"
+)
 
 // hangWatch finds an engine that has requests and makes nothing of them. Such an engine looks well: /health says
 // 200, /metrics answers, its gauges stand still (a stopped EngineCore, a sleeping engine). So it is the tokens that
@@ -16,7 +19,7 @@ type hangWatch struct {
 }
 
 // stalled takes what a probe found and says whether it is time to call the engine hung.
-func (h *hangWatch) stalled(now time.Time, g Gauges, inFlight, answers int, stall time.Duration) bool {
+func (h *hangWatch) stalled(now time.Time, g load.Gauges, inFlight, answers int, stall time.Duration) bool {
 	tokens := g.Prompt + g.Generation
 	if !g.Known || inFlight == 0 || tokens != h.tokens || g.KVUsage != h.usage || answers != h.answers || h.since.IsZero() {
 		h.since, h.tokens, h.usage, h.answers = now, tokens, g.KVUsage, answers
@@ -29,7 +32,7 @@ func (h *hangWatch) stalled(now time.Time, g Gauges, inFlight, answers int, stal
 func (h *hangWatch) reset(now time.Time) { h.since = now }
 
 // moved says whether an engine that hung lives again: anything that it counts has changed.
-func (h *hangWatch) moved(then, now Gauges) bool {
+func (h *hangWatch) moved(then, now load.Gauges) bool {
 	return now.Known && (then.Prompt != now.Prompt || then.Generation != now.Generation ||
 		then.Running != now.Running || then.Waiting != now.Waiting)
 }

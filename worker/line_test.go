@@ -220,7 +220,7 @@ func TestBusy(t *testing.T) {
 	r.send(requests(20)...)
 	r.start(f.engine())
 	r.until("limit is smaller", func() bool {
-		return slices.ContainsFunc(r.workers(), func(w *proto.Worker) bool { return w.Limit > 0 && w.Limit < blindStart && len(w.Models) > 0 })
+		return slices.ContainsFunc(r.workers(), func(w *proto.Worker) bool { return w.Limit > 0 && w.Limit < 32 && len(w.Models) > 0 })
 	})
 	f.set(func() { f.work = f.ok })
 	r.unblamed(20)
@@ -236,7 +236,7 @@ func TestMetrics(t *testing.T) {
 	r.start(a.engine(), with)
 	exactly(t, r.wait(5), 5)
 	r.start(b.engine(), with)
-	r.until("both workers have asked their engines", func() bool { return value(t, reg, "millrace_inflight_limit") == 2*blindStart })
+	r.until("both workers have asked their engines", func() bool { return value(t, reg, "millrace_inflight_limit") == 2*32 })
 	problems, err := testutil.GatherAndLint(reg)
 	must(t, err)
 	if len(problems) > 0 {

@@ -6,17 +6,18 @@ import (
 	"time"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // meter is what people are told of how an engine does: its speed, its pre-emptions, and what went wrong last. Nothing
 // here decides anything. All methods may be called from any goroutine.
 type meter struct {
 	mu    sync.Mutex
-	g     Gauges    // of the last look
-	looks []counted // the last, and those of rateWindow and pressWindow before
-	sum   counted   // since the worker's start
-	fault string    // what went wrong with the last attempt that failed, in a few words; empty: none has
-	when  time.Time // when that was
+	g     load.Gauges // of the last look
+	looks []counted   // the last, and those of rateWindow and pressWindow before
+	sum   counted     // since the worker's start
+	fault string      // what went wrong with the last attempt that failed, in a few words; empty: none has
+	when  time.Time   // when that was
 }
 
 // counted is what had been counted at a time, since the worker's start.
@@ -37,7 +38,7 @@ const (
 )
 
 // look takes in what a probe of a ready engine found. Counters that go back are those of an engine that started anew.
-func (m *meter) look(g Gauges, now time.Time) {
+func (m *meter) look(g load.Gauges, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.g.Known && g.Known {
@@ -99,11 +100,11 @@ func (m *meter) since(d time.Duration) (old, last counted) {
 }
 
 // gauges are those of the last look, if it was a moment ago.
-func (m *meter) gauges(now time.Time) Gauges {
+func (m *meter) gauges(now time.Time) load.Gauges {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if now.Sub(m.sum.at) > rateWindow {
-		return Gauges{}
+		return load.Gauges{}
 	}
 	return m.g
 }

@@ -77,7 +77,7 @@ func (m *metrics) watch(s *session) func() {
 	labels := prometheus.Labels{"engine": s.Engine.String()}
 	gauges := []prometheus.Collector{
 		gauge("millrace_inflight_requests", "Requests that the engine works on for this worker.", labels, func() float64 { return float64(s.slots.inFlight()) }),
-		gauge("millrace_inflight_limit", "Requests that may be in flight.", labels, func() float64 { return float64(s.limit.get()) }),
+		gauge("millrace_inflight_limit", "Requests that may be in flight.", labels, func() float64 { return float64(s.limit.Get()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "millrace_inflight_full_seconds_total", ConstLabels: labels,
 			Help: "For how long 95 % of the limit or more were in flight."}, func() float64 { return s.slots.wasFull().Seconds() }),
 		newKnownGauges(&s.meter, labels),

@@ -11,6 +11,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // Probe asks /health, /v1/models and /metrics, and once after each start of the engine what it is; where its
@@ -45,7 +46,7 @@ func (h *HTTP) probe(ctx context.Context) (Status, error) {
 	if m, err := h.get(ctx, "/metrics"); err != nil {
 		return Status{}, err
 	} else if m.Status == http.StatusOK {
-		st.Gauges, st.Settings = readGauges(m.Body), readSettings(m.Body)
+		st.Gauges, st.Settings = load.ReadGauges(m.Body), load.ReadSettings(m.Body)
 	}
 	if st.Gauges.Asleep || !st.Gauges.SleepTold && h.asleep(ctx) {
 		st.Gauges.Asleep = true

@@ -13,15 +13,6 @@ import (
 	"millrace/proto"
 )
 
-// Kinds of engines, as they are discovered.
-const (
-	KindVLLM   = "vllm" // or a simulated one
-	KindSGLang = "sglang"
-	KindLlama  = "llama.cpp"
-	KindOllama = "ollama"
-	KindOther  = "other"
-)
-
 // profile is what an engine says of itself and does not change while it runs. It is asked once for each of its runs,
 // in this order, until one is known:
 //
@@ -34,7 +25,7 @@ const (
 //
 // Two rules are the same for all of them. Ready is what says 200 at /health, or has none (Ollama), and lists a model: SGLang
 // and llama.cpp say 503 there while they load. Too much is 429, 503 or 529 (classify.go): SGLang's "The request queue is
-// full.", Ollama's "server busy". Metrics are in scrape.go. What the limit of in flight rests on then:
+// full.", Ollama's "server busy". Metrics are in load/scrape.go. What the limit of in flight rests on then:
 //
 //	vLLM       capacity and use of its KV cache; its Rust frontend tells only the use
 //	SGLang     the same with --enable-metrics, else the capacity
@@ -134,7 +125,7 @@ func (h *HTTP) discover(ctx context.Context) (profile, error) {
 			missing = err
 		}
 	}
-	return profile{kind: KindOther}, missing
+	return profile{kind: proto.KindOther}, missing
 }
 
 // ask gets what an engine may not have, or not answer.
@@ -160,7 +151,7 @@ func (h *HTTP) isVLLM(ctx context.Context) (profile, error) {
 	if ok, err := h.read(ctx, "/version", &v); !ok || v.Version == "" {
 		return profile{}, err
 	}
-	return profile{kind: KindVLLM, version: v.Version}, nil
+	return profile{kind: proto.KindVLLM, version: v.Version}, nil
 }
 
 func (h *HTTP) isSGLang(ctx context.Context) (profile, error) {
@@ -180,7 +171,7 @@ func (h *HTTP) isSGLang(ctx context.Context) (profile, error) {
 	if !ok || v.Tokens <= 0 {
 		return profile{}, err
 	}
-	p := profile{kind: KindSGLang, version: v.Version, kvTokens: v.Tokens * max(v.Engines, 1)}
+	p := profile{kind: proto.KindSGLang, version: v.Version, kvTokens: v.Tokens * max(v.Engines, 1)}
 	for _, s := range v.States {
 		p.slots += s.Seqs
 	}
@@ -201,7 +192,7 @@ func (h *HTTP) isLlama(ctx context.Context) (profile, error) {
 	if ok, err := h.read(ctx, "/props", &v); !ok || v.Slots <= 0 {
 		return profile{}, err
 	}
-	return profile{kind: KindLlama, version: v.Build, slots: v.Slots, maxLen: v.Settings.Context}, nil
+	return profile{kind: proto.KindLlama, version: v.Build, slots: v.Slots, maxLen: v.Settings.Context}, nil
 }
 
 func (h *HTTP) isOllama(ctx context.Context) (profile, error) {
@@ -211,5 +202,5 @@ func (h *HTTP) isOllama(ctx context.Context) (profile, error) {
 	if ok, err := h.read(ctx, "/api/version", &v); !ok || v.Version == "" {
 		return profile{}, err
 	}
-	return profile{kind: KindOllama, version: v.Version}, nil
+	return profile{kind: proto.KindOllama, version: v.Version}, nil
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // engineOf answers GET requests with what stands there for their paths, and counts them.
@@ -70,18 +71,18 @@ func TestProfile(t *testing.T) {
 		want Status
 	}{
 		{"vLLM", map[string]string{"/health": "", "/version": `{"version":"0.32.0"}`, "/metrics": `vllm:cache_config_info{block_size="16",num_gpu_blocks="10"} 1.0`},
-			Status{Kind: KindVLLM, Version: "0.32.0", Gauges: Gauges{KVTokens: 160}}},
-		{"Rust frontend", map[string]string{"/health": "", "/version": `{"version":"0.26.0","rust_frontend_version":"0.1.0"}`}, Status{Kind: KindVLLM, Version: "0.26.0"}},
+			Status{Kind: proto.KindVLLM, Version: "0.32.0", Gauges: load.Gauges{KVTokens: 160}}},
+		{"Rust frontend", map[string]string{"/health": "", "/version": `{"version":"0.26.0","rust_frontend_version":"0.1.0"}`}, Status{Kind: proto.KindVLLM, Version: "0.26.0"}},
 		{"SGLang", map[string]string{"/health": "", "/get_server_info": `{"version":"0.5.20","max_total_num_tokens":270336,"dp_size":8,"max_running_requests":null,
 			"internal_states":[{"memory_usage":{"token_capacity":270336},"effective_max_running_requests_per_dp":2},{"effective_max_running_requests_per_dp":2}]}`},
-			Status{Kind: KindSGLang, Version: "0.5.20", Slots: 4, Gauges: Gauges{KVTokens: 8 * 270336}}},
+			Status{Kind: proto.KindSGLang, Version: "0.5.20", Slots: 4, Gauges: load.Gauges{KVTokens: 8 * 270336}}},
 		{"SGLang, one engine", map[string]string{"/health": "", "/server_info": `{"version":"0.5.20","max_total_num_tokens":326223,"max_running_requests":48}`},
-			Status{Kind: KindSGLang, Version: "0.5.20", Slots: 48, Gauges: Gauges{KVTokens: 326223}}},
+			Status{Kind: proto.KindSGLang, Version: "0.5.20", Slots: 48, Gauges: load.Gauges{KVTokens: 326223}}},
 		{"llama.cpp", map[string]string{"/health": `{"status":"ok"}`, "/props": `{"default_generation_settings":{"n_ctx":8192},"total_slots":4,"build_info":"b6700-abc"}`},
-			Status{Kind: KindLlama, Version: "b6700-abc", Slots: 4, MaxLen: 8192}},
-		{"Ollama", map[string]string{"/api/version": `{"version":"0.14.1"}`}, Status{Kind: KindOllama, Version: "0.14.1"}},
-		{"others", map[string]string{"/version": "<html>", "/props": `{"total_slots":"x"}`, "/get_server_info": `[]`}, Status{Kind: KindOther}},
-		{"one that hangs at others' questions", map[string]string{"/version": "hang", "/api/version": `{"version":"0.14.1"}`}, Status{Kind: KindOllama, Version: "0.14.1"}},
+			Status{Kind: proto.KindLlama, Version: "b6700-abc", Slots: 4, MaxLen: 8192}},
+		{"Ollama", map[string]string{"/api/version": `{"version":"0.14.1"}`}, Status{Kind: proto.KindOllama, Version: "0.14.1"}},
+		{"others", map[string]string{"/version": "<html>", "/props": `{"total_slots":"x"}`, "/get_server_info": `[]`}, Status{Kind: proto.KindOther}},
+		{"one that hangs at others' questions", map[string]string{"/version": "hang", "/api/version": `{"version":"0.14.1"}`}, Status{Kind: proto.KindOllama, Version: "0.14.1"}},
 	} {
 		_, h := newEngineOf(t, c.say)
 		st, err := h.Probe(t.Context())
@@ -97,7 +98,7 @@ func TestProfile(t *testing.T) {
 func TestProfileTries(t *testing.T) {
 	e, h := newEngineOf(t, map[string]string{"/health": "", "/get_server_info": "cut"})
 	var asked int // some times more than there are probes: net/http repeats what breaks off
-	for i, want := range []string{"", "", KindOther, KindOther} {
+	for i, want := range []string{"", "", proto.KindOther, proto.KindOther} {
 		asked = e.count("/get_server_info")
 		if st, err := h.Probe(t.Context()); err != nil || st.State != proto.EngineReady || st.Kind != want {
 			t.Errorf("probe %d: %+v, %v; want kind %q", i, st, err, want)
@@ -153,7 +154,7 @@ func TestHangUsage(t *testing.T) {
 	var h hangWatch
 	look := func(usage float64) bool {
 		now = now.Add(time.Second)
-		return h.stalled(now, Gauges{Known: true, KVUsage: usage, Generation: 7}, 1, 0, 3*time.Second)
+		return h.stalled(now, load.Gauges{Known: true, KVUsage: usage, Generation: 7}, 1, 0, 3*time.Second)
 	}
 	for i := range 10 {
 		if look(float64(i) / 100) {

@@ -15,6 +15,7 @@ import (
 
 	"millrace/broker"
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // session is one Run of a Worker. It wires the parts together; what the parts do is in their files.
@@ -30,7 +31,7 @@ type session struct {
 	breakOff context.CancelCauseFunc
 
 	gate    *gate
-	limit   *limit
+	limit   *load.Limit
 	slots   *slots
 	feeder  *feeder
 	queues  *queues
@@ -78,8 +79,8 @@ func open(w *Worker, stop context.Context) (*session, error) {
 		}
 	}
 	s.stopped, s.breakOff = context.WithCancelCause(stop)
-	s.limit = newLimit(w.Concurrency)
-	s.limit.given, s.limit.graph = w.Sequences, w.Graphs
+	s.limit = load.New(w.Concurrency)
+	s.limit.Sequences, s.limit.Graphs = w.Sequences, w.Graphs
 	s.feeder = newFeeder()
 	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
 	s.slots.back = func(l *line) { s.giveBack(l, jitter(2*time.Second), "doubted") }
@@ -115,7 +116,7 @@ func (s *session) openWatchers() {
 	s.control = newControl(s.Conn.JS, s.Log)
 	s.control.changed, s.control.missing = s.controlled, missing
 	s.beat = &beat{js: s.Conn.JS, log: s.Log, id: s.id, record: s.record, missing: missing, kick: make(chan struct{}, 1)}
-	s.gate = &gate{listed: map[string]time.Time{}, relisted: map[string]time.Time{}, engine: s.Engine, keeper: s.Keeper, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, pace: s.limit.pace, retry: s.RetryEvery,
+	s.gate = &gate{listed: map[string]time.Time{}, relisted: map[string]time.Time{}, engine: s.Engine, keeper: s.Keeper, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, pace: s.limit.Pace, retry: s.RetryEvery,
 		kick: make(chan struct{}, 1), turn: make(chan struct{}), started: s.began,
 		found: s.found, opened: s.adjust, busy: s.slots.inFlight, inside: s.slots.older, others: s.others,
 		abort: func(cause error) { s.slots.abort(cause, all) }}
@@ -301,7 +302,7 @@ func (s *session) accept(l *line) {
 		return
 	}
 	l.asks = readDemand(l.req.Body)
-	moved, wake := s.limit.expects(len(l.req.Body), l.asks.wish())
+	moved, wake := s.limit.Expects(len(l.req.Body), l.asks.wish())
 	if moved {
 		s.adjust()
 	}
@@ -346,7 +347,7 @@ func (s *session) controlled(job, want string) {
 func (s *session) adjust() {
 	s.adjusting.Lock()
 	defer s.adjusting.Unlock()
-	n, quota := s.limit.get(), s.gate.quota()
+	n, quota := s.limit.Get(), s.gate.quota()
 	if quota >= 0 {
 		n = min(n, quota)
 	}
@@ -366,7 +367,7 @@ func (s *session) adjust() {
 func (s *session) found(st Status) {
 	st.Gauges.KVTokens = s.capacity(st)
 	now := time.Now()
-	s.limit.observe(st, s.slots.inFlight(), now)
+	s.limit.Observe(st.load(), s.slots.inFlight(), now)
 	s.meter.look(st.Gauges, now)
 	models := s.Models
 	if models == nil {
@@ -425,10 +426,10 @@ func (s *session) record() *proto.Worker {
 	}
 	w := &proto.Worker{
 		ID: s.id, Host: s.Self.Machine(), PID: s.Self.PID, Engine: s.Engine.String(), Version: st.Version, Models: s.queues.serves(),
-		State: state, Reason: reason, Limit: int64(s.limit.get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
+		State: state, Reason: reason, Limit: int64(s.limit.Get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
-		KVTokens: cmp.Or(s.capacity(st), s.limit.tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
-		LimitWhy: s.limit.reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
+		KVTokens: cmp.Or(s.capacity(st), s.limit.Tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
+		LimitWhy: s.limit.Reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
 	}
 	w.GPUs, w.OwnGPUs = s.gpus(st)
 	s.meter.tell(w, st.State == proto.EngineReady, time.Now())

@@ -140,7 +140,7 @@ func (s *session) refuse(o *outcome) {
 	rest := o.pause(s.refusal)
 	if s.gate.answered(time.Minute) { // it is not down: lines that it refuses by chance should not wait for a minute
 		most := 8 * s.refusal
-		if 2*s.slots.inFlight() < s.limit.get() { // nor where it has little else to do, as at the end of a job
+		if 2*s.slots.inFlight() < s.limit.Get() { // nor where it has little else to do, as at the end of a job
 			most = 2 * s.refusal
 		}
 		rest = min(rest, jitter(most))
@@ -148,7 +148,7 @@ func (s *session) refuse(o *outcome) {
 	rest = max(o.delay, rest)
 	switch o.class {
 	case classBusy:
-		s.limit.refused(time.Now())
+		s.limit.Refused(time.Now())
 		s.gate.refused(o.said(), rest)
 		s.adjust()
 	case classLost:
@@ -179,7 +179,7 @@ func (s *session) finished(o *outcome) {
 	if s.Answered != nil {
 		s.Answered.Add(1)
 	}
-	s.limit.finished(o.usage, len(o.req.Body), o.asks.wish(), o.took, time.Now())
+	s.limit.Finished(o.usage, len(o.req.Body), o.asks.wish(), o.took, time.Now())
 	s.metrics.answered(o.queue.model, o.usage)
 	s.meter.answered(o.usage)
 	s.publish(o.line, s.result(o))

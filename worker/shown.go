@@ -1,7 +1,6 @@
 package worker
 
 import (
-	"bytes"
 	"context"
 	"time"
 
@@ -9,21 +8,6 @@ import (
 
 	"millrace/proto"
 )
-
-// readSettings picks what people ask about first from the settings of a KV cache, as vLLM's metrics tell them.
-func readSettings(text []byte) (out []string) {
-	_, rest, found := bytes.Cut(text, []byte("\nvllm:cache_config_info{"))
-	if !found {
-		return nil
-	}
-	labels, _, _ := bytes.Cut(rest, []byte("}"))
-	for _, name := range []string{"block_size", "cache_dtype", "enable_prefix_caching", "gpu_memory_utilization", "kv_cache_max_concurrency", "sliding_window"} {
-		if v := label(string(labels), name); v != "" && v != "None" {
-			out = append(out, name+"="+v)
-		}
-	}
-	return out
-}
 
 // flags are those that the engine was started with, or else its settings as far as it tells them.
 func (s *session) flags(st Status) []string {

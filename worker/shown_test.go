@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // smi puts a program that does so into PATH as nvidia-smi.
@@ -136,7 +137,7 @@ func TestSettings(t *testing.T) {
 	} {
 		b, err := os.ReadFile("../testdata/vllm/" + name)
 		must(t, err)
-		if got := strings.Join(readSettings(b), " "); got != want {
+		if got := strings.Join(load.ReadSettings(b), " "); got != want {
 			t.Errorf("%s: %s", name, got)
 		}
 	}
@@ -154,20 +155,20 @@ func TestMeter(t *testing.T) {
 			t.Errorf("%s: %v %q, %v %v; want %v %q, %v %v", what, r, whose, p, k, rate, of, pressure, known)
 		}
 	}
-	look := func(after time.Duration, g Gauges) {
+	look := func(after time.Duration, g load.Gauges) {
 		now = now.Add(after)
 		m.look(g, now)
 	}
 	is("nothing", 0, "", 0, false)
-	look(0, Gauges{Known: true, Generation: 1e6, Preemptions: 50})
+	look(0, load.Gauges{Known: true, Generation: 1e6, Preemptions: 50})
 	is("one look", 0, "", 0, false)
 	m.answered(proto.Usage{Counted: true, Completion: 10})
 	m.answered(proto.Usage{Counted: true, Completion: 10})
-	look(10*time.Second, Gauges{Known: true, Generation: 1e6 + 1000, Preemptions: 53, KVUsage: 0.5})
+	look(10*time.Second, load.Gauges{Known: true, Generation: 1e6 + 1000, Preemptions: 53, KVUsage: 0.5})
 	is("two looks", 100, proto.RateEngine, 1.5, true)
-	look(100*time.Millisecond, Gauges{Known: true, Generation: 1e6 + 1010, Preemptions: 53}) // close to the last: the first stays
+	look(100*time.Millisecond, load.Gauges{Known: true, Generation: 1e6 + 1010, Preemptions: 53}) // close to the last: the first stays
 	is("close looks", 100, proto.RateEngine, 1.5, true)
-	look(10*time.Second, Gauges{Known: true, Generation: 11, Preemptions: 1}) // it started anew
+	look(10*time.Second, load.Gauges{Known: true, Generation: 11, Preemptions: 1}) // it started anew
 	is("an engine that started anew", 1021/20.1, proto.RateEngine, 2, true)
 	if n, known := m.preempted(); n != 4 || !known {
 		t.Errorf("%d pre-emptions", n)
@@ -176,20 +177,20 @@ func TestMeter(t *testing.T) {
 		t.Error("gauges of an engine that was not seen of late are told")
 	}
 	m.answered(proto.Usage{Counted: true, Completion: 10})
-	look(time.Second, Gauges{})
+	look(time.Second, load.Gauges{})
 	is("its metrics are gone", 0, "", 0, false)
-	look(5*time.Second, Gauges{})
+	look(5*time.Second, load.Gauges{})
 	is("no answer", 0, proto.RateAnswers, 0, false)
 	m.answered(proto.Usage{})
-	look(time.Second, Gauges{})
+	look(time.Second, load.Gauges{})
 	is("answers that tell no tokens", 0, "", 0, false)
 	m.answered(proto.Usage{Counted: true, Completion: 80})
-	look(2*time.Second, Gauges{})
+	look(2*time.Second, load.Gauges{})
 	is("answers that do", 10, proto.RateAnswers, 0, false)
 	now = now.Add(rateWindow + 1)
 	is("not seen of late", 0, "", 0, false)
 	for range 1000 {
-		look(2*time.Second, Gauges{})
+		look(2*time.Second, load.Gauges{})
 	}
 	if n := len(m.looks); n > 200 {
 		t.Errorf("%d looks are kept", n)

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"millrace/proto"
+	"millrace/worker/load"
 )
 
 // trip is why lines closed the gate.
@@ -13,10 +14,10 @@ type trip struct {
 	state  string
 	reason string
 	at     time.Time
-	until  time.Time // not before this a probe or a line may clear it
-	tries  int       // lines that were let through and went alike
-	gauges Gauges    // when it hung
-	failed bool      // a probe has failed since
+	until  time.Time   // not before this a probe or a line may clear it
+	tries  int         // lines that were let through and went alike
+	gauges load.Gauges // when it hung
+	failed bool        // a probe has failed since
 }
 
 type tripKind int
@@ -147,7 +148,7 @@ func (g *gate) knew(at time.Time) bool {
 }
 
 // tripHung closes the gate of a hung engine. Called with mu held.
-func (g *gate) tripHung(now time.Time, idle time.Duration, gauges Gauges) {
+func (g *gate) tripHung(now time.Time, idle time.Duration, gauges load.Gauges) {
 	g.hang.reset(now)
 	g.heard()
 	if g.trip == nil || g.trip.kind != tripHung {

@@ -1,50 +1,14 @@
 package worker
 
 import (
-	"os"
+	"millrace/worker/load"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
-
-	"millrace/proto"
 )
-
-// TestGauges reads the metrics that were recorded.
-func TestGauges(t *testing.T) {
-	for name, want := range map[string]Gauges{
-		"metrics-vllm-0.26.0-python.txt": {Known: true, Engines: 1, KVTokens: 4112864, KVUsage: 0.012374879888583323, Running: 159, Waiting: 97, Prompt: 1759626, Generation: 676285, Held: 41654, Holding: 133, Finished: 5604, SleepTold: true},
-		"metrics-vllm-0.26.0-rust.txt":   {Known: true, Engines: 1, KVUsage: 0.08386597316506717, Running: 1024, Prompt: 3951024, Generation: 1452280, Held: 332953, Holding: 1009, Finished: 11819},
-		"metrics-vllm-0.32.0-cpu.txt":    {Known: true, Engines: 1, KVTokens: 1048576, Prompt: 5237, Generation: 3048, Finished: 45, SleepTold: true},
-	} {
-		b, err := os.ReadFile("../testdata/vllm/" + name)
-		must(t, err)
-		if got := readGauges(b); got != want {
-			t.Errorf("%s: %+v, want %+v", name, got, want)
-		}
-	}
-}
-
-func TestGaugesOdd(t *testing.T) {
-	got := readGauges([]byte(strings.Join([]string{
-		`vllm:num_requests_running{engine="0"} 3`, `vllm:num_requests_running{engine="1"} 4 1700000000`, // two engines, a time stamp
-		`vllm:num_requests_waiting 5.0`, // no labels
-		`vllm:num_requests_waiting_by_reason{reason="capacity"} 9`,
-		`vllm:cache_config_info{other_block_size="1",block_size="16",num_gpu_blocks="10"} 1.0`, // no kv_cache_size_tokens
-		`vllm:engine_sleep_state{sleep_state="awake"} 0`,
-		`vllm:num_preemptions_total{engine="0"} 2`,
-		`vllm:generation_tokens_total NaN`, `vllm:prompt_tokens_total{`, `vllm:prompt_tokens_total`, `vllm:prompt_tokens_total x`, `go_goroutines 7`,
-	}, "\n")))
-	want := Gauges{Known: true, Engines: 2, KVTokens: 160, Running: 7, Waiting: 5, Preemptions: 2, Asleep: true, SleepTold: true}
-	if got.Generation = 0; got != want {
-		t.Errorf("%+v, want %+v", got, want)
-	}
-	if (readGauges(nil) != Gauges{}) {
-		t.Error("something of nothing")
-	}
-}
 
 func TestNewHTTP(t *testing.T) {
 	for in, want := range map[string]string{
@@ -79,64 +43,15 @@ func TestNewHTTP(t *testing.T) {
 	}
 }
 
-func TestLimitBackPressure(t *testing.T) {
-	now := time.Now()
-	l := newLimit(60)
-	for range 10 {
-		l.refused(now) // a burst counts once
-	}
-	if got := l.get(); got != 40 {
-		t.Errorf("limit %d", got)
-	}
-	for range 30 {
-		now = now.Add(time.Second)
-		l.refused(now)
-	}
-	if got := l.get(); got != 1 {
-		t.Errorf("limit %d after many", got)
-	}
-	for range 30 {
-		now = now.Add(5 * time.Second)
-		l.observe(Status{State: proto.EngineReady}, 0, now)
-	}
-	if got := l.get(); got != 60 {
-		t.Errorf("limit %d after a while", got)
-	}
-}
-
-// TestLimitBusyNowAndThen: an engine that answers more than it refuses keeps half of the limit, and one that refuses all
-// does not.
-func TestLimitBusyNowAndThen(t *testing.T) {
-	now := time.Now()
-	l := newLimit(60)
-	for range 30 {
-		now = now.Add(time.Second)
-		for range 3 {
-			l.finished(proto.Usage{}, 0, wish{}, 0, now)
-		}
-		l.refused(now)
-	}
-	if got := l.get(); got != 30 {
-		t.Errorf("limit %d", got)
-	}
-	for range 2 {
-		now = now.Add(time.Second)
-		l.refused(now)
-	}
-	if got := l.get(); got >= 30 {
-		t.Errorf("limit %d of an engine that only refuses", got)
-	}
-}
-
 func TestReadWish(t *testing.T) {
-	one := func(n int) wish { return wish{n, 1} }
-	for body, want := range map[string]wish{
-		`{"max_tokens":16}`: one(16), `{"max_completion_tokens":5,"n":3}`: {15, 3}, `{"messages":[{"max_tokens":9}]}`: one(noMaxTokens),
-		`{"max_tokens":null}`: one(noMaxTokens), `{"max_tokens":"x"}`: one(noMaxTokens), `{"max_tokens":1e400}`: one(noMaxTokens), `[`: one(noMaxTokens), ``: one(noMaxTokens),
-		`{"max_tokens":12345678901234567890}`: one(noMaxTokens), `{"max_output_tokens":7}`: one(7), `{"max_tokens":3`: one(3),
-		`{"prompt":["a","b"],"max_tokens":4,"n":2}`: {16, 4}, `{"prompt":"a","max_tokens":4}`: one(4), `{"prompt":[1,2,3],"max_tokens":4}`: one(4),
-		`{"prompt":[[1,2],[3]],"max_tokens":4}`: {8, 2}, `{"prompt":[],"max_tokens":4}`: one(4), `{"input":[{"role":"user"},{"role":"user"}],"max_output_tokens":4}`: one(4),
-		`{"prompt":["a",`: one(noMaxTokens), `{"prompt":`: one(noMaxTokens),
+	some := func(n, sequences int) load.Wish { return load.Wish{Most: n, Sequences: sequences} }
+	for body, want := range map[string]load.Wish{
+		`{"max_tokens":16}`: some(16, 1), `{"max_completion_tokens":5,"n":3}`: some(15, 3), `{"messages":[{"max_tokens":9}]}`: some(load.NoMaxTokens, 1),
+		`{"max_tokens":null}`: some(load.NoMaxTokens, 1), `{"max_tokens":"x"}`: some(load.NoMaxTokens, 1), `{"max_tokens":1e400}`: some(load.NoMaxTokens, 1), `[`: some(load.NoMaxTokens, 1), ``: some(load.NoMaxTokens, 1),
+		`{"max_tokens":12345678901234567890}`: some(load.NoMaxTokens, 1), `{"max_output_tokens":7}`: some(7, 1), `{"max_tokens":3`: some(3, 1),
+		`{"prompt":["a","b"],"max_tokens":4,"n":2}`: some(16, 4), `{"prompt":"a","max_tokens":4}`: some(4, 1), `{"prompt":[1,2,3],"max_tokens":4}`: some(4, 1),
+		`{"prompt":[[1,2],[3]],"max_tokens":4}`: some(8, 2), `{"prompt":[],"max_tokens":4}`: some(4, 1), `{"input":[{"role":"user"},{"role":"user"}],"max_output_tokens":4}`: some(4, 1),
+		`{"prompt":["a",`: some(load.NoMaxTokens, 1), `{"prompt":`: some(load.NoMaxTokens, 1),
 	} {
 		if got := readDemand([]byte(body)).wish(); got != want {
 			t.Errorf("%s: %v, want %v", body, got, want)

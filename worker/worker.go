@@ -11,7 +11,7 @@
 //	session.settle  does what follows from it                                   settle.go
 //	outbox          publishes the result, then acknowledges the request         outbox.go
 //
-// and beside them gate (gate.go, trip.go, degraded.go, doubt.go, hang.go, refusing.go) says whether the engine can be used, limit how much at once (limit.go and what it names),
+// and beside them gate (gate.go, trip.go, degraded.go, doubt.go, hang.go, refusing.go) says whether the engine can be used, load.Limit how much at once (package load),
 // queues declares streams, control knows what users want of jobs, beat tells the others that we are here.
 package worker
 

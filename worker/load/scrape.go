@@ -1,4 +1,4 @@
-package worker
+package load
 
 import (
 	"bytes"
@@ -35,8 +35,8 @@ type engineGauges struct {
 	runs, holds               bool // running is told, and usage
 }
 
-// readGauges reads metrics in Prometheus' text or as OpenMetrics.
-func readGauges(text []byte) Gauges {
+// ReadGauges reads metrics in Prometheus' text or as OpenMetrics.
+func ReadGauges(text []byte) Gauges {
 	var s scrape
 	for len(text) > 0 {
 		line := text
@@ -200,4 +200,19 @@ func label(labels, name string) string {
 		}
 		rest = v
 	}
+}
+
+// ReadSettings picks what people ask about first from the settings of a KV cache, as vLLM's metrics tell them.
+func ReadSettings(text []byte) (out []string) {
+	_, rest, found := bytes.Cut(text, []byte("\nvllm:cache_config_info{"))
+	if !found {
+		return nil
+	}
+	labels, _, _ := bytes.Cut(rest, []byte("}"))
+	for _, name := range []string{"block_size", "cache_dtype", "enable_prefix_caching", "gpu_memory_utilization", "kv_cache_max_concurrency", "sliding_window"} {
+		if v := label(string(labels), name); v != "" && v != "None" {
+			out = append(out, name+"="+v)
+		}
+	}
+	return out
 }

@@ -1,4 +1,4 @@
-package worker
+package load
 
 import (
 	"cmp"
@@ -24,10 +24,11 @@ import (
 //
 // It counts sequences, as engines do: a line that asks for n choices is n of them. All methods may be called from any
 // goroutine.
-type limit struct {
-	fixed int   // by the user; 0: find out
-	given int64 // sequences that the engine runs at once, by its flags; 0: not known
-	graph int64 // sequences of its largest CUDA graph, by its flags; 0: not known, below 0: it has none
+type Limit struct {
+	Sequences int64 // that the engine runs at once, by its flags; 0: not known. Set it before all else, like Graphs
+	Graphs    int64 // tokens of its largest CUDA graph, by its flags; 0: not known, below 0: it has none
+
+	fixed int // by the user; 0: find out
 
 	mu      sync.Mutex
 	base    float64   // sequences, before back-pressure
@@ -95,29 +96,29 @@ const (
 	fewLines    = 64   // and at least
 )
 
-func newLimit(fixed int) *limit {
-	return &limit{fixed: fixed, base: float64(max(fixed, 1)), share: 1, most: mostSeqs, seqs: mostSeqs, gain: gain{size: 1}}
+func New(fixed int) *Limit {
+	return &Limit{fixed: fixed, base: float64(max(fixed, 1)), share: 1, most: mostSeqs, seqs: mostSeqs, gain: gain{size: 1}}
 }
 
 // width is how many sequences a line is.
-func (l *limit) width() float64 { return max(1, l.choices.output) }
+func (l *Limit) width() float64 { return max(1, l.choices.output) }
 
 // get returns the limit in lines, at least 1.
-func (l *limit) get() int {
+func (l *Limit) Get() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return max(1, int(l.base/l.width()*l.share+0.5))
 }
 
 // tokens is the capacity of the KV cache, told or guessed; 0: unknown.
-func (l *limit) tokens() int64 {
+func (l *Limit) Tokens() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return int64(l.kv)
 }
 
 // reason says why the limit is what it is.
-func (l *limit) reason() string {
+func (l *Limit) Reason() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
@@ -127,8 +128,8 @@ func (l *limit) reason() string {
 		return "fixed by --concurrency"
 	case l.way == bySteering && l.ran > 0 && l.base >= l.seqs:
 		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
-	case l.way == bySteering && l.given > 0 && l.base >= l.most:
-		return fmt.Sprintf("engine runs no more than %d at once, by its flags", l.given)
+	case l.way == bySteering && l.Sequences > 0 && l.base >= l.most:
+		return fmt.Sprintf("engine runs no more than %d at once, by its flags", l.Sequences)
 	case l.way == bySteering && l.base >= l.graphs.most(l.base+1):
 		return l.graphs.why()
 	case l.way >= byPlan && l.base <= minLimit*l.width():
@@ -139,17 +140,17 @@ func (l *limit) reason() string {
 
 // expects takes in what a line asks for, before it runs. It says whether the limit may have moved, and whether the engine
 // was idle, so that a look is due.
-func (l *limit) expects(bytes int, w wish) (moved, wake bool) {
+func (l *Limit) Expects(bytes int, w Wish) (moved, wake bool) {
 	if l.fixed > 0 {
 		return false, false
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	wake, l.idle = l.idle, false
-	n := w.sequences()
+	n := w.width()
 	l.choices.add(begunLines, 0, 0, n, 0, 0)
 	b := &l.begun
-	b.add(begunLines, b.usual(float64(bytes)/n, b.bytes), 0, 0, 0, b.usual(float64(w.most)/n, b.most))
+	b.add(begunLines, b.usual(float64(bytes)/n, b.bytes), 0, 0, 0, b.usual(float64(w.Most)/n, b.most))
 	switch looks := len(l.looks); {
 	case l.way == byPlan:
 		l.plan()
@@ -162,11 +163,11 @@ func (l *limit) expects(bytes int, w wish) (moved, wake bool) {
 }
 
 // finished takes in what a line held that was answered now. Lines whose engine counts nothing do not tell.
-func (l *limit) finished(u proto.Usage, bytes int, w wish, took time.Duration, now time.Time) {
+func (l *Limit) Finished(u proto.Usage, bytes int, w Wish, took time.Duration, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.served++
-	n := w.sequences()
+	n := w.width()
 	prompt, output := float64(u.Prompt-u.Cached)/n, float64(u.Completion)/n
 	l.climb.finished(n, n*(prompt+workOfOutput*output), now)
 	l.graphs.ended += n
@@ -177,11 +178,11 @@ func (l *limit) finished(u proto.Usage, bytes int, w wish, took time.Duration, n
 	l.all++
 	l.made += float64(u.Completion)
 	keep := int(min(max(l.base/l.width(), fewLines), endedLines))
-	l.ended.add(keep, float64(bytes)/n, prompt, output, took.Seconds(), float64(w.most)/n)
+	l.ended.add(keep, float64(bytes)/n, prompt, output, took.Seconds(), float64(w.Most)/n)
 }
 
 // observe takes in what a probe found, with as many lines in flight, and moves the limit.
-func (l *limit) observe(st Status, inFlight int, now time.Time) {
+func (l *Limit) Observe(st Engine, inFlight int, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.relax(now)
@@ -206,7 +207,7 @@ func (l *limit) observe(st Status, inFlight int, now time.Time) {
 }
 
 // follow moves the limit the way that the engine allows.
-func (l *limit) follow(st Status, now look) {
+func (l *Limit) follow(st Engine, now look) {
 	switch {
 	case l.kv > 0 && now.g.Known:
 		l.way = bySteering
@@ -224,7 +225,7 @@ func (l *limit) follow(st Status, now look) {
 		l.why = fmt.Sprintf("engine has %d slots; a few lines more wait for one", st.Slots)
 	case l.way == byNothing && now.g.Known && now.g.Running < 2*seenRunning && l.all < l.enough():
 		l.base, l.why = blindStart*l.width(), "engine tells no KV capacity; it shows when lines run"
-	case st.Kind == KindOllama:
+	case st.Kind == proto.KindOllama:
 		l.climbOn(now, ollamaStart*l.width(), 2)
 	case l.way == byNothing:
 		l.climbOn(now, blindStart*l.width(), 2)
@@ -234,7 +235,7 @@ func (l *limit) follow(st Status, now look) {
 }
 
 // climbOn moves the limit by what is finished.
-func (l *limit) climbOn(now look, start, step float64) {
+func (l *Limit) climbOn(now look, start, step float64) {
 	if l.way != byClimb {
 		l.way = byClimb
 		l.climb = climb{n: start, least: minLimit * l.width(), most: l.most, step: step}
@@ -245,7 +246,7 @@ func (l *limit) climbOn(now look, start, step float64) {
 	switch {
 	case l.several.sure:
 		tells = "several engines at one address"
-	case l.kv > 0 && l.engine.kind == KindSGLang:
+	case l.kv > 0 && l.engine.kind == proto.KindSGLang:
 		tells = "engine tells no load (SGLang does with --enable-metrics)"
 	case l.kv > 0:
 		tells = "engine tells no load"
@@ -254,10 +255,10 @@ func (l *limit) climbOn(now look, start, step float64) {
 }
 
 // enough is how many lines have to end before it is known what they hold.
-func (l *limit) enough() int { return max(int(l.base/l.width()), fewLines/2) }
+func (l *Limit) enough() int { return max(int(l.base/l.width()), fewLines/2) }
 
 // meet notices that it is another run of the engine: everything is found anew. What lines hold is still known.
-func (l *limit) meet(st Status) {
+func (l *Limit) meet(st Engine) {
 	now := identity{st.Kind, st.Version, st.Run}
 	if now == l.engine {
 		return
@@ -266,11 +267,11 @@ func (l *limit) meet(st Status) {
 	was := l.engine
 	l.engine = now
 	l.most = mostSeqs * float64(max(st.Gauges.Engines, 1))
-	if n := cmp.Or(st.Slots, l.given); n > 0 {
+	if n := cmp.Or(st.Slots, l.Sequences); n > 0 {
 		l.most = float64(n)*seqsMore + seqsWait
 	}
 	l.seqs, l.ran = l.most, 0
-	l.graphs.meet(now.kind, same, l.graph, float64(max(st.Gauges.Engines, 1)))
+	l.graphs.meet(now.kind, same, l.Graphs, float64(max(st.Gauges.Engines, 1)))
 	if was == (identity{}) {
 		return
 	}
@@ -285,7 +286,7 @@ func (l *limit) meet(st Status) {
 
 // pace is how long to wait for the next look: a quarter of a line's life, twice that once the limit has settled, and
 // less before there is one.
-func (l *limit) pace() time.Duration {
+func (l *Limit) Pace() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	const least = time.Second / 2
@@ -303,7 +304,7 @@ func (l *limit) pace() time.Duration {
 	return max(life, least)
 }
 
-func (l *limit) capacity(kv float64) {
+func (l *Limit) capacity(kv float64) {
 	if kv == l.kv && l.told {
 		return
 	}
@@ -312,16 +313,16 @@ func (l *limit) capacity(kv float64) {
 }
 
 // forget starts anew with an engine whose counters start anew. What lines hold is still known.
-func (l *limit) forget() {
+func (l *Limit) forget() {
 	l.graphs.skip, l.graphs.from = 0, tally{}
 	l.looks, l.first, l.count, l.made, l.hold, l.seqs, l.ran, l.gain = nil, look{}, 0, 0, time.Time{}, l.most, 0, gain{size: 1}
 	if l.ended.n >= fewLines && l.kv > 0 {
-		l.set(load{prompt: l.ended.prompt, output: l.ended.output}.fits(fill * l.kv))
+		l.set(shape{prompt: l.ended.prompt, output: l.ended.output}.fits(fill * l.kv))
 	}
 }
 
 // relax gives back what back-pressure took, a quarter every five seconds.
-func (l *limit) relax(now time.Time) {
+func (l *Limit) relax(now time.Time) {
 	if l.share < 1 && now.Sub(l.moved) >= 5*time.Second {
 		l.share, l.moved = min(1, l.share*1.25), now
 	}
@@ -330,7 +331,7 @@ func (l *limit) relax(now time.Time) {
 // refused is called for each answer that says "too much". At most once a second it takes a third away; more than half
 // only while more answers say so than are good: an engine that has too much refuses whatever comes next, at once, while one
 // that refuses now and then does so whatever the limit is.
-func (l *limit) refused(now time.Time) {
+func (l *Limit) Refused(now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if since := now.Sub(l.counted); since >= time.Second {

@@ -1,4 +1,4 @@
-package worker_test
+package load_test
 
 import (
 	"math"
@@ -9,7 +9,7 @@ import (
 
 	"millrace/proto"
 	"millrace/sim"
-	"millrace/worker"
+	"millrace/worker/load"
 )
 
 // ask is a line of a regime: what it holds, and what it says in max_tokens.
@@ -176,7 +176,7 @@ func (g *regime) run(t testing.TB, lines []ask, inFlight int, tells view) (c cou
 			clients = append(clients, &always{inFlight / max(g.shared, 1)})
 			continue
 		}
-		clients = append(clients, &controlled{limit: worker.NewLimit(), regime: g, engine: v, tells: tells})
+		clients = append(clients, &controlled{limit: load.New(0), regime: g, engine: v, tells: tells})
 	}
 	parts := [][]ask{lines}
 	if g.pause {
@@ -199,7 +199,7 @@ func (g *regime) run(t testing.TB, lines []ask, inFlight int, tells view) (c cou
 	c.rate = float64(load.Generated) / (v.Now() - idle).Seconds()
 	c.preemptions = float64(load.Preemptions) / float64(len(lines))
 	if last, ok := clients[len(clients)-1].(*controlled); ok {
-		c.least, c.largest, c.looks, c.why = last.least, last.largest, float64(last.looks)*1000/float64(len(lines)), last.limit.Why()
+		c.least, c.largest, c.looks, c.why = last.least, last.largest, float64(last.looks)*1000/float64(len(lines)), last.limit.Reason()
 	}
 	return c
 }
@@ -222,7 +222,7 @@ func (a *always) look(int, float64) time.Duration { return time.Hour }
 
 // controlled has as many in flight as the controller says.
 type controlled struct {
-	limit          worker.Limit
+	limit          *load.Limit
 	regime         *regime
 	engine         *sim.Virtual
 	tells          view
@@ -232,31 +232,33 @@ type controlled struct {
 
 const bytesPerToken = 4
 
-func (c *controlled) most() int  { return c.limit.Get() }
-func (c *controlled) sent(a ask) { c.limit.Expects(bytesPerToken*a.Prompt, a.most, max(a.Choices, 1)) }
+func (c *controlled) most() int { return c.limit.Get() }
+func (c *controlled) sent(a ask) {
+	c.limit.Expects(bytesPerToken*a.Prompt, load.Wish{Most: a.most, Sequences: max(a.Choices, 1)})
+}
 func (c *controlled) ended(a ask, took time.Duration) {
 	u := proto.Usage{Counted: true, Prompt: int64(a.Prompt), Completion: int64(a.Output * max(a.Choices, 1))}
-	c.limit.Finished(u, bytesPerToken*a.Prompt, a.most, max(a.Choices, 1), took, time.Unix(0, 0).Add(c.engine.Now()))
+	c.limit.Finished(u, bytesPerToken*a.Prompt, load.Wish{Most: a.most, Sequences: max(a.Choices, 1)}, took, time.Unix(0, 0).Add(c.engine.Now()))
 }
 
 func (c *controlled) look(n int, done float64) time.Duration {
 	l := c.engine.Load()
-	g := worker.Gauges{Known: true, KVTokens: int64(c.regime.engine.KVTokens), KVUsage: l.KVUsage, Running: int64(l.Running), Waiting: int64(l.Waiting),
+	g := load.Gauges{Known: true, KVTokens: int64(c.regime.engine.KVTokens), KVUsage: l.KVUsage, Running: int64(l.Running), Waiting: int64(l.Waiting),
 		Prompt: l.Prompts, Generation: l.Generated, Held: l.Held, Finished: l.Finished, Preemptions: l.Preemptions}
 	switch {
 	case c.tells == tellsNothing, c.regime.mute && done > 0.25:
-		g = worker.Gauges{}
+		g = load.Gauges{}
 	case c.tells == tellsUse:
 		g.KVTokens = 0
 	case c.tells == tellsCapacity:
-		g = worker.Gauges{KVTokens: g.KVTokens}
+		g = load.Gauges{KVTokens: g.KVTokens}
 	}
 	c.looks++
-	kind := worker.KindVLLM
+	kind := proto.KindVLLM
 	if c.tells >= tellsCapacity {
-		kind = worker.KindOther
+		kind = proto.KindOther
 	}
-	st := worker.Status{State: proto.EngineReady, Kind: kind, Run: 1, MaxLen: int64(c.regime.engine.MaxModelLen), Gauges: g}
+	st := load.Engine{Kind: kind, Run: 1, MaxLen: int64(c.regime.engine.MaxModelLen), Gauges: g}
 	c.limit.Observe(st, n, time.Unix(0, 0).Add(c.engine.Now()))
 	if done > 0.5 && done < 1 {
 		if c.least == 0 {

@@ -1,7 +1,8 @@
-package worker
+package load
 
 import (
 	"fmt"
+	"millrace/proto"
 	"time"
 )
 
@@ -59,7 +60,7 @@ func (g *graphs) meet(kind string, same bool, flag int64, copies float64) {
 	switch {
 	case flag > 0:
 		size = float64(flag) * copies
-	case flag == 0 && kind == KindVLLM:
+	case flag == 0 && kind == proto.KindVLLM:
 		size = vllmGraphs * copies
 	}
 	if !same || size != g.size {

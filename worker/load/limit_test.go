@@ -1,4 +1,4 @@
-package worker
+package load
 
 import (
 	"strings"
@@ -9,25 +9,25 @@ import (
 )
 
 // seen is what a probe of an engine finds that has a KV cache of so many tokens.
-func seen(kv int64, g Gauges) Status {
+func seen(kv int64, g Gauges) Engine {
 	g.Known, g.KVTokens = true, kv
-	return Status{State: proto.EngineReady, MaxLen: 4096, Gauges: g}
+	return Engine{MaxLen: 4096, Gauges: g}
 }
 
 // TestLimitBegins: what lines ask for decides before they have shown what they hold, and prompts as soon as they are seen.
 func TestLimitBegins(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
-	l.observe(seen(473807, Gauges{}), 0, now)
-	l.expects(3152, wish{308, 1}) // 788 tokens, but a byte may be a token
-	if got := l.get(); got < 130 || got > 140 {
+	l := New(0)
+	l.Observe(seen(473807, Gauges{}), 0, now)
+	l.Expects(3152, Wish{308, 1}) // 788 tokens, but a byte may be a token
+	if got := l.Get(); got < 130 || got > 140 {
 		t.Errorf("limit %d by a body", got)
 	}
-	l.observe(seen(473807, Gauges{Running: 100, KVUsage: 100 * 788 / 473807., Generation: 0}), 134, now.Add(100*time.Millisecond))
-	if got := l.get(); got < 415 || got > 440 {
+	l.Observe(seen(473807, Gauges{Running: 100, KVUsage: 100 * 788 / 473807., Generation: 0}), 134, now.Add(100*time.Millisecond))
+	if got := l.Get(); got < 415 || got > 440 {
 		t.Errorf("limit %d by the KV cache in use", got)
 	}
-	if moved, _ := l.expects(3152, wish{308, 1}); moved {
+	if moved, _ := l.Expects(3152, Wish{308, 1}); moved {
 		t.Error("bodies still count")
 	}
 }
@@ -35,61 +35,61 @@ func TestLimitBegins(t *testing.T) {
 // TestLimitForgets: an engine that was started anew is looked at anew, and what lines hold stays known.
 func TestLimitForgets(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
+	l := New(0)
 	look := func(g Gauges) {
 		now = now.Add(time.Second)
-		l.observe(seen(473807, g), 400, now)
+		l.Observe(seen(473807, g), 400, now)
 	}
-	l.expects(3152, wish{308, 1})
+	l.Expects(3152, Wish{308, 1})
 	for i := range int64(4000) {
 		if i%50 == 0 {
 			look(Gauges{Running: 400, KVUsage: 0.8, Generation: 308 * i, Preemptions: 40 * i})
 		}
-		l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, wish{308, 1}, 10*time.Second, now)
+		l.Finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, Wish{308, 1}, 10*time.Second, now)
 	}
-	if got := l.get(); got > 300 {
+	if got := l.Get(); got > 300 {
 		t.Fatalf("limit %d while each line is pre-empted 40 times", got)
 	}
 	look(Gauges{Running: 1, Generation: 1})
-	if got := l.get(); got < 400 || got > 450 {
+	if got := l.Get(); got < 400 || got > 450 {
 		t.Errorf("limit %d after a new start", got)
 	}
 }
 
 func TestLimitFallsBack(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
-	l.observe(Status{State: proto.EngineReady}, 0, now)
-	if got := l.get(); got != blindStart {
+	l := New(0)
+	l.Observe(Engine{}, 0, now)
+	if got := l.Get(); got != blindStart {
 		t.Errorf("limit %d without a capacity", got)
 	}
-	l = newLimit(7)
-	l.observe(seen(473807, Gauges{}), 0, now)
-	if moved, wake := l.expects(10, wish{10, 1}); moved || wake || l.get() != 7 {
-		t.Errorf("limit %d, asked for 7", l.get())
+	l = New(7)
+	l.Observe(seen(473807, Gauges{}), 0, now)
+	if moved, wake := l.Expects(10, Wish{10, 1}); moved || wake || l.Get() != 7 {
+		t.Errorf("limit %d, asked for 7", l.Get())
 	}
-	l = newLimit(0)
-	l.observe(seen(16, Gauges{}), 0, now) // as of a model that only embeds
-	if got := l.get(); got != blindStart {
+	l = New(0)
+	l.Observe(seen(16, Gauges{}), 0, now) // as of a model that only embeds
+	if got := l.Get(); got != blindStart {
 		t.Errorf("limit %d without a KV cache", got)
 	}
 	for i := range 20 * blindStart { // its lines are so short that none is seen to run
-		now = now.Add(50 * time.Millisecond / time.Duration(l.get())) // twice as many in flight make twice as many
-		l.finished(proto.Usage{Counted: true, Prompt: 100}, 400, wish{}, 50*time.Millisecond, now)
+		now = now.Add(50 * time.Millisecond / time.Duration(l.Get())) // twice as many in flight make twice as many
+		l.Finished(proto.Usage{Counted: true, Prompt: 100}, 400, Wish{}, 50*time.Millisecond, now)
 		if i%blindStart == 0 {
-			l.observe(seen(16, Gauges{Prompt: int64(100 * i)}), l.get(), now)
+			l.Observe(seen(16, Gauges{Prompt: int64(100 * i)}), l.Get(), now)
 		}
 	}
-	if got := l.get(); got < 4*blindStart {
+	if got := l.Get(); got < 4*blindStart {
 		t.Errorf("limit %d of an engine that does more with more", got)
 	}
-	l = newLimit(0)
-	l.observe(seen(4096, Gauges{}), 0, now)
-	if got := l.get(); got != minLimit {
+	l = New(0)
+	l.Observe(seen(4096, Gauges{}), 0, now)
+	if got := l.Get(); got != minLimit {
 		t.Errorf("limit %d of a tiny engine", got)
 	}
-	l.observe(Status{State: proto.EngineReady}, 0, now)
-	if got := l.get(); got != minLimit {
+	l.Observe(Engine{}, 0, now)
+	if got := l.Get(); got != minLimit {
 		t.Errorf("limit %d when the metrics have gone", got)
 	}
 }
@@ -98,28 +98,28 @@ func TestLimitFallsBack(t *testing.T) {
 // taken for an engine that runs no more at once.
 func TestLimitIdle(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
+	l := New(0)
 	look := func(inFlight int, g Gauges) {
 		now = now.Add(time.Second)
-		l.observe(seen(473807, g), inFlight, now)
+		l.Observe(seen(473807, g), inFlight, now)
 	}
 	for range 20 {
 		look(0, Gauges{})
 	}
-	if got := l.get(); got > 130 {
+	if got := l.Get(); got > 130 {
 		t.Errorf("limit %d before the first line", got)
 	}
-	l.expects(3152, wish{308, 1})
-	if got := l.get(); got < 120 || got > 145 {
+	l.Expects(3152, Wish{308, 1})
+	if got := l.Get(); got < 120 || got > 145 {
 		t.Errorf("limit %d by the first line", got)
 	}
 	made := int64(0)
 	line := func() {
 		made += 308
-		l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, wish{308, 1}, 10*time.Second, now)
+		l.Finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, Wish{308, 1}, 10*time.Second, now)
 	}
 	full := func() {
-		look(l.get(), Gauges{Running: int64(l.get()), KVUsage: min(0.96, float64(l.get())*942/473807), Generation: made})
+		look(l.Get(), Gauges{Running: int64(l.Get()), KVUsage: min(0.96, float64(l.Get())*942/473807), Generation: made})
 	}
 	for range 30 {
 		full()
@@ -127,7 +127,7 @@ func TestLimitIdle(t *testing.T) {
 			line()
 		}
 	}
-	was := l.get()
+	was := l.Get()
 	if was < 400 || was > 520 {
 		t.Fatalf("limit %d of a full engine", was)
 	}
@@ -137,7 +137,7 @@ func TestLimitIdle(t *testing.T) {
 	look(was, Gauges{Running: 43, Waiting: 380, KVUsage: 0.07, Generation: made})
 	look(was, Gauges{Running: 90, Waiting: 330, KVUsage: 0.14, Generation: made})
 	look(was, Gauges{Running: 190, Waiting: 230, KVUsage: 0.28, Generation: made})
-	if got := l.get(); got < was*9/10 || got > was*11/10 {
+	if got := l.Get(); got < was*9/10 || got > was*11/10 {
 		t.Errorf("limit %d in a burst after a pause, %d before", got, was)
 	}
 }
@@ -146,43 +146,43 @@ func TestLimitIdle(t *testing.T) {
 // before as many have ended as are in flight; one that runs all that it gets gets more.
 func TestLimitCrowded(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
+	l := New(0)
 	made, most := int64(0), int64(64)
 	second := func() {
 		now = now.Add(time.Second)
-		n := int64(l.get())
+		n := int64(l.Get())
 		running := min(n, most)
 		for range 250 {
-			l.expects(100, wish{20, 1})
+			l.Expects(100, Wish{20, 1})
 			made += 20
-			l.finished(proto.Usage{Counted: true, Prompt: 118, Completion: 20}, 100, wish{20, 1}, time.Duration(n)*4*time.Millisecond, now)
+			l.Finished(proto.Usage{Counted: true, Prompt: 118, Completion: 20}, 100, Wish{20, 1}, time.Duration(n)*4*time.Millisecond, now)
 		}
-		l.observe(seen(131072, Gauges{Running: running, Waiting: n - running, KVUsage: float64(running) * 128 / 131072, Generation: made}), int(n), now)
+		l.Observe(seen(131072, Gauges{Running: running, Waiting: n - running, KVUsage: float64(running) * 128 / 131072, Generation: made}), int(n), now)
 	}
 	second()
-	if got := l.get(); got < 500 {
+	if got := l.Get(); got < 500 {
 		t.Fatalf("limit %d by the KV cache", got)
 	}
-	told := newLimit(0)
-	told.given = 64
+	told := New(0)
+	told.Sequences = 64
 	st := seen(131072, Gauges{})
-	st.Kind = KindVLLM
-	told.observe(st, 0, now)
-	told.expects(100, wish{20, 1})
-	if got, why := told.get(), told.reason(); got != 67 || why != "engine runs no more than 64 at once, by its flags" {
+	st.Kind = proto.KindVLLM
+	told.Observe(st, 0, now)
+	told.Expects(100, Wish{20, 1})
+	if got, why := told.Get(), told.Reason(); got != 67 || why != "engine runs no more than 64 at once, by its flags" {
 		t.Errorf("limit %d by its flags: %s", got, why)
 	}
 	for range 3 {
 		second()
 	}
-	if got, why := l.get(), l.reason(); got != 67 || why != "engine runs no more than 64 at once" {
+	if got, why := l.Get(), l.Reason(); got != 67 || why != "engine runs no more than 64 at once" {
 		t.Errorf("limit %d: %s", got, why)
 	}
 	most = 1024
 	for range 10 {
 		second()
 	}
-	if got := l.get(); got < 80 {
+	if got := l.Get(); got < 80 {
 		t.Errorf("limit %d of an engine that runs all", got)
 	}
 }
@@ -190,32 +190,32 @@ func TestLimitCrowded(t *testing.T) {
 // TestLimitLargeLine: one line that is far larger than the others does not cut the limit, and many do.
 func TestLimitLargeLine(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
-	l.observe(seen(473807, Gauges{}), 0, now)
+	l := New(0)
+	l.Observe(seen(473807, Gauges{}), 0, now)
 	made := int64(0)
 	second := func(bytes int) {
 		now = now.Add(time.Second)
 		for range 40 {
-			l.expects(bytes, wish{308, 1})
+			l.Expects(bytes, Wish{308, 1})
 			made += 308
-			l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, wish{308, 1}, 10*time.Second, now)
+			l.Finished(proto.Usage{Counted: true, Prompt: 788, Completion: 308}, 3152, Wish{308, 1}, 10*time.Second, now)
 		}
-		n := l.get()
-		l.observe(seen(473807, Gauges{Running: int64(n), KVUsage: min(0.96, float64(n)*942/473807), Generation: made}), n, now)
+		n := l.Get()
+		l.Observe(seen(473807, Gauges{Running: int64(n), KVUsage: min(0.96, float64(n)*942/473807), Generation: made}), n, now)
 	}
 	for range 30 {
 		second(3152)
 	}
-	was := l.get()
-	l.expects(8<<20, wish{308, 1})
+	was := l.Get()
+	l.Expects(8<<20, Wish{308, 1})
 	second(3152)
-	if got := l.get(); got < was*9/10 {
+	if got := l.Get(); got < was*9/10 {
 		t.Errorf("limit %d after one large line, %d before", got, was)
 	}
 	for range 3 {
 		second(30 * 1024)
 	}
-	if got := l.get(); got > was/3 {
+	if got := l.Get(); got > was/3 {
 		t.Errorf("limit %d when all lines are large, %d before", got, was)
 	}
 }
@@ -223,9 +223,9 @@ func TestLimitLargeLine(t *testing.T) {
 // TestLimitSlots: an engine that tells its slots has as many lines, and a few that wait; never less than 8.
 func TestLimitSlots(t *testing.T) {
 	for slots, want := range map[int64]int{4: 8, 32: 37} {
-		l := newLimit(0)
-		l.observe(Status{State: proto.EngineReady, Kind: KindLlama, Run: 1, Slots: slots}, 0, time.Now())
-		if got := l.get(); got != want {
+		l := New(0)
+		l.Observe(Engine{Kind: proto.KindLlama, Run: 1, Slots: slots}, 0, time.Now())
+		if got := l.Get(); got != want {
 			t.Errorf("limit %d with %d slots, want %d", got, slots, want)
 		}
 	}
@@ -234,23 +234,23 @@ func TestLimitSlots(t *testing.T) {
 // TestLimitChoices: a line with four choices is four sequences, and holds what they hold.
 func TestLimitChoices(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
-	l.observe(seen(473807, Gauges{}), 0, now)
-	l.expects(788, wish{4 * 308, 4})
-	if got, want := l.get(), 473807*98/100/(788+4*308); got < want*95/100 || got > want*130/100 {
+	l := New(0)
+	l.Observe(seen(473807, Gauges{}), 0, now)
+	l.Expects(788, Wish{4 * 308, 4})
+	if got, want := l.Get(), 473807*98/100/(788+4*308); got < want*95/100 || got > want*130/100 {
 		t.Errorf("limit %d, %d fit", got, want)
 	}
 	made := int64(0)
 	for range 40 {
 		now = now.Add(time.Second)
-		n := l.get()
-		l.observe(seen(473807, Gauges{Running: int64(4 * n), KVUsage: min(0.96, float64(n)*(788+2*308)/473807), Generation: made}), n, now)
+		n := l.Get()
+		l.Observe(seen(473807, Gauges{Running: int64(4 * n), KVUsage: min(0.96, float64(n)*(788+2*308)/473807), Generation: made}), n, now)
 		for range 40 {
 			made += 4 * 308
-			l.finished(proto.Usage{Counted: true, Prompt: 788, Completion: 4 * 308}, 788, wish{4 * 308, 4}, 10*time.Second, now)
+			l.Finished(proto.Usage{Counted: true, Prompt: 788, Completion: 4 * 308}, 788, Wish{4 * 308, 4}, 10*time.Second, now)
 		}
 	}
-	if got := l.get(); got < 220 || got > 256 { // 1,024 sequences
+	if got := l.Get(); got < 220 || got > 256 { // 1,024 sequences
 		t.Errorf("limit %d of an engine that runs 1024 sequences", got)
 	}
 }
@@ -258,18 +258,18 @@ func TestLimitChoices(t *testing.T) {
 // TestLimitOthers: what another worker of the engine has there is left to it, up to half.
 func TestLimitOthers(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
-	l.observe(seen(473807, Gauges{}), 0, now)
+	l := New(0)
+	l.Observe(seen(473807, Gauges{}), 0, now)
 	for range begunLines {
-		l.expects(788, wish{308, 1})
+		l.Expects(788, Wish{308, 1})
 	}
-	alone := l.get()
-	l.observe(seen(473807, Gauges{Running: 100 + int64(alone)/4, KVUsage: 0.1}), 100, now.Add(time.Second))
-	if got := l.get(); got < alone*7/10 || got > alone*8/10 {
+	alone := l.Get()
+	l.Observe(seen(473807, Gauges{Running: 100 + int64(alone)/4, KVUsage: 0.1}), 100, now.Add(time.Second))
+	if got := l.Get(); got < alone*7/10 || got > alone*8/10 {
 		t.Errorf("limit %d beside %d of another worker, %d alone", got, alone/4, alone)
 	}
-	l.observe(seen(473807, Gauges{Running: 400, Waiting: 5000, KVUsage: 0.7}), 100, now.Add(2*time.Second))
-	if got := l.get(); got != alone/2 && got != (alone+1)/2 {
+	l.Observe(seen(473807, Gauges{Running: 400, Waiting: 5000, KVUsage: 0.7}), 100, now.Add(2*time.Second))
+	if got := l.Get(); got != alone/2 && got != (alone+1)/2 {
 		t.Errorf("limit %d beside many of another worker, %d alone", got, alone)
 	}
 }
@@ -278,24 +278,24 @@ func TestLimitOthers(t *testing.T) {
 // tells nothing.
 func TestLimitOfAnotherEngine(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
+	l := New(0)
 	st := seen(473807, Gauges{})
-	st.Kind, st.Version, st.Run = KindVLLM, "1", 1
-	l.observe(st, 0, now)
-	l.expects(3152, wish{308, 1})
-	if got := l.get(); got < 100 {
+	st.Kind, st.Version, st.Run = proto.KindVLLM, "1", 1
+	l.Observe(st, 0, now)
+	l.Expects(3152, Wish{308, 1})
+	if got := l.Get(); got < 100 {
 		t.Fatalf("limit %d", got)
 	}
-	l.observe(Status{State: proto.EngineReady, Kind: KindVLLM, Version: "1", Run: 1}, 0, now.Add(time.Second))
-	if got := l.get(); got < 100 {
+	l.Observe(Engine{Kind: proto.KindVLLM, Version: "1", Run: 1}, 0, now.Add(time.Second))
+	if got := l.Get(); got < 100 {
 		t.Errorf("limit %d when the metrics have gone", got)
 	}
-	l.observe(Status{State: proto.EngineReady, Kind: KindOther, Run: 2}, 0, now.Add(2*time.Second))
-	if got := l.get(); got != blindStart {
+	l.Observe(Engine{Kind: proto.KindOther, Run: 2}, 0, now.Add(2*time.Second))
+	if got := l.Get(); got != blindStart {
 		t.Errorf("limit %d of another engine that tells nothing", got)
 	}
-	l.observe(Status{State: proto.EngineReady, Kind: KindOllama, Version: "1", Run: 3}, 0, now.Add(3*time.Second))
-	if got := l.get(); got != ollamaStart {
+	l.Observe(Engine{Kind: proto.KindOllama, Version: "1", Run: 3}, 0, now.Add(3*time.Second))
+	if got := l.Get(); got != ollamaStart {
 		t.Errorf("limit %d of Ollama", got)
 	}
 }
@@ -305,7 +305,7 @@ func TestLimitOfAnotherEngine(t *testing.T) {
 func TestLimitReplicas(t *testing.T) {
 	for _, replicas := range []int{1, 2} {
 		now := time.Now()
-		l := newLimit(0)
+		l := New(0)
 		made := [2]int64{1000, 2000}
 		for i := range 20 {
 			now = now.Add(2 * time.Second)
@@ -314,13 +314,13 @@ func TestLimitReplicas(t *testing.T) {
 			if i >= 10 && replicas == 1 {
 				g.Generation -= made[0] / 2 // it is another one
 			}
-			l.observe(seen(473807, g), 80, now)
-			l.expects(3152, wish{308, 1})
+			l.Observe(seen(473807, g), 80, now)
+			l.Expects(3152, Wish{308, 1})
 		}
 		if l.several.sure != (replicas == 2) || (l.way == byClimb) != (replicas == 2) {
 			t.Errorf("%d replicas: several %v, way %v", replicas, l.several.sure, l.way)
 		}
-		if why := l.reason(); replicas == 2 && !strings.HasPrefix(why, "several engines at one address; ") {
+		if why := l.Reason(); replicas == 2 && !strings.HasPrefix(why, "several engines at one address; ") {
 			t.Errorf("why: %s", why)
 		}
 	}

@@ -1,4 +1,4 @@
-package worker
+package load
 
 // guesses is what the guesses of the capacity of a KV cache rest on.
 type guesses struct {
@@ -16,7 +16,7 @@ const blockWaste = 8
 // What sequences hold is counted from their first token on, and on for those that were pre-empted. So the guess errs on
 // the side of few while prompts are computed, and is not made while pre-empted ones wait. Requests that a client gave up
 // may be counted as held for ever: where more are than run, they are taken to hold as much each as those that run.
-func (l *limit) guess(g Gauges) {
+func (l *Limit) guess(g Gauges) {
 	if l.told || !g.Known || g.Held <= 0 {
 		return
 	}

@@ -1,4 +1,4 @@
-package worker
+package load
 
 import "math"
 
@@ -10,30 +10,30 @@ const (
 	seqCost  = 3
 )
 
-// load is what lines are like, on average: tokens of the prompt that no other line shares, and tokens of the output.
-type load struct{ prompt, output float64 }
+// shape is what lines are like, on average: tokens of the prompt that no other line shares, and tokens of the output.
+type shape struct{ prompt, output float64 }
 
 // spare is the share of an engine's time that n lines at once spend on what a larger n would not make more: what one
 // per cent more of them is worth, in per cent.
-func (l load) spare(n float64) float64 {
+func (l shape) spare(n float64) float64 {
 	return stepCost / (stepCost + (seqCost+l.prompt/max(l.output, 1))*n)
 }
 
 // again is what a pre-emption costs, in units of what a line costs: half its output and the whole of its prompt are
 // computed again.
-func (l load) again(n float64) float64 {
+func (l shape) again(n float64) float64 {
 	return (l.prompt + l.output/2 + 1) / (l.output*(stepCost+seqCost*n)/n + l.prompt + 1)
 }
 
 // fits is how many lines to have at once in a KV cache before any pre-emption was seen: as many as it holds to their
 // ends, or, where pre-emptions cost less than they bring, as many as it holds halfway.
-func (l load) fits(kv float64) float64 {
+func (l shape) fits(kv float64) float64 {
 	ends := kv / max(l.prompt+l.output, 1)
 	return ends + (kv/max(l.prompt+l.output/2, 1)-ends)*l.eager(ends)
 }
 
 // eager is 0 where pre-emptions are dear and 1 where they are cheap.
-func (l load) eager(n float64) float64 {
+func (l shape) eager(n float64) float64 {
 	return min(1, max(0, (l.spare(n)/l.again(n)-0.5)/2))
 }
 
@@ -54,9 +54,9 @@ const (
 // fits is how many lines to have at once. Where pre-emptions are cheap, outputs are taken to be shorter than they may
 // be, until the lines show that they are not.
 func (b beginning) fits() float64 {
-	longest := load{b.prompt, b.output(b.most)}
+	longest := shape{b.prompt, b.output(b.most)}
 	usual := min(b.most, math.Sqrt(b.most*usualOutput))
-	guess := load{b.prompt, b.output(b.most + (usual-b.most)*longest.eager(b.kv/(b.prompt+longest.output)))}
+	guess := shape{b.prompt, b.output(b.most + (usual-b.most)*longest.eager(b.kv/(b.prompt+longest.output)))}
 	n := max(longest.fits(b.kv), b.kv/(guess.prompt+guess.output))
 	return max(n, guess.fits(b.kv)*b.answers/(b.answers+guessWeight))
 }

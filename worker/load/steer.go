@@ -1,4 +1,4 @@
-package worker
+package load
 
 import (
 	"cmp"
@@ -37,7 +37,7 @@ type look struct {
 }
 
 // steer moves the limit after a look at the engine.
-func (l *limit) steer(now look) {
+func (l *Limit) steer(now look) {
 	if n := len(l.looks); n > 0 {
 		if last := l.looks[n-1].g; now.g.Generation < last.Generation || now.g.Preemptions < last.Preemptions {
 			l.forget()
@@ -72,8 +72,8 @@ func (l *limit) steer(now look) {
 }
 
 // keepToGraphs bounds the limit by the engine's CUDA graphs, and frees it where more are no slower.
-func (l *limit) keepToGraphs(now look) {
-	line := load{prompt: l.ended.prompt, output: l.ended.output}
+func (l *Limit) keepToGraphs(now look) {
+	line := shape{prompt: l.ended.prompt, output: l.ended.output}
 	use := 0.0
 	for _, k := range l.looks {
 		use = max(use, k.g.KVUsage)
@@ -88,7 +88,7 @@ func (l *limit) keepToGraphs(now look) {
 }
 
 // trim forgets all looks before a time but the last of them.
-func (l *limit) trim(before time.Time) {
+func (l *Limit) trim(before time.Time) {
 	n := len(l.looks)
 	i := 0
 	for i < n-1 && !l.looks[i+1].at.After(before) || n-i > maxLooks {
@@ -98,7 +98,7 @@ func (l *limit) trim(before time.Time) {
 }
 
 // begin sets the limit from what the lines ask for and what is seen of those in flight.
-func (l *limit) begin(now look) {
+func (l *Limit) begin(now look) {
 	b := l.beginning(now)
 	n := b.fits()
 	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
@@ -110,10 +110,10 @@ func (l *limit) begin(now look) {
 	l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of %.0f + up to %.0f; few have ended", l.kv, b.prompt, b.most)
 }
 
-func (l *limit) beginning(now look) beginning {
+func (l *Limit) beginning(now look) beginning {
 	most := l.begun.most
 	if most == 0 {
-		most = noMaxTokens
+		most = NoMaxTokens
 	}
 	p := l.prompt(now)
 	if l.maxLen > 0 {
@@ -124,7 +124,7 @@ func (l *limit) beginning(now look) beginning {
 
 // prompt is how many tokens the prompt of a line holds of its own. Before the engine has shown that, a byte is taken
 // for a token, which errs on the side of few, and before the first line, its context.
-func (l *limit) prompt(now look) float64 {
+func (l *Limit) prompt(now look) float64 {
 	p := l.begun.bytes
 	switch {
 	case l.begun.n == 0:
@@ -143,7 +143,7 @@ func (l *limit) prompt(now look) float64 {
 }
 
 // generated is how many output tokens the engine has made since first, or ended lines have where it does not tell.
-func (l *limit) generated(now look) float64 {
+func (l *Limit) generated(now look) float64 {
 	if !now.g.Known {
 		return l.made
 	}
@@ -160,7 +160,7 @@ type window struct {
 	held                float64 // tokens in the KV cache per running request, mean; 0: not told
 }
 
-func (l *limit) window(life time.Duration) (w window) {
+func (l *Limit) window(life time.Duration) (w window) {
 	first, last := l.looks[0], l.looks[len(l.looks)-1]
 	w.whole = last.at.Sub(first.at) >= life*9/10
 	w.least, w.queued = math.Inf(1), math.Inf(1)
@@ -178,9 +178,9 @@ func (l *limit) window(life time.Duration) (w window) {
 }
 
 // grow moves the limit by what was seen over the life of one line.
-func (l *limit) grow(now look, life time.Duration) {
+func (l *Limit) grow(now look, life time.Duration) {
 	w := l.window(life)
-	line := load{prompt: l.ended.prompt, output: l.ended.output}
+	line := shape{prompt: l.ended.prompt, output: l.ended.output}
 	if w.held > 0 {
 		line.prompt = min(line.prompt, max(w.held-line.output/2, 1)) // what is shared costs nothing
 	}
@@ -221,7 +221,7 @@ func (l *limit) grow(now look, life time.Duration) {
 // crowded finds how many an engine runs at once that lets lines wait though its KV cache has much room: as many ran at
 // each look for as long as it takes to answer that many. 0: it does not look so. The life of a line would be too long a time
 // to tell by, since it waits for most of it.
-func (l *limit) crowded() float64 {
+func (l *Limit) crowded() float64 {
 	n := len(l.looks)
 	if n == 0 {
 		return 0
@@ -241,13 +241,13 @@ func (l *limit) crowded() float64 {
 }
 
 // runs takes note of how many sequences the engine runs at once, whatever room there is.
-func (l *limit) runs(n float64) {
+func (l *Limit) runs(n float64) {
 	l.seqs, l.ran = n*seqsMore+seqsWait, n
 	l.set(l.base)
 }
 
 // ahead lowers the limit when the lines to come are much larger than those that it was found with.
-func (l *limit) ahead(line load) bool {
+func (l *Limit) ahead(line shape) bool {
 	larger := func(next, last float64) float64 {
 		if next > 1.5*last && last > 0 {
 			return next / last
@@ -268,7 +268,7 @@ func (l *limit) ahead(line load) bool {
 }
 
 // set makes n the limit, within its bounds.
-func (l *limit) set(n float64) {
+func (l *Limit) set(n float64) {
 	if math.IsNaN(n) {
 		return
 	}
@@ -276,7 +276,7 @@ func (l *limit) set(n float64) {
 }
 
 // plan sets the limit to what fits, where the engine tells its capacity and not its load.
-func (l *limit) plan() {
+func (l *Limit) plan() {
 	b := l.beginning(look{answers: l.count})
 	l.set(b.fits())
 	l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of %.0f + up to %.0f; engine tells no load", l.kv, b.prompt, b.most)
@@ -297,7 +297,7 @@ const (
 )
 
 // meet makes steps large again where lines are not what they were.
-func (g *gain) meet(line load) {
+func (g *gain) meet(line shape) {
 	if n := line.prompt + line.output; n > 1.25*g.line || g.line > 1.25*n {
 		*g = gain{size: 1, line: n}
 	}

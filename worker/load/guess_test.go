@@ -1,4 +1,4 @@
-package worker
+package load
 
 import (
 	"os"
@@ -12,21 +12,23 @@ import (
 // TestGuess: the Rust frontend tells no capacity. The engine that was recorded has 4,112,864 tokens, as its Python frontend
 // says.
 func TestGuess(t *testing.T) {
-	b, err := os.ReadFile("../testdata/vllm/metrics-vllm-0.26.0-rust.txt")
-	must(t, err)
-	l := newLimit(0)
-	st := Status{State: proto.EngineReady, Kind: KindVLLM, Version: "0.26.0", Run: 1, MaxLen: 4096, Gauges: readGauges(b)}
-	l.observe(st, 1024, time.Now())
+	b, err := os.ReadFile("../../testdata/vllm/metrics-vllm-0.26.0-rust.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := New(0)
+	st := Engine{Kind: proto.KindVLLM, Version: "0.26.0", Run: 1, MaxLen: 4096, Gauges: ReadGauges(b)}
+	l.Observe(st, 1024, time.Now())
 	if l.kv < 0.97*4112864 || l.kv > 1.03*4112864 || l.way != bySteering {
 		t.Errorf("KV cache of %.0f tokens", l.kv)
 	}
 	st.Gauges.KVTokens = 4112864
-	l.observe(st, 1024, time.Now())
+	l.Observe(st, 1024, time.Now())
 	if l.kv != 4112864 {
 		t.Errorf("KV cache of %.0f tokens, the engine says 4112864", l.kv)
 	}
 	st.Gauges.KVTokens = 0 // the engine's word stays
-	l.observe(st, 1024, time.Now())
+	l.Observe(st, 1024, time.Now())
 	if l.kv != 4112864 {
 		t.Errorf("KV cache of %.0f tokens, the engine said 4112864", l.kv)
 	}
@@ -35,9 +37,9 @@ func TestGuess(t *testing.T) {
 // TestGuessLost: tokens of requests that were broken off are counted as held for ever, and are not.
 func TestGuessLost(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
-	l.observe(seen(0, Gauges{Held: 50000}), 0, now)
-	l.observe(seen(0, Gauges{Held: 150000 - 8*100, Running: 100, KVUsage: 0.25}), 100, now.Add(time.Second))
+	l := New(0)
+	l.Observe(seen(0, Gauges{Held: 50000}), 0, now)
+	l.Observe(seen(0, Gauges{Held: 150000 - 8*100, Running: 100, KVUsage: 0.25}), 100, now.Add(time.Second))
 	if l.kv != 400000 {
 		t.Errorf("KV cache of %.0f tokens, want 400000", l.kv)
 	}
@@ -46,10 +48,10 @@ func TestGuessLost(t *testing.T) {
 // TestGuessGivenUp: requests that a client gave up stay among those that are counted as held while others go on.
 func TestGuessGivenUp(t *testing.T) {
 	now := time.Now()
-	l := newLimit(0)
+	l := New(0)
 	for i := range int64(100) { // each time 30 more, of about as many tokens
 		g := Gauges{Held: 100*992 + 30*i*1100, Holding: 100 + 30*i, Running: 100, KVUsage: 0.25}
-		l.observe(seen(0, g), 100, now.Add(time.Duration(i)*time.Second))
+		l.Observe(seen(0, g), 100, now.Add(time.Duration(i)*time.Second))
 	}
 	if l.kv < 380000 || l.kv > 450000 {
 		t.Errorf("KV cache of %.0f tokens, want 400000", l.kv)
@@ -78,14 +80,14 @@ sglang:realtime_tokens_total{dp_rank="1",mode="decode",model_name="m"} 4000.0
 
 func TestGaugesSGLang(t *testing.T) {
 	want := Gauges{Known: true, Engines: 2, KVTokens: 200000, KVUsage: 0.4, Running: 50, Waiting: 3, Prompt: 8128902, Generation: 9000, Preemptions: 7}
-	if got := readGauges([]byte(sglangMetrics)); got != want {
+	if got := ReadGauges([]byte(sglangMetrics)); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 }
 
 // TestGaugesOfSeveral: the use of several engines is their mean, as their capacity is their sum, wherever that stands.
 func TestGaugesOfSeveral(t *testing.T) {
-	got := readGauges([]byte(strings.Join([]string{
+	got := ReadGauges([]byte(strings.Join([]string{
 		`vllm:num_requests_running{engine="0"} 30`, `vllm:num_requests_running{engine="1"} 10`,
 		`vllm:kv_cache_usage_perc{engine="0"} 0.9`, `vllm:kv_cache_usage_perc{engine="1"} 0.3`,
 		`vllm:cache_config_info{kv_cache_size_tokens="1000"} 1.0`,
