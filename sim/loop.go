@@ -9,6 +9,8 @@ import (
 type Loop struct {
 	Requests []Request // their IDs are set to their places
 	InFlight func() int
+	// Burst, where it is not nil, is how many have to have ended before others are sent, as long as there are so many.
+	Burst func() int
 	// Turn is from the end of a request to the arrival of the one that takes its place. The frontend takes requests one
 	// after another, Spacing apart.
 	Turn, Spacing time.Duration
@@ -39,6 +41,9 @@ func (l *Loop) Run(v *Virtual) Figures {
 		inside int
 	)
 	fill := func() {
+		if l.Burst != nil && l.InFlight()-inside < min(l.Burst(), len(l.Requests)-len(sent)) {
+			return
+		}
 		for len(sent) < len(l.Requests) && inside < l.InFlight() {
 			r := &l.Requests[len(sent)]
 			r.ID = len(sent)

@@ -229,7 +229,7 @@ func TestSlots(t *testing.T) {
 		}
 		return lines
 	}
-	s.setLimit(32, false)
+	s.setLimit(32, 1, false)
 	put(0, 0)
 	fresh := come(0)[0]
 	for i := range int64(9) {
@@ -278,7 +278,7 @@ func TestSlots(t *testing.T) {
 		hold[50+i] <- struct{}{}
 	}
 	s.wg.Wait()
-	s.setLimit(9, false)
+	s.setLimit(9, 1, false)
 	if room, _ := s.room(); room != 10 {
 		t.Errorf("room %d", room)
 	}
@@ -309,7 +309,7 @@ func (s *slots) wait(ok func() bool) {
 func TestSlotsComeBack(t *testing.T) {
 	more := 0
 	s := &slots{more: func() { more++ }}
-	s.setLimit(8, false)
+	s.setLimit(8, 1, false)
 	s.stepAway(manyAway + 9)
 	before := more
 	if room, _ := s.room(); room != 0 || before != 1 {

@@ -354,7 +354,7 @@ func (s *session) adjust() {
 	if s.taking.Err() != nil {
 		n = 0
 	}
-	s.slots.setLimit(n, quota == 1)
+	s.slots.setLimit(n, s.limit.Burst(), quota == 1)
 	if n == 0 {
 		for _, l := range s.slots.takeReady(all) {
 			s.giveBack(l, 0, "closed")

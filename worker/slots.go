@@ -34,6 +34,8 @@ type slots struct {
 
 	mu       sync.Mutex
 	limit    int
+	burst    int  // lines that are started together, where so many are ready; below 2: one by one
+	bursting bool // lines are started until all slots are taken
 	trial    bool // what is started now tries the engine
 	full     fullness
 	ready    fifo
@@ -92,10 +94,11 @@ func (f *fifo) take(match func(*line) bool) []*line {
 	return out
 }
 
-// setLimit changes how many lines may run; 0 starts no more. A trial is a line that tries an engine.
-func (s *slots) setLimit(n int, trial bool) {
+// setLimit changes how many lines may run, and how many are started together; 0 starts no more. A trial is a line that
+// tries an engine.
+func (s *slots) setLimit(n, burst int, trial bool) {
 	s.mu.Lock()
-	s.limit, s.trial = n, trial
+	s.limit, s.burst, s.trial = n, burst, trial
 	s.fill()
 	s.full.see(time.Now(), len(s.running), s.usual())
 	s.mu.Unlock()
@@ -173,10 +176,26 @@ func (s *slots) pick() *line {
 			return s.start(g.waiting.pop())
 		}
 	}
-	if s.ready.len() == 0 {
+	if s.ready.len() == 0 || s.gathers() {
 		return nil
 	}
 	return s.start(s.ready.pop())
+}
+
+// gathers says whether free slots wait until there are enough for a burst. Called with mu held.
+func (s *slots) gathers() bool {
+	if s.burst < 2 {
+		return false
+	}
+	free := s.limit - len(s.running)
+	if free >= min(s.burst, s.ready.len()) {
+		s.bursting = true
+	}
+	if !s.bursting {
+		return true
+	}
+	s.bursting = free > 1 // the last one otherwise
+	return false
 }
 
 func (s *slots) start(l *line) *line {
@@ -217,8 +236,8 @@ func (s *slots) next(l *line, in chan *line) *line {
 	if n == nil {
 		s.full.see(time.Now(), len(s.running), s.usual())
 	}
-	if was {
-		s.fill() // the slots that were empty for its sake
+	if was || n != nil && s.bursting {
+		s.fill() // the slots that were empty for its sake, or until there were enough
 	}
 	switch {
 	case n != nil:

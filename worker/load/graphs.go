@@ -49,7 +49,7 @@ const (
 	graphsMore  = 1.25 // times size are tried
 	graphsEdge  = 0.95 // times what size makes: more that make less than that are beyond an edge
 	graphsClear = 0.8  // the same, of half a generation
-	graphsLines = 1.5  // times the tokens of a line, from which on it is found out anew
+	otherLines  = 1.5  // times the tokens of a line, from which on it is found out anew
 	graphsShort = 0.9  // of the limit: fewer in flight show nothing of it
 )
 
@@ -89,7 +89,7 @@ func (g *graphs) weigh(now look, base, room, line float64) bool {
 	}
 	g.seen = max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
 	if g.stage == graphsKeep || g.stage == graphsFree {
-		if line > graphsLines*g.line || g.line > graphsLines*line {
+		if line > otherLines*g.line || g.line > otherLines*line {
 			g.stage = graphsHold
 		}
 		return false

@@ -3,6 +3,7 @@ package load
 import (
 	"cmp"
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
@@ -49,6 +50,8 @@ type Limit struct {
 	most    float64 // sequences that an engine of its kind runs at once
 	seqs    float64 // the same, as far as it was seen
 	ran     float64 // so many ran while others waited, when that was seen; 0: it was not, or it has run more since
+	ranAt   time.Time
+	ranLine float64 // tokens of a line then
 	maxLen  float64
 	several several
 	climb   climb
@@ -94,6 +97,8 @@ const (
 	begunLines  = 64   // lines that begun remembers
 	endedLines  = 512  // lines that ended remembers, at most
 	fewLines    = 64   // and at least
+	burstWorth  = 0.2  // 2e / 4
+	burstFew    = 32   // lines, in flight and ended, at least, for bursts
 )
 
 func New(fixed int) *Limit {
@@ -103,21 +108,41 @@ func New(fixed int) *Limit {
 // width is how many sequences a line is.
 func (l *Limit) width() float64 { return max(1, l.choices.output) }
 
-// get returns the limit in lines, at least 1.
+// Get returns the limit in lines, at least 1.
 func (l *Limit) Get() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return max(1, int(l.base/l.width()*l.share+0.5))
 }
 
-// tokens is the capacity of the KV cache, told or guessed; 0: unknown.
+// Burst is how many lines to start together, once so many slots are free; 1: each at once.
+//
+// A prompt makes a step of vLLM larger than its CUDA graphs, and so slower for all that run (see graphs). Where lines end one by
+// one, most steps have a prompt in them; where those that follow them begin together, few have. Of n lines with outputs of c
+// tokens n/c end in a step, so bursts of k make n/(c·k) of the steps slow, by a share e, and leave k/2 of n slots empty on
+// average: best is k = n·√(2e/c). e was 0.4 with 430 in flight on an H200 (docs/measurements/speed.md). Half that k makes
+// nearly as much, and what runs is steadier.
+func (l *Limit) Burst() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fixed > 0 || l.way != bySteering || l.graphs.size == 0 || l.ended.n < burstFew {
+		return 1
+	}
+	n := l.base / l.width() * l.share
+	if n < burstFew {
+		return 1
+	}
+	return max(2, int(n*math.Sqrt(burstWorth/max(l.ended.output, 1))))
+}
+
+// Tokens is the capacity of the KV cache, told or guessed; 0: unknown.
 func (l *Limit) Tokens() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return int64(l.kv)
 }
 
-// reason says why the limit is what it is.
+// Reason says why the limit is what it is.
 func (l *Limit) Reason() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -138,7 +163,7 @@ func (l *Limit) Reason() string {
 	return l.why
 }
 
-// expects takes in what a line asks for, before it runs. It says whether the limit may have moved, and whether the engine
+// Expects takes in what a line asks for, before it runs. It says whether the limit may have moved, and whether the engine
 // was idle, so that a look is due.
 func (l *Limit) Expects(bytes int, w Wish) (moved, wake bool) {
 	if l.fixed > 0 {
@@ -162,7 +187,7 @@ func (l *Limit) Expects(bytes int, w Wish) (moved, wake bool) {
 	return true, wake
 }
 
-// finished takes in what a line held that was answered now. Lines whose engine counts nothing do not tell.
+// Finished takes in what a line held that was answered now. Lines whose engine counts nothing do not tell.
 func (l *Limit) Finished(u proto.Usage, bytes int, w Wish, took time.Duration, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -181,7 +206,7 @@ func (l *Limit) Finished(u proto.Usage, bytes int, w Wish, took time.Duration, n
 	l.ended.add(keep, float64(bytes)/n, prompt, output, took.Seconds(), float64(w.Most)/n)
 }
 
-// observe takes in what a probe found, with as many lines in flight, and moves the limit.
+// Observe takes in what a probe found, with as many lines in flight, and moves the limit.
 func (l *Limit) Observe(st Engine, inFlight int, now time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -266,12 +291,12 @@ func (l *Limit) meet(st Engine) {
 	same := now.kind == l.engine.kind && now.version == l.engine.version
 	was := l.engine
 	l.engine = now
+	l.graphs.meet(now.kind, same, l.Graphs, float64(max(st.Gauges.Engines, 1)))
 	l.most = mostSeqs * float64(max(st.Gauges.Engines, 1))
 	if n := cmp.Or(st.Slots, l.Sequences); n > 0 {
-		l.most = float64(n)*seqsMore + seqsWait
+		l.most = l.enoughFor(float64(n))
 	}
 	l.seqs, l.ran = l.most, 0
-	l.graphs.meet(now.kind, same, l.Graphs, float64(max(st.Gauges.Engines, 1)))
 	if was == (identity{}) {
 		return
 	}
@@ -284,7 +309,7 @@ func (l *Limit) meet(st Engine) {
 	l.way = byNothing
 }
 
-// pace is how long to wait for the next look: a quarter of a line's life, twice that once the limit has settled, and
+// Pace is how long to wait for the next look: a quarter of a line's life, twice that once the limit has settled, and
 // less before there is one.
 func (l *Limit) Pace() time.Duration {
 	l.mu.Lock()
@@ -328,7 +353,7 @@ func (l *Limit) relax(now time.Time) {
 	}
 }
 
-// refused is called for each answer that says "too much". At most once a second it takes a third away; more than half
+// Refused is called for each answer that says "too much". At most once a second it takes a third away; more than half
 // only while more answers say so than are good: an engine that has too much refuses whatever comes next, at once, while one
 // that refuses now and then does so whatever the limit is.
 func (l *Limit) Refused(now time.Time) {

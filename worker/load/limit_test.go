@@ -143,47 +143,63 @@ func TestLimitIdle(t *testing.T) {
 }
 
 // TestLimitCrowded: an engine that runs fewer lines at once than its KV cache holds is known by what it lets wait, long
-// before as many have ended as are in flight; one that runs all that it gets gets more.
+// before as many have ended as are in flight; one that runs all that it gets gets more. vLLM gets no line that would wait,
+// so that is seen only where lines become others.
 func TestLimitCrowded(t *testing.T) {
-	now := time.Now()
-	l := New(0)
-	made, most := int64(0), int64(64)
-	second := func() {
-		now = now.Add(time.Second)
-		n := int64(l.Get())
-		running := min(n, most)
-		for range 250 {
-			l.Expects(100, Wish{20, 1})
-			made += 20
-			l.Finished(proto.Usage{Counted: true, Prompt: 118, Completion: 20}, 100, Wish{20, 1}, time.Duration(n)*4*time.Millisecond, now)
+	for kind, want := range map[string]int{proto.KindOther: 67, proto.KindVLLM: 64} {
+		now := time.Now()
+		l := New(0)
+		made, most, size := int64(0), int64(64), int64(20)
+		second := func() {
+			now = now.Add(time.Second)
+			n := int64(l.Get())
+			running := min(n, most)
+			for range 250 {
+				l.Expects(100, Wish{int(size), 1})
+				made += size
+				l.Finished(proto.Usage{Counted: true, Prompt: 118, Completion: size}, 100, Wish{int(size), 1}, time.Duration(n)*4*time.Millisecond, now)
+			}
+			st := seen(131072, Gauges{Running: running, Waiting: n - running, KVUsage: float64(running) * 128 / 131072, Generation: made})
+			st.Kind = kind
+			l.Observe(st, int(n), now)
 		}
-		l.Observe(seen(131072, Gauges{Running: running, Waiting: n - running, KVUsage: float64(running) * 128 / 131072, Generation: made}), int(n), now)
-	}
-	second()
-	if got := l.Get(); got < 500 {
-		t.Fatalf("limit %d by the KV cache", got)
-	}
-	told := New(0)
-	told.Sequences = 64
-	st := seen(131072, Gauges{})
-	st.Kind = proto.KindVLLM
-	told.Observe(st, 0, now)
-	told.Expects(100, Wish{20, 1})
-	if got, why := told.Get(), told.Reason(); got != 67 || why != "engine runs no more than 64 at once, by its flags" {
-		t.Errorf("limit %d by its flags: %s", got, why)
-	}
-	for range 3 {
 		second()
-	}
-	if got, why := l.Get(), l.Reason(); got != 67 || why != "engine runs no more than 64 at once" {
-		t.Errorf("limit %d: %s", got, why)
-	}
-	most = 1024
-	for range 10 {
-		second()
-	}
-	if got := l.Get(); got < 80 {
-		t.Errorf("limit %d of an engine that runs all", got)
+		if got := l.Get(); got < 500 {
+			t.Fatalf("%s: limit %d by the KV cache", kind, got)
+		}
+		told := New(0)
+		told.Sequences = 64
+		st := seen(131072, Gauges{})
+		st.Kind = kind
+		told.Observe(st, 0, now)
+		told.Expects(100, Wish{20, 1})
+		if got, why := told.Get(), told.Reason(); got != want || why != "engine runs no more than 64 at once, by its flags" {
+			t.Errorf("%s: limit %d by its flags: %s", kind, got, why)
+		}
+		for range 3 {
+			second()
+		}
+		if got, why := l.Get(), l.Reason(); got != want || why != "engine runs no more than 64 at once" {
+			t.Errorf("%s: limit %d: %s", kind, got, why)
+		}
+		most = 1024
+		for range 10 {
+			second()
+		}
+		if kind == proto.KindVLLM {
+			if got := l.Get(); got != want {
+				t.Errorf("%s: limit %d, though lines are what they were", kind, got)
+			}
+			for size = 120; l.Get() == want && most > 1000; most-- {
+				second()
+			}
+			for range 10 {
+				second()
+			}
+		}
+		if got := l.Get(); got < 80 {
+			t.Errorf("%s: limit %d of an engine that runs all", kind, got)
+		}
 	}
 }
 

@@ -26,6 +26,7 @@ const (
 	mostGrowth  = 0.25 // of the limit, in the life of a line
 	// of an engine that runs so many at once and no more, that many times seqsMore, and seqsWait, are in flight
 	seqsMore, seqsWait = 1.02, 2
+	ranLives           = 100 // lives of a line after which it is seen anew how many an engine runs
 )
 
 // look is what a probe saw.
@@ -152,18 +153,19 @@ func (l *Limit) generated(now look) float64 {
 
 // window is what the looks over the life of a line show.
 type window struct {
-	whole               bool    // it spans a life, all of it with about as many in flight as may be
-	use                 float64 // of the KV cache, at most
-	waiting, running    float64 // mean
-	inFlight            float64 // sequences of ours, mean
-	least, most, queued float64 // running at least and at most; waiting at least
-	held                float64 // tokens in the KV cache per running request, mean; 0: not told
+	whole            bool    // it spans a life, all of it with about as many in flight as may be
+	use              float64 // of the KV cache, at most
+	waiting, running float64 // mean
+	inFlight         float64 // sequences of ours, mean
+	most, queued     float64 // running at most; waiting at least
+	often            float64 // share of the looks that found about as many running as at most
+	held             float64 // tokens in the KV cache per running request, mean; 0: not told
 }
 
 func (l *Limit) window(life time.Duration) (w window) {
 	first, last := l.looks[0], l.looks[len(l.looks)-1]
 	w.whole = last.at.Sub(first.at) >= life*9/10
-	w.least, w.queued = math.Inf(1), math.Inf(1)
+	w.queued = math.Inf(1)
 	for _, k := range l.looks {
 		running, waiting := float64(k.g.Running), float64(k.g.Waiting)
 		w.whole = w.whole && k.inFlight >= 0.9*min(l.base, first.inFlight)
@@ -171,8 +173,13 @@ func (l *Limit) window(life time.Duration) (w window) {
 		w.waiting += waiting / float64(len(l.looks))
 		w.running += running / float64(len(l.looks))
 		w.inFlight += k.inFlight / float64(len(l.looks))
-		w.least, w.most, w.queued = min(w.least, running), max(w.most, running), min(w.queued, waiting)
+		w.most, w.queued = max(w.most, running), min(w.queued, waiting)
 		w.held += k.g.KVUsage * l.kv / max(running, 1) / float64(len(l.looks))
+	}
+	for _, k := range l.looks {
+		if float64(k.g.Running) >= 0.98*w.most {
+			w.often += 1 / float64(len(l.looks))
+		}
 	}
 	return w
 }
@@ -200,7 +207,7 @@ func (l *Limit) grow(now look, life time.Duration) {
 		l.set(l.base - down*l.gain.turn(false, 1))
 		l.hold = now.at.Add(life)
 	case w.waiting > 0.2*w.running+1:
-		if w.whole && w.use < 0.9 && w.queued > 0 && w.least >= 0.95*w.most && w.most >= minLimit {
+		if w.whole && w.use < 0.9 && w.queued > 0 && w.often >= 0.5 && w.most >= minLimit {
 			l.runs(w.most)
 		}
 	case preempted > bearable/2, now.inFlight < 0.9*l.base:
@@ -211,7 +218,7 @@ func (l *Limit) grow(now look, life time.Duration) {
 			by = max(by, min(0.97/w.use-1, mostGrowth*min(max(lives, 1), 4)))
 		}
 		next := l.base * (1 + by*min(dt, 1))
-		if next > l.seqs && w.whole && w.waiting < 1 && w.running > 0.9*w.inFlight {
+		if next > l.seqs && w.whole && w.waiting < 1 && w.running > 0.9*w.inFlight && l.mayRunMore(now, life) {
 			l.seqs, l.ran = min(next, l.most), 0 // it runs all that it gets
 		}
 		l.set(next)
@@ -242,8 +249,28 @@ func (l *Limit) crowded() float64 {
 
 // runs takes note of how many sequences the engine runs at once, whatever room there is.
 func (l *Limit) runs(n float64) {
-	l.seqs, l.ran = n*seqsMore+seqsWait, n
+	l.seqs, l.ran = l.enoughFor(n), n
+	l.ranAt, l.ranLine = l.looks[len(l.looks)-1].at, l.ended.prompt+l.ended.output
 	l.set(l.base)
+}
+
+// enoughFor is how many to have at an engine that runs n at once and no more. Those that wait in it begin when another one
+// ends, each in a step of its own; so where bursts are better, none do.
+func (l *Limit) enoughFor(n float64) float64 {
+	if l.graphs.size > 0 && n/l.width() >= burstFew {
+		return n
+	}
+	return n*seqsMore + seqsWait
+}
+
+// mayRunMore says whether an engine that runs all that it gets may run more than was seen once. Where none wait in it,
+// it shows only when it gets more.
+func (l *Limit) mayRunMore(now look, life time.Duration) bool {
+	if l.ran == 0 || l.enoughFor(l.ran) > l.ran || now.at.Sub(l.ranAt) > ranLives*life {
+		return true
+	}
+	tokens := l.ended.prompt + l.ended.output
+	return tokens > otherLines*l.ranLine || l.ranLine > otherLines*tokens
 }
 
 // ahead lowers the limit when the lines to come are much larger than those that it was found with.
