@@ -361,7 +361,7 @@ func loading(took time.Duration, phase string) string {
 	if took >= time.Minute {
 		step = 30 * time.Second
 	}
-	s := "engine is loading"
+	s := "vLLM is starting"
 	if took = took.Truncate(step); took > 0 {
 		s += " (" + short(took) + ")"
 	}

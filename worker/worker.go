@@ -51,6 +51,7 @@ type Worker struct {
 
 	Answered *atomic.Int64 // counts the lines that the engine answered well; nil: nobody counts
 
+	Coming  []string // models that the engine will list once it is up, for people; nil: not known
 	Flags   []string // that the engine was started with, without keys: everybody may read them; nil: not known
 	Devices []string // GPUs that it was given, by number or UUID; nil: not known
 	GPUs    *GPUs    // of this machine; nil: nobody looks
