@@ -297,6 +297,9 @@ type Worker struct {
 	OwnGPUs     bool     // these are the engine's; otherwise nobody knows which of them are
 	Kind        string   // of the engine, as its worker found out; empty: not known
 	Slots       int64    // most sequences that it runs at once; 0: it does not tell
+	Hosted      bool     // the worker's process runs the engine: Restarts is known
+	Restarts    int64    // of the engine since its worker's process began it
+	LastRestart string   // cause of the last one, as in the metrics; empty: there was none
 }
 
 // Whose tokens a rate counts.
@@ -372,6 +375,9 @@ func (w *Worker) visit(c *codec) {
 	c.bool(&w.OwnGPUs)
 	c.str(&w.Kind)
 	c.int(&w.Slots)
+	c.bool(&w.Hosted)
+	c.int(&w.Restarts)
+	c.str(&w.LastRestart)
 }
 
 // Encode renders the record for the wire.

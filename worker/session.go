@@ -434,6 +434,9 @@ func (s *session) record() *proto.Worker {
 	if len(w.Models) == 0 && state == proto.EngineWaiting {
 		w.Models = s.Coming
 	}
+	if w.Hosted = s.Restarts != nil; w.Hosted {
+		w.Restarts, w.LastRestart = s.Restarts()
+	}
 	w.GPUs, w.OwnGPUs = s.gpus(st)
 	s.meter.tell(w, st.State == proto.EngineReady, time.Now())
 	return w
