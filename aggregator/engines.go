@@ -41,6 +41,11 @@ type Engine struct {
 	// take a few seconds; those of other jobs, and of other clients of the engine, are among them.
 	Preemptions        *int64   `json:"preemptions"`
 	PreemptionsPerLine *float64 `json:"preemptions_per_line"` // Preemptions / Lines
+	// Restarts is how often the engine was started again from its worker's start on, also while it ran lines of other jobs,
+	// and LastRestart the cause of the last time, as millrace_engine_restarts_total has it. Neither is there where the worker
+	// did not start the engine itself.
+	Restarts    *int64 `json:"restarts,omitzero"`
+	LastRestart string `json:"last_restart,omitzero"`
 }
 
 // GPU is a GPU as nvidia-smi names it.
@@ -130,7 +135,10 @@ func (r *Report) engines(heard []*proto.Worker) []Engine {
 func engineOf(w *proto.Worker) *Engine {
 	e := &Engine{
 		Worker: w.ID, Host: w.Host, Kind: w.Kind, Slots: w.Slots, Version: w.Version, Models: w.Models, KVTokens: w.KVTokens, MaxLen: w.MaxLen,
-		Program: w.Program, Simulated: w.Simulated, Flags: w.Flags, OwnGPUs: w.OwnGPUs,
+		Program: w.Program, Simulated: w.Simulated, Flags: w.Flags, OwnGPUs: w.OwnGPUs, LastRestart: w.LastRestart,
+	}
+	if w.Hosted {
+		e.Restarts = &w.Restarts
 	}
 	for _, g := range w.GPUs {
 		e.GPUs = append(e.GPUs, GPU{g.UUID, g.Name, max(g.MemoryTotal, 0)})
@@ -144,6 +152,7 @@ func learn(old, now *proto.Worker) *proto.Worker {
 	w := &proto.Worker{
 		ID: now.ID, Host: now.Host, Kind: now.Kind, Slots: now.Slots, Version: now.Version, Models: now.Models, KVTokens: now.KVTokens, MaxLen: now.MaxLen,
 		Program: now.Program, Simulated: now.Simulated, Flags: now.Flags, OwnGPUs: now.OwnGPUs,
+		Hosted: now.Hosted, Restarts: now.Restarts, LastRestart: now.LastRestart,
 	}
 	for _, g := range now.GPUs {
 		w.GPUs = append(w.GPUs, proto.GPU{Index: g.Index, UUID: g.UUID, Name: g.Name, MemoryTotal: g.MemoryTotal})

@@ -60,6 +60,14 @@ func TestLearn(t *testing.T) {
 	if got := learn(first, &proto.Worker{ID: "w", State: proto.EngineWaiting}); !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v", got)
 	}
+	want.Hosted, want.Restarts, want.LastRestart = true, 2, "oom"
+	if got := learn(first, &proto.Worker{ID: "w", State: proto.EngineWaiting, Hosted: true, Restarts: 2, LastRestart: "oom"}); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v", got)
+	}
+	if e := engineOf(want); e.Restarts == nil || *e.Restarts != 2 || e.LastRestart != "oom" || engineOf(first).Restarts != nil {
+		t.Errorf("%+v", e)
+	}
+	want.Hosted, want.Restarts, want.LastRestart = false, 0, ""
 	want.Version, want.KVTokens, want.Flags = "2", 9, []string{"a=2"}
 	if got := learn(first, &proto.Worker{ID: "w", Version: "2", KVTokens: 9, Flags: []string{"a=2"}}); !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v", got)

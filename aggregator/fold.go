@@ -92,6 +92,10 @@ func (j *job) keep(r *proto.Result, m message) error {
 		return err
 	}
 	j.spool.append(Record{Index: r.Index, OK: r.OK, Time: m.time, Data: m.data})
+	if r.Worker != "" {
+		at := m.time / int64(time.Microsecond)
+		j.busy.add(at-min(max(r.DurationUS, shortest), longest)-tried(r), at)
+	}
 	return nil
 }
 

@@ -43,7 +43,8 @@ type job struct {
 	finished *proto.Progress
 	note     string    // why the files cannot be written, for people
 	failed   time.Time // when that was last found; the finisher's alone
-	rate     rate
+	rate     Rate
+	busy     busy
 	unsaved  bool      // differs from the last checkpoint
 	met      bool      // engines has something that is not on disk
 	unshown  bool      // differs from the last progress
@@ -328,6 +329,9 @@ func (j *job) told(index, timestamp int64) bool {
 	return err == nil && rec.Time == timestamp
 }
 
+// rateWindow is that of the rates that a progress tells.
+const rateWindow = 15 * time.Second
+
 // touch notes that the job changed.
 func (j *job) touch() { j.unsaved, j.unshown = true, true }
 
@@ -349,7 +353,10 @@ func (j *job) progress(pos position, host, note string) *proto.Progress {
 	p.Wasted = j.wasted()
 	addUsage(&p.Wasted, j.drops.LateWasted, 1)
 	j.tally.fill(p)
-	p.RateLines, p.RateTokens = j.rate.at(time.Now(), j.tally.ok+j.tally.failed, j.tally.usage.Completion)
+	p.BusyUS = j.busy.sum()
+	now := time.Now()
+	j.rate.Add(now, p.BusyUS, p.OK+p.Failed, p.Usage.Completion, false)
+	p.RateLines, p.RateTokens, _ = j.rate.Per(now, rateWindow)
 	return p
 }
 
@@ -358,28 +365,4 @@ func (j *job) wasted() proto.Usage {
 	u := j.drops.Wasted
 	addUsage(&u, j.undone, 1)
 	return u
-}
-
-// rate tells how fast two counters went of late: over the last rateWindow, or since the first look if that is less.
-// It uses the clock of this process alone.
-type rate struct{ looks []look }
-
-type look struct {
-	when          time.Time
-	lines, tokens int64
-}
-
-const rateWindow = 15 * time.Second
-
-func (r *rate) at(now time.Time, lines, tokens int64) (float64, float64) {
-	r.looks = append(r.looks, look{now, lines, tokens})
-	for len(r.looks) > 2 && now.Sub(r.looks[1].when) >= rateWindow {
-		r.looks = r.looks[1:]
-	}
-	old := r.looks[0]
-	s := now.Sub(old.when).Seconds()
-	if s < 0.1 {
-		return 0, 0
-	}
-	return float64(lines-old.lines) / s, float64(tokens-old.tokens) / s
 }

@@ -1,6 +1,7 @@
 package producer
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -51,7 +52,7 @@ func (r *run) staff(ws []proto.Worker) string {
 	if r.want >= wantHalt || r.want == wantPause {
 		return ""
 	}
-	var idle, served []string
+	var idle, waiting, served []string
 	for i, q := range r.queues {
 		ready, limit := serving(ws, q.model)
 		r.limits[i] = limit
@@ -59,12 +60,62 @@ func (r *run) staff(ws []proto.Worker) string {
 		case r.over(q.model, r.job.Models[i].Lines):
 		case ready:
 			served = append(served, q.model)
+		case slices.ContainsFunc(ws, r.comes(q.model)):
+			waiting = append(waiting, q.model)
 		default:
 			idle = append(idle, q.model)
 		}
 	}
-	notes := []string{idleNote(idle, ws), ailingNote(served, ws)}
+	notes := []string{r.idleNote(idle, ws), r.waitingNote(waiting, ws), ailingNote(served, ws)}
 	return strings.Join(slices.DeleteFunc(notes, func(s string) bool { return s == "" }), "; ")
+}
+
+// comes says of workers whether they are for a model and do not run it now, as while their engine loads. Which models an
+// engine has that was never up nobody knows; of our own workers it may be any.
+func (r *run) comes(model string) func(proto.Worker) bool {
+	return func(w proto.Worker) bool {
+		may := r.o.Own && len(w.Models) == 0 && w.State != proto.EngineNoModel
+		return (may || slices.Contains(w.Models, model)) && w.State != proto.EngineReady && w.State != proto.EngineDraining
+	}
+}
+
+// waitingNote says what the workers do that are for models which nobody runs now. Our own have no names that tell anybody
+// anything.
+func (r *run) waitingNote(models []string, ws []proto.Worker) string {
+	const shown = 3
+	var parts, does []string
+	for _, model := range models {
+		var of []string
+		for _, w := range ws {
+			switch what := proto.Truncate(cmp.Or(w.Reason, w.State), 200); {
+			case !r.comes(model)(w):
+			case r.o.Own:
+				does = append(does, what)
+			default:
+				of = append(of, w.ID+" ("+what+")")
+			}
+		}
+		if !r.o.Own {
+			parts = append(parts, fmt.Sprintf("model %s waits for %s", model, few(of, shown)))
+		}
+	}
+	if r.o.Own {
+		slices.Sort(does)
+		return few(slices.Compact(does), shown)
+	}
+	if n := len(parts) - shown; n > 0 {
+		parts = append(parts[:shown], fmt.Sprintf("%d models more wait for workers", n))
+	}
+	return strings.Join(parts, "; ")
+}
+
+// few lists the first of them.
+func few(all []string, shown int) string {
+	s := strings.Join(all[:min(shown, len(all))], ", ")
+	if n := len(all) - shown; n > 0 {
+		s += fmt.Sprintf(" and %d more", n)
+	}
+	return s
 }
 
 // over says whether all lines of a model have ended.
@@ -105,29 +156,23 @@ func ailingNote(models []string, ws []proto.Worker) string {
 }
 
 // idleNote says which models nobody runs, and what the workers that there are do instead.
-func idleNote(models []string, ws []proto.Worker) string {
+func (r *run) idleNote(models []string, ws []proto.Worker) string {
 	if len(models) == 0 {
 		return ""
 	}
-	const shown = 3
-	s := "no worker serves model " + strings.Join(models[:min(shown, len(models))], ", ")
-	if len(models) > shown {
-		s += fmt.Sprintf(" and %d more", len(models)-shown)
+	if len(ws) == 0 && r.o.Own {
+		return "workers are starting"
 	}
+	const shown = 3
+	s := "no worker serves model " + few(models, shown)
 	if len(ws) == 0 {
 		return s + "; no worker is there, start `millrace worker`"
 	}
-	s += "; waiting; workers seen: "
-	for i, w := range ws[:min(shown, len(ws))] {
-		if i > 0 {
-			s += ", "
-		}
-		s += workerNote(w)
+	var seen []string
+	for _, w := range ws {
+		seen = append(seen, workerNote(w))
 	}
-	if len(ws) > shown {
-		s += fmt.Sprintf(" and %d more", len(ws)-shown)
-	}
-	return s
+	return s + "; waiting; workers seen: " + few(seen, shown)
 }
 
 func workerNote(w proto.Worker) string {

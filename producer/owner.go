@@ -30,6 +30,7 @@ type Owner struct {
 	AckWait  time.Duration         // set on the consumers; 0: theirs stays
 	LeaseTTL time.Duration         // 0: broker.DefaultLeaseTTL
 	Disk     int64                 // free bytes of the broker's disk where known, for the size of queues
+	Own      bool                  // the workers are those of this process
 	// Held is called, where not nil, when another process owns the job; Run watches then, and goes on where that one
 	// stops. Where it is nil, Run returns a *HeldError.
 	Held func(*HeldError)

@@ -338,6 +338,11 @@ func TestNotes(t *testing.T) {
 	}
 	beat(proto.Worker{ID: "w1", State: proto.EngineWaiting, Reason: "loading weights"})
 	noted("w1 (waiting: loading weights)")
+	beat(proto.Worker{ID: "w1", State: proto.EngineWaiting, Models: []string{"org/m"}, Reason: "vLLM is starting (30 s): compiling"})
+	until(t, "it is named that is about to run the model", func() bool {
+		n := w.feed(o.Job.ID).Note
+		return strings.Contains(n, "model org/m waits for w1 (vLLM is starting (30 s): compiling)") && !strings.Contains(n, "no worker")
+	})
 	beat(proto.Worker{ID: "w1", State: proto.EngineReady, Models: []string{"org/m"}, Limit: 9, Reason: "engine answered 3 of the last 50 requests well"})
 	noted("worker w1: engine answered 3 of the last 50 requests well")
 	beat(proto.Worker{ID: "w1", State: proto.EngineReady, Models: []string{"org/m"}, Limit: 9})
@@ -350,6 +355,35 @@ func TestNotes(t *testing.T) {
 	}
 	if f := w.feed(o.Job.ID); f.Note != "" {
 		t.Errorf("note %q at the end", f.Note)
+	}
+}
+
+// TestWaitingNote: workers that are for a model and do not run it are told with what they do; our own have no names.
+func TestWaitingNote(t *testing.T) {
+	w := func(id, state, reason string, models ...string) proto.Worker {
+		return proto.Worker{ID: id, State: state, Reason: reason, Models: models}
+	}
+	const load = "vLLM is starting (30 s): compiling"
+	for _, c := range []struct {
+		own  bool
+		ws   []proto.Worker
+		want string
+	}{
+		{false, nil, "no worker serves model m, n; no worker is there, start `millrace worker`"},
+		{true, nil, "workers are starting"},
+		{false, []proto.Worker{w("a", "waiting", load, "m"), w("b", "waiting", load), w("c", "hung", "", "m")},
+			"no worker serves model n; waiting; workers seen: a (waiting: " + load + "; serves m), b (waiting: " + load + "), c (hung; serves m); model m waits for a (" + load + "), c (hung)"},
+		{false, []proto.Worker{w("a", "draining", "", "m", "n")}, "no worker serves model m, n; waiting; workers seen: a (draining; serves m, n)"},
+		{true, []proto.Worker{w("a", "waiting", load, "m", "n"), w("b", "waiting", load, "m", "n")}, load},
+		{true, []proto.Worker{w("a", "waiting", "engine refuses connections"), w("b", "waiting", load, "m")}, "engine refuses connections, " + load},
+		{true, []proto.Worker{w("a", "no-model", "it serves x")}, "no worker serves model m, n; waiting; workers seen: a (no-model: it serves x)"},
+		{true, []proto.Worker{w("a", "ready", "", "m", "n"), w("b", "waiting", load, "m", "n")}, ""},
+	} {
+		models := []proto.ModelLines{{Model: "m", Lines: 1}, {Model: "n", Lines: 1}}
+		r := &run{o: &Owner{Own: c.own}, job: proto.Job{Models: models}, queues: []*queue{{model: "m"}, {model: "n"}}, limits: make([]int64, 2)}
+		if got := r.staff(c.ws); got != c.want {
+			t.Errorf("%+v:\n%s\nwant\n%s", c.ws, got, c.want)
+		}
 	}
 }
 

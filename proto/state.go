@@ -173,9 +173,12 @@ type Progress struct {
 	Manifest   string
 	Verdict    string  // VALID, or INVALID and why
 	Note       string  // why the aggregator cannot go on, for people
-	RateLines  float64 // lines folded per second of late
-	RateTokens float64 // completion tokens per second of late
+	RateLines  float64 // lines folded per second of late, while lines were at engines
+	RateTokens float64 // completion tokens, in the same way
 	After      int64   // of the job it speaks of
+	// BusyUS is for how long lines were at engines, in µs, by the results that this aggregator folded since it began: what
+	// two records differ by is what was between them. 0: none has come, or it is of an older version.
+	BusyUS int64
 }
 
 // ContextCut counts the answers that were cut, of all models; see Result.
@@ -255,6 +258,7 @@ func (p *Progress) visit(c *codec) {
 	c.float(&p.RateLines)
 	c.float(&p.RateTokens)
 	c.int(&p.After)
+	c.int(&p.BusyUS)
 }
 
 // Worker is a worker's heartbeat. Key in WORKERS: its ID.
@@ -293,6 +297,9 @@ type Worker struct {
 	OwnGPUs     bool     // these are the engine's; otherwise nobody knows which of them are
 	Kind        string   // of the engine, as its worker found out; empty: not known
 	Slots       int64    // most sequences that it runs at once; 0: it does not tell
+	Hosted      bool     // the worker's process runs the engine: Restarts is known
+	Restarts    int64    // of the engine since its worker's process began it
+	LastRestart string   // cause of the last one, as in the metrics; empty: there was none
 }
 
 // Whose tokens a rate counts.
@@ -368,6 +375,9 @@ func (w *Worker) visit(c *codec) {
 	c.bool(&w.OwnGPUs)
 	c.str(&w.Kind)
 	c.int(&w.Slots)
+	c.bool(&w.Hosted)
+	c.int(&w.Restarts)
+	c.str(&w.LastRestart)
 }
 
 // Encode renders the record for the wire.

@@ -120,6 +120,11 @@ func TestGPUs(t *testing.T) {
 	is("0, 3,5,6", 2, [][]string{{"0", "3"}, {"5", "6"}})
 	not("0,1,2", 2, "multiple")
 	not("0,0", 1, "twice")
+	smi("echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-a1)'; echo '  MIG 1g.10gb Device 0: (UUID: MIG-b1)'; echo 'GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-c1)'")
+	is("0,1", 1, [][]string{{"0"}, {"1"}})
+	is("1,GPU-a,MIG-b1", 1, [][]string{{"1"}, {"GPU-a"}, {"MIG-b1"}})
+	not("0,7", 1, "--gpus names 7, which this machine does not have; nvidia-smi lists 0,1")
+	not("0,GPU-d1", 1, "--gpus names GPU-d1, which this machine does not have; nvidia-smi lists GPU-a1,MIG-b1,GPU-c1")
 	not("some", 1, "must be all")
 	not("", 1, "must be all")
 	byBus = false // the numbers are as who set it counts

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -33,7 +34,7 @@ func gpuIDs(what string) (ids []string, byBus bool, err error) {
 	if what == "all" {
 		v, set := os.LookupEnv("CUDA_VISIBLE_DEVICES")
 		if !set {
-			ids, err = listed()
+			ids, _, err = listed()
 			return ids, true, err
 		}
 		if strings.TrimSpace(v) == "" {
@@ -53,16 +54,38 @@ func gpuIDs(what string) (ids []string, byBus bool, err error) {
 		seen[id] = true
 		ids = append(ids, id)
 	}
-	return ids, byBus, nil
+	if from == "--gpus" {
+		err = there(ids)
+	}
+	return ids, byBus, err
 }
 
 var (
 	gpuID   = regexp.MustCompile(`^(\d+|(GPU|MIG)-[0-9a-fA-F-]+)$`)
 	gpuLine = regexp.MustCompile(`(?m)^GPU (\d+): `)
+	gpuUUID = regexp.MustCompile(`\(UUID: ([^)]+)\)`)
 )
 
-// listed asks nvidia-smi.
-func listed() ([]string, error) {
+// there refuses GPUs that nvidia-smi does not list. Where it lists none, or does not answer, nobody knows what is there.
+func there(ids []string) error {
+	numbers, uuids, err := listed()
+	if err != nil {
+		return nil
+	}
+	for _, id := range ids {
+		have, is := uuids, strings.HasPrefix // CUDA takes the beginning of one, too
+		if id[0] >= '0' && id[0] <= '9' {
+			have, is = numbers, func(number, id string) bool { return number == id }
+		}
+		if !slices.ContainsFunc(have, func(one string) bool { return is(one, id) }) {
+			return fmt.Errorf("--gpus names %s, which this machine does not have; nvidia-smi lists %s", id, strings.Join(have, ","))
+		}
+	}
+	return nil
+}
+
+// listed asks nvidia-smi for numbers, and for UUIDs, of parts of GPUs too. The error is what --gpus all says.
+func listed() (numbers, uuids []string, err error) {
 	const most = 30 * time.Second // it wakes the driver where nobody has
 	ctx, cancel := context.WithTimeout(context.Background(), most)
 	defer cancel()
@@ -71,21 +94,23 @@ func listed() ([]string, error) {
 	cmd.WaitDelay = time.Second // whoever it started may hold its output
 	out, err := cmd.CombinedOutput()
 	if errors.Is(err, exec.ErrNotFound) {
-		return nil, errors.New("--gpus all: there is no nvidia-smi on this machine to list GPUs" + instead)
+		return nil, nil, errors.New("--gpus all: there is no nvidia-smi on this machine to list GPUs" + instead)
 	}
 	if ctx.Err() != nil {
-		return nil, fmt.Errorf("--gpus all: nvidia-smi -L did not answer in %s; the driver may hang%s", short(most), instead)
+		return nil, nil, fmt.Errorf("--gpus all: nvidia-smi -L did not answer in %s; the driver may hang%s", short(most), instead)
 	}
 	if err != nil {
 		first, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-		return nil, fmt.Errorf("--gpus all: nvidia-smi -L: %w: %s%s", err, first, instead)
+		return nil, nil, fmt.Errorf("--gpus all: nvidia-smi -L: %w: %s%s", err, first, instead)
 	}
-	var ids []string
-	for _, m := range gpuLine.FindAllStringSubmatch(string(out), -1) {
-		ids = append(ids, m[1])
+	second := func(re *regexp.Regexp) (all []string) {
+		for _, m := range re.FindAllStringSubmatch(string(out), -1) {
+			all = append(all, m[1])
+		}
+		return all
 	}
-	if len(ids) == 0 {
-		return nil, errors.New("--gpus all: nvidia-smi lists no GPU" + instead)
+	if numbers = second(gpuLine); len(numbers) == 0 {
+		return nil, nil, errors.New("--gpus all: nvidia-smi lists no GPU" + instead)
 	}
-	return ids, nil
+	return numbers, second(gpuUUID), nil
 }

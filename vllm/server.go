@@ -61,6 +61,8 @@ type Server struct {
 	changed chan struct{}
 	kill    chan string // causes for which the server is to be ended
 	kv      int64
+	again   int64  // restarts
+	cause   string // of the last one
 }
 
 const (
@@ -212,15 +214,30 @@ func (s *Server) Run(live, patience context.Context) error {
 		why := fmt.Sprintf("%s; it is started again%s (%d of %d)", end.why, when, t.restarts, s.Restarts)
 		s.Log.Warn(why, "engine", s.String(), "log", s.LogFile())
 		s.set(false, proto.EngineWaiting, why)
-		if s.Restarted != nil {
-			s.Restarted.WithLabelValues(end.cause).Inc()
-		}
+		s.count(end.cause)
 		select {
 		case <-live.Done():
 			return nil
 		case <-time.After(pause):
 		}
 	}
+}
+
+// count counts a restart.
+func (s *Server) count(cause string) {
+	s.mu.Lock()
+	s.again, s.cause = s.again+1, cause
+	s.mu.Unlock()
+	if s.Restarted != nil {
+		s.Restarted.WithLabelValues(cause).Inc()
+	}
+}
+
+// Again is how often the server was started again since Run began, and the cause of the last time, one of Causes.
+func (s *Server) Again() (n int64, cause string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.again, s.cause
 }
 
 // ending is how a server came to its end that was not asked to stop.
@@ -361,7 +378,7 @@ func loading(took time.Duration, phase string) string {
 	if took >= time.Minute {
 		step = 30 * time.Second
 	}
-	s := "engine is loading"
+	s := "vLLM is starting"
 	if took = took.Truncate(step); took > 0 {
 		s += " (" + short(took) + ")"
 	}

@@ -308,7 +308,7 @@ func TestAnswersOther(t *testing.T) {
 	r := newRig(t, "serve")
 	r.Flags = vllm.Flags{"--served-model-name=other"} // the script does not see it
 	r.start()
-	r.state(proto.EngineWaiting, "engine is loading", "; it lists m, not other")
+	r.state(proto.EngineWaiting, "vLLM is starting", "; it lists m, not other")
 }
 
 // TestOrphan: what a killed millrace left is ended; what is not ours is not.
@@ -376,10 +376,10 @@ func TestLoading(t *testing.T) {
 		phase string
 		want  string
 	}{
-		{time.Second, "", "engine is loading"},
-		{47 * time.Second, "loading weights", "engine is loading (40 s): loading weights"},
-		{119 * time.Second, "compiling", "engine is loading (1 min 30 s): compiling"},
-		{2 * time.Minute, "", "engine is loading (2 min)"},
+		{time.Second, "", "vLLM is starting"},
+		{47 * time.Second, "loading weights", "vLLM is starting (40 s): loading weights"},
+		{119 * time.Second, "compiling", "vLLM is starting (1 min 30 s): compiling"},
+		{2 * time.Minute, "", "vLLM is starting (2 min)"},
 	} {
 		if got := vllm.Loading(c.took, c.phase); got != c.want {
 			t.Errorf("%q, want %q", got, c.want)

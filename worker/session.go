@@ -431,6 +431,12 @@ func (s *session) record() *proto.Worker {
 		KVTokens: cmp.Or(s.capacity(st), s.limit.Tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
 		LimitWhy: s.limit.Reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
 	}
+	if len(w.Models) == 0 && state == proto.EngineWaiting {
+		w.Models = s.Coming
+	}
+	if w.Hosted = s.Restarts != nil; w.Hosted {
+		w.Restarts, w.LastRestart = s.Restarts()
+	}
 	w.GPUs, w.OwnGPUs = s.gpus(st)
 	s.meter.tell(w, st.State == proto.EngineReady, time.Now())
 	return w

@@ -51,6 +51,10 @@ type Worker struct {
 
 	Answered *atomic.Int64 // counts the lines that the engine answered well; nil: nobody counts
 
+	// Restarts tells how often the engine was started again, and the cause of the last time; nil: others look after that.
+	Restarts func() (n int64, cause string)
+
+	Coming  []string // models that the engine will list once it is up, for people; nil: not known
 	Flags   []string // that the engine was started with, without keys: everybody may read them; nil: not known
 	Devices []string // GPUs that it was given, by number or UUID; nil: not known
 	GPUs    *GPUs    // of this machine; nil: nobody looks

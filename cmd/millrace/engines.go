@@ -26,7 +26,7 @@ func printEngines(w io.Writer, all []aggregator.Engine) {
 	if len(all) > mostEngines {
 		shown, rest = all[:mostEngines-1], all[mostEngines-1:]
 	}
-	rows := [][]string{{"engine of", "version", "gpu", "KV tok", "lines", "limit", "full", "pre-emptions", "per line"}}
+	rows := [][]string{{"engine of", "version", "gpu", "KV tok", "lines", "limit", "full", "pre-emptions", "per line", "restarts"}}
 	for i := range shown {
 		rows = append(rows, engineRow(&shown[i]))
 	}
@@ -38,7 +38,7 @@ func printEngines(w io.Writer, all []aggregator.Engine) {
 }
 
 func engineRow(e *aggregator.Engine) []string {
-	row := []string{e.Worker, cmp.Or(strings.TrimSpace(e.Kind+" "+e.Version), unknown), gpuNames(e), unknown, fmt.Sprint(e.Lines), unknown, unknown, unknown, figure(e.PreemptionsPerLine, 1, 3)}
+	row := []string{e.Worker, cmp.Or(strings.TrimSpace(e.Kind+" "+e.Version), unknown), gpuNames(e), unknown, fmt.Sprint(e.Lines), unknown, unknown, unknown, figure(e.PreemptionsPerLine, 1, 3), unknown}
 	if e.KVTokens > 0 {
 		row[3] = fmt.Sprint(e.KVTokens)
 	}
@@ -51,7 +51,18 @@ func engineRow(e *aggregator.Engine) []string {
 	if e.Preemptions != nil {
 		row[7] = fmt.Sprint(*e.Preemptions)
 	}
+	if e.Restarts != nil {
+		row[9] = restarts(*e.Restarts, e.LastRestart)
+	}
 	return row
+}
+
+// restarts are how many, and the cause of the last one.
+func restarts(n int64, last string) string {
+	if last != "" {
+		return fmt.Sprintf("%d (%s)", n, last)
+	}
+	return fmt.Sprint(n)
 }
 
 func percent(share float64) string { return fmt.Sprintf("%.1f%%", 100*share) }
@@ -59,7 +70,7 @@ func percent(share float64) string { return fmt.Sprintf("%.1f%%", 100*share) }
 // restRow sums engines up: what they have in common, from the least to the most, or all together.
 func restRow(all []aggregator.Engine) []string {
 	var version, gpu, kv, flight, full []string
-	lines, preempted, of := int64(0), int64(0), int64(0)
+	lines, preempted, of, again := int64(0), int64(0), int64(0), (*int64)(nil)
 	byFlight := func(a, b aggregator.Engine) int { return cmp.Compare(value(a.InFlight), value(b.InFlight)) }
 	byFull := func(a, b aggregator.Engine) int { return cmp.Compare(value(a.FullShare), value(b.FullShare)) }
 	for _, e := range all {
@@ -70,6 +81,10 @@ func restRow(all []aggregator.Engine) []string {
 			preempted += *e.Preemptions
 			of += e.Lines
 		}
+		if e.Restarts != nil {
+			n := value(again) + *e.Restarts
+			again = &n
+		}
 	}
 	for _, e := range slices.SortedFunc(slices.Values(all), byFlight) {
 		flight = append(flight, engineRow(&e)[5])
@@ -77,7 +92,10 @@ func restRow(all []aggregator.Engine) []string {
 	for _, e := range slices.SortedFunc(slices.Values(all), byFull) {
 		full = append(full, engineRow(&e)[6])
 	}
-	row := []string{count(len(all), "other"), common(version), common(gpu), common(kv), fmt.Sprint(lines), reach(flight), reach(full), unknown, unknown}
+	row := []string{count(len(all), "other"), common(version), common(gpu), common(kv), fmt.Sprint(lines), reach(flight), reach(full), unknown, unknown, unknown}
+	if again != nil {
+		row[9] = fmt.Sprint(*again)
+	}
 	if of > 0 {
 		row[7], row[8] = fmt.Sprint(preempted), fmt.Sprintf("%.3f", float64(preempted)/float64(of))
 	}

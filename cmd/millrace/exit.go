@@ -22,6 +22,7 @@ const (
 	exitSomeFailed  = 3 // finished, some lines failed
 	exitThreshold   = 4 // --fail-under missed
 	exitEngine      = 5 // --vllm: cannot come up, and no restart mends it
+	exitNoJob       = 6 // no such job; of verify: nor a manifest there
 	exitUnreachable = 7 // broker; or an engine that is not usable, of --check: a worker waits for it
 	exitEnded       = 8 // timed out or cancelled
 	exitInvalid     = 9 // input
@@ -124,6 +125,8 @@ func exitCode(err error) int {
 			return 128 + int(n)
 		}
 		return 130
+	case errors.Is(err, broker.ErrNoJob): // though no broker is there that could have it
+		return exitNoJob
 	case errors.Is(err, broker.ErrUnreachable):
 		return exitUnreachable
 	case errors.Is(err, producer.ErrCancelled), errors.Is(err, producer.ErrExpired), errors.Is(err, context.DeadlineExceeded):

@@ -177,7 +177,7 @@ func (k *over) Error() string {
 func (k *over) Unwrap() error { return broker.ErrUnreachable }
 
 // nobody is the error of a command that asks or tells, where no run is at work and no broker at the usual place. It is
-// broker.ErrUnreachable.
+// broker.ErrUnreachable, and what wanted is.
 type nobody struct {
 	data   string
 	runs   []kept
@@ -195,7 +195,12 @@ func (n *nobody) Error() string {
 	return s
 }
 
-func (n *nobody) Unwrap() error { return broker.ErrUnreachable }
+func (n *nobody) Unwrap() []error {
+	if n.wanted == nil {
+		return []error{broker.ErrUnreachable}
+	}
+	return []error{broker.ErrUnreachable, n.wanted}
+}
 
 // keptMost is how many runs are listed.
 const keptMost = 20

@@ -5,44 +5,57 @@ import (
 	"time"
 )
 
-// TestPace: rates and the time that is left follow the last minute, whatever came before.
+// TestPace: rates and the time that is left follow the last minute in which lines were at engines, whatever came before.
 func TestPace(t *testing.T) {
 	var p pace
 	begin := time.Now()
 	at := func(sec int) time.Time { return begin.Add(time.Duration(sec) * time.Second) }
-	is := func(sec int, lines, left int64, want string) {
+	add := func(sec, busy int, lines int64, stands bool) {
+		p.Add(at(sec), int64(busy)*1e6, lines, 10*lines, stands)
+	}
+	is := func(sec int, left int64, want string) {
 		t.Helper()
-		if got := p.say(at(sec), lines, 10*lines, left); got != want {
+		if got := p.say(at(sec), left); got != want {
 			t.Errorf("after %d s: %q, want %q", sec, got, want)
 		}
 	}
-	p.add(at(0), 1000, 10000) // an interrupted job that goes on
-	is(0, 1000, 500, "")
-	for sec := 1; sec <= 20; sec++ { // the engine loads
-		p.add(at(sec), 1000, 10000)
+	add(0, 0, 1000, false) // an interrupted job that goes on
+	is(0, 500, "")
+	for sec := 1; sec <= 52; sec++ { // the engine loads, which is noticed late
+		add(sec, 0, 1000, sec > 5)
 	}
-	is(20, 1000, 500, "")
-	for sec := 21; sec <= 30; sec++ {
-		p.add(at(sec), 1000+int64(sec-20), 10*(1000+int64(sec-20)))
+	is(52, 500, "")
+	for sec := 53; sec <= 62; sec++ {
+		add(sec, sec-52, 1000+31*int64(sec-52), false)
 	}
-	is(30, 1010, 490, ", 0.3 lines/s, 3 output tok/s in the last 30s, 24m30s left")
-	for sec := 31; sec <= 100; sec++ {
-		p.add(at(sec), 1010+10*int64(sec-30), 10*(1010+10*int64(sec-30)))
+	is(62, 310, ", 31.0 lines/s, 310 output tok/s in the last 10s, 10s left")
+	for sec := 63; sec <= 132; sec++ {
+		add(sec, sec-52, 1310+10*int64(sec-62), false)
 	}
-	is(100, 1710, 300, ", 10.0 lines/s, 100 output tok/s in the last 1m, 30s left")
-	for sec := 101; sec <= 116; sec++ { // the last lines take long
-		p.add(at(sec), 1710, 17100)
+	is(132, 300, ", 10.0 lines/s, 100 output tok/s in the last 1m, 30s left")
+	for sec := 133; sec <= 172; sec++ { // the engine died, and loads again
+		add(sec, 80, 2010, sec > 135)
 	}
-	p.add(at(117), 1711, 17110)
-	is(117, 1711, 299, ", 7.2 lines/s, 72 output tok/s in the last 1m, 1h14m45s left")
-	for sec := 118; sec <= 170; sec++ { // nothing moves
-		p.add(at(sec), 1710, 17100)
+	is(172, 300, ", 10.0 lines/s, 100 output tok/s in the last 57s, 30s left")
+	add(177, 80, 2010, false) // it is up
+	is(177, 300, ", 9.2 lines/s, 92 output tok/s in the last 1m, 45s left")
+	add(180, 88, 2090, false) // and its first lines tell since when
+	is(180, 220, ", 10.0 lines/s, 100 output tok/s in the last 1m, 22s left")
+	is(195, 220, ", 7.5 lines/s, 75 output tok/s in the last 1m") // nothing ends, and an engine has lines
+	is(240, 220, ", 0.0 lines/s, 0 output tok/s in the last 1m")
+	add(241, 1, 10, false) // the results are folded anew
+	add(242, 2, 20, false)
+	is(242, 1<<40, ", 10.0 lines/s, 100 output tok/s in the last 1s, 876000h left")
+}
+
+// TestPaceOfOldAggregator: one that does not tell for how long lines were at engines leaves the clock.
+func TestPaceOfOldAggregator(t *testing.T) {
+	var p pace
+	now := time.Now()
+	for sec := range int64(11) {
+		p.Add(now.Add(time.Duration(sec)*time.Second), 0, 5*sec, 50*sec, false)
 	}
-	is(170, 1710, 300, ", 0.0 lines/s, 0 output tok/s in the last 1m")
-	if n := len(p.looks); n > 62 {
-		t.Errorf("%d looks are kept", n)
+	if got, want := p.say(now.Add(10*time.Second), 50), ", 5.0 lines/s, 50 output tok/s in the last 10s, 10s left"; got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
-	p.add(at(171), 10, 100) // the results are folded anew
-	p.add(at(172), 20, 200)
-	is(172, 20, 1<<40, ", 10.0 lines/s, 100 output tok/s in the last 1s, 876000h left")
 }

@@ -207,7 +207,7 @@ func (a *app) verify(ctx context.Context, what string) ([]string, error) {
 		return nil, err
 	}
 	if strings.HasSuffix(what, "manifest.json") { // a job may have any name, but hardly this one
-		return nil, fmt.Errorf("%s: no such file; %s", what, giveManifest)
+		return nil, coded{fmt.Errorf("%s: no such file; %s", what, giveManifest), exitNoJob}
 	}
 	conn, v, err := a.find(ctx, what)
 	switch k := a.keptToRead(what, err); {
@@ -261,7 +261,7 @@ func manifestAt(path string) (string, error) {
 	}
 	switch len(names) {
 	case 0:
-		return "", fmt.Errorf("%s holds no manifest; give the *.manifest.json of a finished job, or the job", path)
+		return "", coded{fmt.Errorf("%s holds no manifest; give the *.manifest.json of a finished job, or the job", path), exitNoJob}
 	case 1:
 		return names[0], nil
 	}

@@ -203,7 +203,7 @@ func (a *app) runJob(take, stop context.Context, r *runFlags, ds *producer.Datas
 	}
 	c := startCrew(take, stop, ws, a.drain(&r.engineFlags, reg))
 	defer func() { err = errors.Join(err, c.stop()) }()
-	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait}
+	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg, Window: r.window, AckWait: r.ackWait, Own: true}
 	fmt.Fprintf(a.std.err, "job %s: %s\n", job.ID, count(job.Lines, "line"))
 	// The job is owned until what is in flight has ended: nobody should take it for orphaned meanwhile.
 	owned, letGo := context.WithCancelCause(context.WithoutCancel(take))

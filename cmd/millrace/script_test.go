@@ -30,7 +30,7 @@ import (
 //	says NAME REGEXP                 wait until it has said that, on either stream
 //	silent NAME REGEXP               it has not said that so far
 //	ends NAME CODE                   wait for its end; what it said is in NAME.out and NAME.err then
-//	signal NAME int|term|kill        send it a signal
+//	signal NAME int|term|hup|kill    send it a signal
 //	eventually REGEXP PROGRAM ARG... run a program again and again until it prints that
 //	port VAR                         a free address on the loopback interface
 //	engine NAME KEY=VALUE...         a simulated engine; its URL is $NAME. Keys: model, key, hang, slow, 400, 401, 500
@@ -198,8 +198,8 @@ func cmdEnds(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 func cmdSignal(ts *testscript.TestScript, neg bool, args []string) {
-	usage(ts, neg, args, 2, "signal NAME int|term|kill")
-	sig := map[string]os.Signal{"int": os.Interrupt, "term": syscall.SIGTERM, "kill": os.Kill}[args[1]]
+	usage(ts, neg, args, 2, "signal NAME int|term|hup|kill")
+	sig := map[string]os.Signal{"int": os.Interrupt, "term": syscall.SIGTERM, "hup": syscall.SIGHUP, "kill": os.Kill}[args[1]]
 	if sig == nil {
 		ts.Fatalf("no such signal: %s", args[1])
 	}

@@ -43,26 +43,36 @@ func (a *app) stopping(what, hint string) {
 }
 
 // onSignals calls first, and then the others, one for each signal to stop, until the function that it returns is
-// called, which calls over. After the last of them signals do what they do by default.
+// called, which calls over. After the last of them signals do what they do by default, but for SIGHUP: a terminal that is
+// closed sends it more than once, from its shell too, so it can be the first and is passed over later. Whoever has it
+// ignored, as nohup does, is not stopped by it.
 func (a *app) onSignals(first func(os.Signal), over func(), others ...func(os.Signal)) (done func()) {
-	sigs := make(chan os.Signal, 2)
+	sigs, hangups := make(chan os.Signal, 2), make(chan os.Signal, 1)
 	signal.Notify(sigs, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(hangups, syscall.SIGHUP)
+	}
 	ended, quit := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
 		defer signal.Stop(sigs)
+		hangup := (<-chan os.Signal)(hangups)
 		for _, do := range append([]func(os.Signal){first}, others...) {
 			select {
 			case <-quit:
 				return
 			case s := <-sigs:
 				do(s)
+			case s := <-hangup:
+				do(s)
 			}
+			hangup = nil
 		}
 	}()
 	return func() {
 		close(quit)
 		<-ended
+		signal.Stop(hangups)
 		over()
 	}
 }

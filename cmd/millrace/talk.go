@@ -23,6 +23,8 @@ type talk struct {
 	bar   *mpb.Bar
 	view  broker.JobView
 	note  string
+	noted time.Time // when the note came
+	stood int64     // lines that had ended then
 	said  time.Time
 	ended int64 // lines, when that was
 	start time.Time
@@ -31,7 +33,11 @@ type talk struct {
 	speed atomic.Value // string, what the pace says; the bar reads it by itself
 }
 
-const sayEvery = 10 * time.Second
+// sayEvery is how often a line tells how far a job is; standing that of one of which nothing new is to be told.
+const (
+	sayEvery = 10 * time.Second
+	standing = time.Minute
+)
 
 func (a *app) newTalk(job proto.Job) *talk {
 	t := &talk{a: a, job: job, start: time.Now(), said: time.Now()}
@@ -48,12 +54,9 @@ func (a *app) newTalk(job proto.Job) *talk {
 // see takes the newest view of the job.
 func (t *talk) see(v broker.JobView) {
 	t.view = v
-	now, ended, tokens := time.Now(), v.Ended(), v.Progress.Usage.Completion
-	t.pace.add(now, ended, tokens)
-	speed := t.pace.say(now, ended, tokens, t.job.Lines-ended)
-	t.speed.Store(speed)
+	now, ended := time.Now(), v.Ended()
 	if n, unsure := note(&v), t.unsure(&v); n != t.note && !unsure {
-		t.note = n
+		t.note, t.noted, t.stood = n, now, ended
 		switch {
 		case n != "":
 			t.line(n)
@@ -61,22 +64,36 @@ func (t *talk) see(v broker.JobView) {
 			t.line("it goes on")
 		}
 	}
+	stands := t.note != "" && ended == t.stood
+	t.pace.Add(now, v.Progress.BusyUS, ended, v.Progress.Usage.Completion, stands)
+	speed := ""
+	if !stands {
+		speed = t.pace.say(now, t.job.Lines-ended)
+	}
+	t.speed.Store(speed)
 	if t.bar != nil {
-		t.bar.SetCurrent(min(v.Ended(), t.job.Lines))
+		t.bar.SetCurrent(min(ended, t.job.Lines))
 		return
 	}
-	if now.Sub(t.said) >= sayEvery {
-		why := ""
-		if ended == t.ended && t.note != "" { // it stands for long
-			why = "; " + t.note
-		}
-		t.said, t.ended = now, ended
-		cut := ""
-		if n := v.Progress.ContextCut(); n > 0 {
-			cut = fmt.Sprintf(", %d cut at the context", n)
-		}
-		fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s%s%s\n", t.job.ID, ended, count(t.job.Lines, "line"), v.Progress.Failed, cut, speed, why)
+	t.progress(now, speed, stands)
+}
+
+// progress prints how far the job is, when it is time to. Why it stands was said when that came.
+func (t *talk) progress(now time.Time, speed string, stands bool) {
+	ended, p := t.view.Ended(), &t.view.Progress
+	if now.Sub(t.said) < sayEvery || stands && ended == t.ended && min(now.Sub(t.said), now.Sub(t.noted)) < standing {
+		return
 	}
+	why := ""
+	if ended == t.ended && t.note != "" { // it stands for long
+		why = "; " + t.note
+	}
+	t.said, t.ended = now, ended
+	cut := ""
+	if n := p.ContextCut(); n > 0 {
+		cut = fmt.Sprintf(", %d cut at the context", n)
+	}
+	fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s%s%s\n", t.job.ID, ended, count(t.job.Lines, "line"), p.Failed, cut, speed, why)
 }
 
 // unsure says whether nobody seems to feed the job because its owner, this process most often, is about to; or because the

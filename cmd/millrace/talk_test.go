@@ -57,3 +57,35 @@ func TestTalkTakesBack(t *testing.T) {
 		t.Errorf("says %q", got)
 	}
 }
+
+// TestTalkStands: why a job stands is said when that comes, and again each minute and not with every line.
+func TestTalkStands(t *testing.T) {
+	var said bytes.Buffer
+	talk := (&app{std: stdio{err: &said}}).newTalk(proto.Job{ID: "j", Lines: 9})
+	v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}, Note: "vLLM is starting"}}
+	is := func(want string) {
+		t.Helper()
+		said.Reset()
+		if talk.see(v); said.String() != want {
+			t.Errorf("says %q, want %q", said.String(), want)
+		}
+	}
+	is("j: vLLM is starting\n")
+	talk.said = talk.said.Add(-2 * standing)
+	is("") // it was said just now
+	v.Feed.Note = "vLLM is starting (10 s): compiling"
+	is("j: vLLM is starting (10 s): compiling\n")
+	talk.noted = talk.noted.Add(-2 * standing)
+	is("j: 0 of 9 lines, 0 failed; vLLM is starting (10 s): compiling\n")
+	talk.said = talk.said.Add(-2 * sayEvery)
+	is("")
+	v.Feed.Note = ""
+	is("j: it goes on\nj: 0 of 9 lines, 0 failed\n")
+	v.Progress.OK = 4
+	talk.said = talk.said.Add(-2 * sayEvery)
+	is("j: 4 of 9 lines, 0 failed\n")
+	v.Feed.Note = "vLLM died"
+	v.Progress.OK = 6
+	talk.said = talk.said.Add(-2 * sayEvery)
+	is("j: vLLM died\nj: 6 of 9 lines, 0 failed\n")
+}

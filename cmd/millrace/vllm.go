@@ -266,7 +266,7 @@ func (h *hosts) keep(u string, w *worker.Worker) {
 		if s.String() == u {
 			w.Keeper, w.KVTokens, w.Answered, w.Flags = s, s.KVTokens, &s.Answered, s.Flags.Shown()
 			w.Sequences, w.Graphs = s.Flags.Sequences(), s.Flags.Graphs()
-			w.Devices = s.Devices()
+			w.Devices, w.Coming, w.Restarts = s.Devices(), s.Flags.Names(s.Model), s.Again
 			if w.Dir != "" { // its port may be another one each time
 				w.Dir = filepath.Join(filepath.Dir(w.Dir), "vllm-"+filepath.Base(s.Dir))
 			}

@@ -41,6 +41,8 @@ type workerRow struct {
 	Flags       []string `json:"engine_flags,omitempty"`   // or NAME=VALUE, as it tells of its settings
 	GPUs        []gpuRow `json:"gpus,omitempty"`
 	OwnGPUs     bool     `json:"gpus_are_the_engines,omitzero"` // otherwise they are those of the worker's machine, told of engines at a loopback address; nobody knows which of them it has
+	Restarts    *int64   `json:"engine_restarts,omitzero"`      // where the worker started the engine itself
+	LastRestart string   `json:"last_restart_cause,omitzero"`   // of these
 	Program     string   `json:"millrace,omitempty"`
 	Simulated   bool     `json:"simulated,omitzero"`
 }
@@ -66,6 +68,9 @@ func rowOfWorker(w *proto.Worker) workerRow {
 	}
 	if w.Metered {
 		r.KVUsage, r.Preemptions = &w.KVUsage, &w.Preemptions
+	}
+	if w.Hosted {
+		r.Restarts, r.LastRestart = &w.Restarts, w.LastRestart
 	}
 	if w.RateOf != "" {
 		r.TokenRate = &w.TokenRate
