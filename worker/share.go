@@ -46,7 +46,7 @@ type peer struct {
 	models   []string
 	ready    bool
 	starting bool // its engine, or its queues, were not ready yet
-	full     bool // it had as much in flight as it may
+	full     bool // it had nearly as much in flight as it may
 	most     int  // lines that it may have
 	heard    time.Time
 }
@@ -98,7 +98,7 @@ func (s *share) hear(id string, record []byte) {
 		delete(s.peers, id)
 	default:
 		s.peers[id] = peer{models: w.Models, ready: w.State == proto.EngineReady, starting: starts(&w),
-			full: w.InFlight >= w.Limit, most: ready(int(w.Limit)), heard: time.Now()}
+			full: 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), heard: time.Now()}
 	}
 }
 
