@@ -122,7 +122,7 @@ func (s *session) openWatchers() {
 		abort: func(cause error) { s.slots.abort(cause, all) }}
 	f := s.feeder
 	f.nc, f.queues, f.receive, f.rest, f.slots = s.nc, s.queues, s.receive, s.received, s.slots
-	f.share = &share{nc: s.nc, js: s.Conn.JS, id: s.id, peers: map[string]peer{}}
+	f.share = &share{nc: s.nc, js: s.Conn.JS, id: s.id, longGap: s.longGap, changed: f.nudge, peers: map[string]peer{}}
 	f.prefix = apiPrefix(s.Conn.JS.Options())
 	f.crowded = func() bool { return s.outbox.crowded() || s.held.full() }
 	f.open = func() bool { return s.gate.quota() != 0 }

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -22,14 +23,17 @@ import (
 // worker, those that are ready for one of its models and those that start; one that said that it is full counts with
 // what it can take. Where that is more than this worker could take anyway, nothing is asked and nothing changes.
 //
-// Nobody waits for a worker that does not come for its part: as long as its part is all that keeps a worker from taking
-// more, it looks again, at first after firstGap, then after twice as long and so on; from longGap on each look lets it
-// take a quarter more, until nothing is found in the queue.
+// Nobody waits for a worker that does not come for its part. A worker looks again after firstGap, then after twice as
+// long, and so on up to longGap; from then on each look lets it take a quarter more, until it finds the queue empty.
 type share struct {
 	nc *nats.Conn
 	js jetstream.JetStream
 	id string
 
+	longGap time.Duration // see the constant
+	changed func()        // called when a worker came, or is not ready any more
+
+	anew  atomic.Bool // that has happened since the last look
 	mu    sync.Mutex
 	peers map[string]peer // by id
 
@@ -53,13 +57,13 @@ type peer struct {
 
 const (
 	leastShare  = 2                      // lines that a worker may have whatever is left
-	firstGap    = 20 * time.Millisecond  // how long it takes until others have their part
-	longGap     = 500 * time.Millisecond // after that they do not want it
+	firstGap    = 20 * time.Millisecond  // between the first looks
+	longGap     = 500 * time.Millisecond // what nobody has come for in so long others may take
 	peerLife    = 3 * beatEvery          // a worker that was not heard for so long is gone
 	startLife   = 5 * time.Minute        // an engine that is not ready after that is not waited for
 	fresh       = time.Second            // for so long it is believed what a message said of its queue
-	mostModels  = 16                     // of a worker; with more of them it would ask too much to share
-	leftTimeout = 2 * time.Second        // of asking what is left
+	mostModels  = 16                     // of a worker; with more of them it would ask too much
+	leftTimeout = 2 * time.Second        // of a question to the broker
 )
 
 // open hears the heartbeats of others until the function is called that it returns.
@@ -92,15 +96,24 @@ func (s *share) hear(id string, record []byte) {
 	known := len(record) > 0 && w.Decode(record) == nil
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	was := s.peers[id]
 	switch {
 	case id == s.id:
+		return
 	case !known:
 		delete(s.peers, id)
 	default:
 		s.peers[id] = peer{models: w.Models, ready: w.State == proto.EngineReady, starting: starts(&w),
 			full: 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), heard: time.Now()}
 	}
+	if is := s.peers[id]; was.counts() != is.counts() {
+		s.anew.Store(true)
+		s.changed()
+	}
 }
+
+// counts says whether a worker wants lines.
+func (p *peer) counts() bool { return p.ready || p.starting }
 
 // starts says whether a worker is likely to be ready soon.
 func starts(w *proto.Worker) bool {
@@ -125,7 +138,7 @@ func (s *share) others(models []string, now time.Time) (hungry int, full []int) 
 			delete(s.peers, id)
 		case p.starting && len(p.models) == 0: // nobody knows yet what it will serve
 			hungry++
-		case !p.ready && !p.starting || !slices.ContainsFunc(p.models, ours):
+		case !p.counts() || !slices.ContainsFunc(p.models, ours):
 		case p.full:
 			full = append(full, p.most)
 		default:
@@ -136,7 +149,9 @@ func (s *share) others(models []string, now time.Time) (hungry int, full []int) 
 }
 
 // due says whether it is time to look again, though nothing has happened here.
-func (s *share) due(now time.Time) bool { return !s.next.IsZero() && !now.Before(s.next) }
+func (s *share) due(now time.Time) bool {
+	return !s.next.IsZero() && !now.Before(s.next) || s.anew.Load()
+}
 
 // looked says whether the last look is so fresh that another one is not worth a question to the broker.
 func (s *share) looked(now time.Time) bool {
@@ -154,6 +169,7 @@ func (s *share) wait(now time.Time) time.Duration {
 // look returns how many lines may be here of what is left, where most are as many as the limit allows. 0: all of these.
 func (s *share) look(ctx context.Context, taps []*queue, most int) int {
 	now := time.Now()
+	anew := s.anew.Swap(false)
 	var models []string
 	behind := 0
 	for _, q := range taps {
@@ -171,19 +187,19 @@ func (s *share) look(ctx context.Context, taps []*queue, most int) int {
 		return s.free()
 	}
 	part := max(leastShare, level(left, hungry+1, full))
-	if left > 2*s.left || part >= most {
+	if anew || left > 2*s.left || part >= most {
 		s.gap, s.extra = 0, 0 // what is new others see now, too
 	}
 	due := s.due(now)
 	s.left, s.last = left, now
 	switch {
 	case part >= most: // the limit may grow
-		s.next = now.Add(longGap)
+		s.next = now.Add(s.longGap)
 	case s.gap == 0 || due:
-		if s.gap >= longGap {
+		if s.gap >= s.longGap {
 			s.extra += max(leastShare, (part+s.extra)/4)
 		}
-		s.gap = min(max(2*s.gap, firstGap), longGap)
+		s.gap = min(max(2*s.gap, firstGap), s.longGap)
 		s.next = now.Add(s.gap)
 	}
 	return part + s.extra

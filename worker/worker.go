@@ -61,6 +61,7 @@ type Worker struct {
 
 	grace   time.Duration // see brokenGrace; an error is in doubt for as long
 	refusal time.Duration // for how long a line is given back at first that the engine refused, see also rest; 0: 1 s
+	longGap time.Duration // see share; 0: longGap
 }
 
 // Run works until take ends and what had been started is finished, or until stop ends. When take ends, no more is
@@ -98,6 +99,7 @@ func (w *Worker) complete() error {
 	orDefault(&w.RetryEvery, 30*time.Second)
 	orDefault(&w.grace, brokenGrace)
 	orDefault(&w.refusal, time.Second)
+	orDefault(&w.longGap, longGap)
 	if w.Log == nil {
 		w.Log = slog.New(slog.DiscardHandler)
 	}
