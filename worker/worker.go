@@ -4,6 +4,7 @@
 // A request goes through these hands:
 //
 //	tap, feeder     pull it, when the gate is open and there is room            pull.go, feeder.go
+//	share           its part of what is left, where that is little              share.go
 //	held            keeps it ours by signs of life, until the last word on it   held.go, journal.go
 //	slots           give it a place at the engine                               slots.go
 //	Engine          answers                                                     http.go, direct.go, conn.go, probe.go
