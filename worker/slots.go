@@ -265,7 +265,8 @@ func (s *slots) capacity() int {
 	return ready(s.limit)
 }
 
-// room is how many more lines may be pulled. Lines that wait for a retry take no room until there are as many as slots, or manyAway: then the engine is sick, and more would not help.
+// room is how many more lines may be pulled. Lines that wait for a retry take no room until there are as many as slots,
+// or manyAway: then the engine is sick, and more would not help.
 func (s *slots) room() (room, chunk int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
