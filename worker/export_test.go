@@ -35,6 +35,8 @@ func Labelled(tb testing.TB, reg *prometheus.Registry, name, label, value string
 	tb.Helper()
 	return labelled(tb, reg, name, label, value)
 }
+func (r *rig) Pending() (stored, out int)    { r.tb.Helper(); return r.pending() }
+func (w *Worker) SetLongGap(d time.Duration) { w.longGap = d }
 func (w *Worker) SetGrace(d time.Duration)   { w.grace = d }
 func (w *Worker) SetRefusal(d time.Duration) { w.refusal = d }
 

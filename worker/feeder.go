@@ -21,7 +21,8 @@ type feeder struct {
 	nc      *nats.Conn
 	prefix  string // of the JetStream API
 	queues  *queues
-	room    func() (room, chunk int) // 0: the gate is closed, or there is enough
+	slots   *slots
+	share   *share
 	open    func() bool
 	crowded func() bool // so much is on its way that no more should come
 	receive func(*nats.Msg, *queue)
@@ -77,9 +78,12 @@ func (f *feeder) feed(ctx context.Context, taps []*queue) time.Duration {
 	if f.crowded() {
 		return crowdGap
 	}
-	room, chunk := f.room()
-	if room < chunk || len(taps) == 0 {
+	if len(taps) == 0 {
 		return pullExpiry
+	}
+	room, chunk := f.room(ctx, taps)
+	if room < chunk {
+		return f.share.wait(time.Now())
 	}
 	standing, order := 0, f.order(taps)
 	for _, q := range order {
@@ -98,23 +102,38 @@ func (f *feeder) feed(ctx context.Context, taps []*queue) time.Duration {
 		case time.Since(q.dry) < dryFor:
 			continue
 		}
-		room = f.drink(ctx, q, room)
+		room = f.drink(ctx, q, taps, room)
 		if room < chunk {
-			return dryFor
+			return min(dryFor, f.share.wait(time.Now()))
 		}
 	}
+	f.share.empty()
 	return f.stand(order, room, standing)
 }
 
+// room is how many lines may be pulled, and how many at least are worth it. Where few are left it looks how many.
+func (f *feeder) room(ctx context.Context, taps []*queue) (room, chunk int) {
+	now := time.Now()
+	due := f.share.due(now)
+	if room, chunk = f.slots.room(); room < chunk && !due || f.share.looked(now) {
+		return room, chunk
+	}
+	f.slots.setShare(f.share.look(ctx, taps, f.slots.capacity()))
+	if room, chunk = f.slots.room(); due {
+		chunk = 1
+	}
+	return room, chunk
+}
+
 // drink takes from a queue until it is empty or there is no room, and returns the room that is left.
-func (f *feeder) drink(ctx context.Context, q *queue, room int) int {
+func (f *feeder) drink(ctx context.Context, q *queue, taps []*queue, room int) int {
 	for room > 0 && ctx.Err() == nil {
 		if q.tap.pull(min(room, maxChunk), false) != nil {
 			q.dry = time.Now()
 			return room
 		}
 		all := f.pulled(ctx, q)
-		room, _ = f.room()
+		room, _ = f.room(ctx, taps)
 		if !all {
 			q.dry = time.Now()
 			return room

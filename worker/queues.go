@@ -29,9 +29,19 @@ type queue struct {
 	void atomic.Bool
 	// looked is how often the connection had been made anew when the queue was last found to be the same.
 	looked atomic.Uint64
+	// pending is how many messages waited in the queue when the last one came, at heard (Unix ns).
+	pending, heard atomic.Int64
 
 	tap *tap      // of the feeder alone
 	dry time.Time // it was empty then; of the feeder alone
+}
+
+// behind is how many messages wait in the queue, as far as the last one told it of late.
+func (q *queue) behind(now time.Time) int {
+	if now.UnixNano()-q.heard.Load() > int64(fresh) {
+		return 0
+	}
+	return int(q.pending.Load())
 }
 
 // queues declares the queues of the models that are served, and again when they are gone: a broker may come back

@@ -36,6 +36,7 @@ type slots struct {
 	limit    int
 	burst    int  // lines that are started together, where so many are ready; below 2: one by one
 	bursting bool // lines are started until all slots are taken
+	share    int  // no more lines than these are pulled while few are left; 0: as many as the limit allows
 	trial    bool // what is started now tries the engine
 	full     fullness
 	ready    fifo
@@ -256,10 +257,35 @@ func (s *slots) next(l *line, in chan *line) *line {
 }
 
 // chunk is how many lines are worth a pull: one by one they cost fifty times as much.
-func (s *slots) chunk() int { return max(1, s.limit/16) }
+func (s *slots) chunk() int { return max(1, min(s.limit, s.most())/16) }
 
-// room is how many more lines may be pulled: enough to fill the slots, and an eighth to have ready. Lines that wait
-// for a retry take no room until there are as many as slots, or manyAway: then the engine is sick, and more would not help.
+// ready is how many lines may be here at a limit: enough to fill the slots, and an eighth to have ready.
+func ready(limit int) int { return limit + limit/8 }
+
+// most is how many lines may be here. Called with mu held.
+func (s *slots) most() int {
+	if s.share > 0 {
+		return min(ready(s.limit), s.share)
+	}
+	return ready(s.limit)
+}
+
+// setShare says how many lines may be here at most; 0: as many as the limit allows.
+func (s *slots) setShare(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.share = n
+}
+
+// capacity is how many lines may be here by the limit.
+func (s *slots) capacity() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return ready(s.limit)
+}
+
+// room is how many more lines may be pulled. Lines that wait for a retry take no room until there are as many as slots,
+// or manyAway: then the engine is sick, and more would not help.
 func (s *slots) room() (room, chunk int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -270,7 +296,7 @@ func (s *slots) roomLocked() int {
 	if s.single || s.emptying() {
 		return 0
 	}
-	return s.limit + s.limit/8 - len(s.running) - s.ready.len() - max(0, s.away-max(s.limit, manyAway))
+	return s.most() - len(s.running) - s.ready.len() - max(0, s.away-max(s.limit, manyAway))
 }
 
 // emptying says whether nothing is started until a line can run alone. Called with mu held.

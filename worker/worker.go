@@ -4,6 +4,7 @@
 // A request goes through these hands:
 //
 //	tap, feeder     pull it, when the gate is open and there is room            pull.go, feeder.go
+//	share           its part of what is left, where that is little              share.go
 //	held            keeps it ours by signs of life, until the last word on it   held.go, journal.go
 //	slots           give it a place at the engine                               slots.go
 //	Engine          answers                                                     http.go, direct.go, conn.go, probe.go
@@ -65,6 +66,7 @@ type Worker struct {
 
 	grace   time.Duration // see brokenGrace; an error is in doubt for as long
 	refusal time.Duration // for how long a line is given back at first that the engine refused, see also rest; 0: 1 s
+	longGap time.Duration // see share; 0: longGap
 }
 
 // Run works until take ends and what had been started is finished, or until stop ends. When take ends, no more is
@@ -102,6 +104,7 @@ func (w *Worker) complete() error {
 	orDefault(&w.RetryEvery, 30*time.Second)
 	orDefault(&w.grace, brokenGrace)
 	orDefault(&w.refusal, time.Second)
+	orDefault(&w.longGap, longGap)
 	if w.Log == nil {
 		w.Log = slog.New(slog.DiscardHandler)
 	}
