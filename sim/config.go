@@ -150,7 +150,7 @@ func (c Config) check() error {
 	for name, v := range map[string]int64{
 		"--step-time": int64(c.StepTime), "--decode-time": int64(c.DecodeTime), "--prefill-time": int64(c.PrefillTime),
 		"--load-time": int64(c.LoadTime), "--max-num-queued-reqs": int64(c.MaxQueued), "--embedding-dim": int64(c.EmbeddingDim),
-		"GraphTokens": int64(c.GraphTokens), "EagerTime": int64(c.EagerTime), "--sliding-window": int64(c.SlidingWindow), "--sliding-layers": int64(c.SlidingLayers),
+		"--graph-tokens": int64(c.GraphTokens), "--eager-time": int64(c.EagerTime), "--sliding-window": int64(c.SlidingWindow), "--sliding-layers": int64(c.SlidingLayers),
 		"DrainTimeout": int64(c.DrainTimeout), "KeepAlive": int64(c.KeepAlive), "DeathTime": int64(c.DeathTime),
 	} {
 		if v < 0 {

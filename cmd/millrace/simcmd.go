@@ -56,6 +56,8 @@ requests; poison, a text in a prompt that kills it.`,
 	f.IntVar(&c.SlidingLayers, "sliding-layers", 0, "layers with a sliding window for each that keeps all")
 	f.DurationVar(&c.StepTime, "step-time", 5*time.Millisecond, "time of one step")
 	f.DurationVar(&c.DecodeTime, "decode-time", 20*time.Microsecond, "more time for each sequence that decodes")
+	f.IntVar(&c.GraphTokens, "graph-tokens", 0, "tokens of the largest CUDA graph; a larger step takes --eager-time longer; 0: no such thing")
+	f.DurationVar(&c.EagerTime, "eager-time", 0, "more time for each step that is larger than --graph-tokens")
 	f.DurationVar(&c.PrefillTime, "prefill-time", 10*time.Microsecond, "more time for each prompt token")
 	f.DurationVar(&c.LoadTime, "load-time", 0, "refuse connections this long at first, as if the model were loading")
 	f.StringVar(&c.APIKey, "api-key", "", "API key to ask for")
