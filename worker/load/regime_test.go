@@ -325,8 +325,8 @@ func runPart(v *sim.Virtual, clients []client, lines []ask, last bool) {
 	loop.Run(v)
 }
 
-// best sweeps over fixed numbers in flight.
-func (g *regime) best(t testing.TB, lines []ask) (inFlight int, rate float64) {
+// best sweeps over fixed numbers in flight, in steps that are fine or coarse.
+func (g *regime) best(t testing.TB, lines []ask, fine bool) (inFlight int, rate float64) {
 	t.Helper()
 	tried := map[int]bool{}
 	try := func(x float64) {
@@ -339,11 +339,15 @@ func (g *regime) best(t testing.TB, lines []ask) (inFlight int, rate float64) {
 			inFlight, rate = n, c.rate
 		}
 	}
-	for x := float64(g.fit) / 2; x < 6*float64(g.fit); x *= 1.25 {
+	step, near := 1.25, []float64{0.85, 0.92, 0.96, 1.04, 1.08, 1.16}
+	if !fine {
+		step, near = 1.5, []float64{0.85, 1.16}
+	}
+	for x := float64(g.fit) / 2; x < 6*float64(g.fit); x *= step {
 		try(x)
 	}
 	around := float64(inFlight)
-	for _, by := range []float64{0.85, 0.92, 0.96, 1.04, 1.08, 1.16} {
+	for _, by := range near {
 		try(around * by)
 	}
 	return inFlight, rate
@@ -351,19 +355,19 @@ func (g *regime) best(t testing.TB, lines []ask) (inFlight int, rate float64) {
 
 // TestRegimes holds the controller against the best fixed number in flight, which knows all lines before: in jobs of 20
 // times as many lines as fit, and in short ones of 3 times as many. The aims are 0.97 and 0.95; what falls short of them is
-// in docs/measurements/in-flight.md, and the test keeps it from getting worse. MILLRACE_REGIMES=all runs the large ones too,
+// in docs/measurements/in-flight.md, and the test keeps it from getting worse. MILLRACE_REGIMES=all runs the large ones too, with a finer sweep,
 // and with -v it prints the table. The last three columns are engines that tell less: the use of their KV cache and not its
 // capacity, the capacity alone, nothing.
 func TestRegimes(t *testing.T) {
-	most := 30
-	if os.Getenv("MILLRACE_REGIMES") == "all" {
+	most, all := 30, os.Getenv("MILLRACE_REGIMES") == "all"
+	if all {
 		most = math.MaxInt
 	}
 	t.Log("| fit | lines | 20 times: best fixed | tok/s | controller | of it | limit, last half | pre-emptions a line | looks for 1,000 lines | 3 times: best fixed | of it | tells use | tells capacity | tells nothing |")
 	for _, g := range regimes(most) {
 		long, short := g.lines(20*g.fit), g.lines(3*g.fit)
-		n, rate := g.best(t, long)
-		n3, rate3 := g.best(t, short)
+		n, rate := g.best(t, long, all)
+		n3, rate3 := g.best(t, short, all)
 		c, c3 := g.run(t, long, 0, tellsAll), g.run(t, short, 0, tellsAll)
 		of, of3 := c.rate/rate, c3.rate/rate3
 		var less [3]float64
