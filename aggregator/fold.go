@@ -94,7 +94,7 @@ func (j *job) keep(r *proto.Result, m message) error {
 	j.spool.append(Record{Index: r.Index, OK: r.OK, Time: m.time, Data: m.data})
 	if r.Worker != "" {
 		at := m.time / int64(time.Microsecond)
-		j.busy.add(at-min(max(r.DurationUS, shortest), longest)-tried(r), at)
+		j.busy.add(at-min(max(r.DurationUS, shortest), longest), at) // of the last attempt: when the others were nobody knows
 	}
 	return nil
 }

@@ -181,7 +181,7 @@ func workerNote(w proto.Worker) string {
 		what += ": " + proto.Truncate(w.Reason, 200)
 	}
 	if len(w.Models) > 0 {
-		what += "; serves " + strings.Join(w.Models[:min(3, len(w.Models))], ", ")
+		what += "; for " + strings.Join(w.Models[:min(3, len(w.Models))], ", ")
 	}
 	return fmt.Sprintf("%s (%s)", w.ID, what)
 }

@@ -162,10 +162,12 @@ func (f Flags) Sequences() int64 {
 }
 
 // Graphs is how many tokens the largest CUDA graph of a server holds, where the flags say so; 0: they do not, -1: it has
-// none.
+// none, or that cannot be told.
 func (f Flags) Graphs() int64 {
-	if _, ok := f.last("--enforce-eager"); ok {
-		return -1
+	for _, name := range []string{"--enforce-eager", "--compilation-config", "-cc", "-O", "-O0", "-O1", "--optimization-level", "--cudagraph-capture-sizes", "--cuda-graph-sizes", "--speculative-config"} {
+		if _, ok := f.last(name); ok {
+			return -1
+		}
 	}
 	v, _ := f.last("--max-cudagraph-capture-size")
 	if n, err := strconv.ParseInt(v, 10, 32); err == nil && n > 0 {

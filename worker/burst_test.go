@@ -55,9 +55,14 @@ func TestBurst(t *testing.T) {
 	s.offer(&line{req: &proto.Request{Index: 14}})
 	come(1) // the only one that is ready
 	end(8)
-	s.setLimit(8, 1, false)
-	s.offer(&line{req: &proto.Request{Index: 15}})
-	hold[7] <- struct{}{}
+	end(0, 7, 8, 9, 10, 11, 12, 13, 14)
+	s.setLimit(0, 4, false)
+	for i := range int64(3) {
+		s.offer(&line{req: &proto.Request{Index: 15 + i}})
+	}
+	s.setLimit(1, 4, true) // one tries the engine, whatever a burst is
 	come(1)
-	end(0, 8, 9, 10, 11, 12, 13, 14, 15)
+	s.setLimit(8, 1, false)
+	come(2)
+	end(0, 15, 16, 17)
 }

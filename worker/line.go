@@ -57,7 +57,7 @@ func newLine(m *nats.Msg, q *queue, now time.Time) (*line, error) {
 	l := &line{subject: m.Subject, key: key{q, meta.Sequence.Stream}, queue: q, size: len(m.Data), pulled: now, stored: meta.Timestamp,
 		reply: m.Reply, deliveries: meta.NumDelivered}
 	q.pending.Store(int64(meta.NumPending))
-	q.heard.Store(now.UnixNano())
+	q.heard.Store(int64(now.Sub(born)))
 	l.req, err = proto.DecodeRequest(m.Data)
 	return l, err
 }

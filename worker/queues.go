@@ -29,16 +29,19 @@ type queue struct {
 	void atomic.Bool
 	// looked is how often the connection had been made anew when the queue was last found to be the same.
 	looked atomic.Uint64
-	// pending is how many messages waited in the queue when the last one came, at heard (Unix ns).
+	// pending is how many messages waited in the queue when the last one came, at heard (ns since born).
 	pending, heard atomic.Int64
 
 	tap *tap      // of the feeder alone
 	dry time.Time // it was empty then; of the feeder alone
 }
 
+// born is when the clock of all queues began, which nobody sets.
+var born = time.Now()
+
 // behind is how many messages wait in the queue, as far as the last one told it of late.
 func (q *queue) behind(now time.Time) int {
-	if now.UnixNano()-q.heard.Load() > int64(fresh) {
+	if int64(now.Sub(born))-q.heard.Load() > int64(fresh) {
 		return 0
 	}
 	return int(q.pending.Load())

@@ -33,7 +33,7 @@ type share struct {
 	longGap time.Duration // see the constant
 	changed func()        // called when a worker came, or is not ready any more
 
-	anew  atomic.Bool // that has happened since the last look
+	anew  atomic.Bool // one came since the last look
 	mu    sync.Mutex
 	peers map[string]peer // by id
 
@@ -61,7 +61,7 @@ const (
 	longGap     = 500 * time.Millisecond // what nobody has come for in so long others may take
 	peerLife    = 3 * beatEvery          // a worker that was not heard for so long is gone
 	startLife   = 5 * time.Minute        // an engine that is not ready after that is not waited for
-	fresh       = time.Second            // for so long it is believed what a message said of its queue
+	fresh       = 5 * time.Second        // for so long it is believed what a message said of its queue
 	mostModels  = 16                     // of a worker; with more of them it would ask too much
 	leftTimeout = 2 * time.Second        // of a question to the broker
 )
@@ -106,8 +106,11 @@ func (s *share) hear(id string, record []byte) {
 		s.peers[id] = peer{models: w.Models, ready: w.State == proto.EngineReady, starting: starts(&w),
 			full: 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), heard: time.Now()}
 	}
-	if is := s.peers[id]; was.counts() != is.counts() {
+	switch is := s.peers[id]; {
+	case is.counts() && !was.counts():
 		s.anew.Store(true)
+		s.changed()
+	case was.counts() && !is.counts():
 		s.changed()
 	}
 }

@@ -114,11 +114,11 @@ func TestShareOfMany(t *testing.T) {
 	_, s, taps := sharing(t, 100)
 	s.says(t, readyWorker("a", 0))
 	taps[0].pending.Store(1000)
-	taps[0].heard.Store(time.Now().UnixNano())
+	taps[0].heard.Store(int64(time.Since(born)))
 	if got := s.look(t.Context(), taps, 200); got != 0 {
 		t.Errorf("%d lines of 1000", got)
 	}
-	taps[0].heard.Store(time.Now().Add(-time.Minute).UnixNano())
+	taps[0].heard.Store(int64(time.Since(born) - time.Minute))
 	if got := s.look(t.Context(), taps, 200); got != 50 {
 		t.Errorf("%d lines of 100", got)
 	}

@@ -189,7 +189,7 @@ func (s *slots) gathers() bool {
 		return false
 	}
 	free := s.limit - len(s.running)
-	if free >= min(s.burst, s.ready.len()) {
+	if free >= min(s.burst, s.ready.len(), s.limit) {
 		s.bursting = true
 	}
 	if !s.bursting {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -220,17 +221,21 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	return o, nil
 }
 
-// unserved says which model of a job no worker serves; empty: each has one.
+// unserved says which model of a job no worker runs, and for which worker it waits; empty: each is run by one.
 func unserved(v *broker.JobView, ws []proto.Worker) string {
 	for _, m := range v.Job.Models {
-		served := false
+		served, waits := false, ""
 		for _, w := range ws {
-			for _, have := range w.Models {
-				served = served || have == m.Model
+			switch {
+			case !slices.Contains(w.Models, m.Model):
+			case w.State == proto.EngineReady:
+				served = true
+			case waits == "":
+				waits = fmt.Sprintf("model %s waits for %s (%s)", m.Model, w.ID, cmp.Or(w.Reason, w.State))
 			}
 		}
 		if !served {
-			return fmt.Sprintf("no worker serves model %s", m.Model)
+			return cmp.Or(waits, "no worker serves model "+m.Model)
 		}
 	}
 	return ""

@@ -2,6 +2,7 @@ package load
 
 import (
 	"fmt"
+	"math"
 	"millrace/proto"
 	"time"
 )
@@ -94,7 +95,11 @@ func (g *graphs) weigh(now look, base, room, line float64) bool {
 		}
 		return false
 	}
-	held := base >= g.most(base+1)
+	held := base >= graphsShort*g.most(math.Inf(1))
+	if !held && g.stage == graphsTry { // the KV cache holds no more
+		g.stage, g.line, g.skip, g.from = graphsKeep, line, 0, tally{}
+		return true
+	}
 	if !held || now.inFlight < graphsShort*base || g.stage == graphsHold && room < graphsMore*base {
 		g.skip, g.from = 0, tally{}
 		return false

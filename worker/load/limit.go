@@ -47,10 +47,11 @@ type Limit struct {
 	kv      float64 // tokens; 0: unknown
 	told    bool    // kv is the engine's word
 	guesses guesses
-	most    float64 // sequences that an engine of its kind runs at once
+	copies  int     // data-parallel engines, as it told last
+	slots   float64 // sequences that it runs at once, as it says or its flags do; 0: not known
+	most    float64 // sequences that an engine of its kind may have at once
 	seqs    float64 // the same, as far as it was seen
 	ran     float64 // so many ran while others waited, when that was seen; 0: it was not, or it has run more since
-	ranAt   time.Time
 	ranLine float64 // tokens of a line then
 	maxLen  float64
 	several several
@@ -60,6 +61,7 @@ type Limit struct {
 	begun  mean // of sequences that were taken
 	ended  mean // of sequences that were answered
 	looks  []look
+	peak   float64   // of the use of the KV cache, of late
 	first  look      // since the start of the engine, or ours, or since nothing was in flight
 	hold   time.Time // no change of base until then
 	gain   gain
@@ -98,7 +100,8 @@ const (
 	endedLines  = 512  // lines that ended remembers, at most
 	fewLines    = 64   // and at least
 	burstWorth  = 0.2  // 2e / 4
-	burstFew    = 32   // lines, in flight and ended, at least, for bursts
+	burstMost   = 0.05 // of the slots
+	burstFew    = 40   // lines, in flight and ended, at least, for bursts
 )
 
 func New(fixed int) *Limit {
@@ -121,18 +124,22 @@ func (l *Limit) Get() int {
 // one, most steps have a prompt in them; where those that follow them begin together, few have. Of n lines with outputs of c
 // tokens n/c end in a step, so bursts of k make n/(c·k) of the steps slow, by a share e, and leave k/2 of n slots empty on
 // average: best is k = n·√(2e/c). e was 0.4 with 430 in flight on an H200 (docs/measurements/speed.md). Half that k makes
-// nearly as much, and what runs is steadier.
+// nearly as much, and what runs is steadier. Where the graphs hold a step with its prompts, there is nothing to gain.
 func (l *Limit) Burst() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.fixed > 0 || l.way != bySteering || l.graphs.size == 0 || l.ended.n < burstFew {
+	n, output := l.base/l.width()*l.share, max(l.ended.output, 1)
+	if l.fixed > 0 || l.way != bySteering || l.graphs.size == 0 || n < burstFew || l.ended.n < burstFew {
 		return 1
 	}
-	n := l.base / l.width() * l.share
-	if n < burstFew {
+	size := l.graphs.size
+	if most := cmp.Or(l.ran, float64(l.Sequences)); most > 0 && l.Graphs == 0 {
+		size = min(size, 2*most) // see vllmGraphs
+	}
+	if l.base+l.ended.prompt*max(1, l.base/output) <= size {
 		return 1
 	}
-	return max(2, int(n*math.Sqrt(burstWorth/max(l.ended.output, 1))))
+	return max(2, int(n*min(math.Sqrt(burstWorth/output), burstMost)))
 }
 
 // Tokens is the capacity of the KV cache, told or guessed; 0: unknown.
@@ -153,7 +160,7 @@ func (l *Limit) Reason() string {
 		return "fixed by --concurrency"
 	case l.way == bySteering && l.ran > 0 && l.base >= l.seqs:
 		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
-	case l.way == bySteering && l.Sequences > 0 && l.base >= l.most:
+	case l.way == bySteering && l.Sequences > 0 && l.base >= l.enoughFor(l.slots):
 		return fmt.Sprintf("engine runs no more than %d at once, by its flags", l.Sequences)
 	case l.way == bySteering && l.base >= l.graphs.most(l.base+1):
 		return l.graphs.why()
@@ -212,6 +219,12 @@ func (l *Limit) Observe(st Engine, inFlight int, now time.Time) {
 	defer l.mu.Unlock()
 	l.relax(now)
 	l.meet(st)
+	if n := st.Gauges.Engines; n != l.copies && n > 0 {
+		l.spread(n, true)
+		if l.ran == 0 {
+			l.seqs = l.most
+		}
+	}
 	l.maxLen, l.idle = float64(st.MaxLen), inFlight == 0
 	if l.early++; l.idle {
 		l.early = 0
@@ -291,11 +304,8 @@ func (l *Limit) meet(st Engine) {
 	same := now.kind == l.engine.kind && now.version == l.engine.version
 	was := l.engine
 	l.engine = now
-	l.graphs.meet(now.kind, same, l.Graphs, float64(max(st.Gauges.Engines, 1)))
-	l.most = mostSeqs * float64(max(st.Gauges.Engines, 1))
-	if n := cmp.Or(st.Slots, l.Sequences); n > 0 {
-		l.most = l.enoughFor(float64(n))
-	}
+	l.slots = float64(cmp.Or(st.Slots, l.Sequences))
+	l.spread(st.Gauges.Engines, same)
 	l.seqs, l.ran = l.most, 0
 	if was == (identity{}) {
 		return
@@ -307,6 +317,16 @@ func (l *Limit) meet(st Engine) {
 		return
 	}
 	l.way = byNothing
+}
+
+// spread takes in how many copies of the model the engine is, which it may tell later than what it is.
+func (l *Limit) spread(copies int, same bool) {
+	l.copies = copies
+	n := float64(max(copies, 1))
+	l.graphs.meet(l.engine.kind, same, l.Graphs, n)
+	if l.most = mostSeqs * n; l.slots > 0 {
+		l.most = l.slots*seqsMore + seqsWait
+	}
 }
 
 // Pace is how long to wait for the next look: a quarter of a line's life, twice that once the limit has settled, and

@@ -390,21 +390,28 @@ func TestRegimes(t *testing.T) {
 // one, those that follow them begin together, and that makes more than any fixed number.
 func TestGraphs(t *testing.T) {
 	for _, c := range []struct {
-		name string
-		line func(*rand.Rand, int, int) ask
-		seqs int
-		best int     // fixed number in flight
-		of   float64 // of what that makes
+		name         string
+		line         func(*rand.Rand, int, int) ask
+		engine       sim.Config
+		kv, seqs     int
+		others, best int     // of another client; fixed number in flight
+		of           float64 // of what that makes
+		least, most  int     // limit at the end
 	}{
-		{"788 + 308", fixed(788, 308), 1024, 500, 0.95}, {"788 + 50 to 600", uniform(788, 50, 600), 1024, 899, 1.04},
-		{"788 + 50 to 600", uniform(788, 50, 600), 128, 132, 1.08},
+		{"788 + 308", fixed(788, 308), graphed(0), 880_000, 1024, 0, 500, 0.95, 512, 640},
+		{"788 + 50 to 600", uniform(788, 50, 600), graphed(0), 880_000, 1024, 0, 899, 1.04, 512, 640},
+		{"788 + 50 to 600, 128 sequences at most", uniform(788, 50, 600), graphed(0), 880_000, 128, 0, 132, 1.08, 128, 128},
+		{"300 + long tail, KV cache for 650", longTail(300, 150, 1, 3000), graphed(0), 359_646, 1024, 0, 512, 1.04, 512, 512},
+		{"60 + 20 to 280, 64 sequences at most", uniform(60, 20, 280), graphed(0), 880_000, 64, 0, 67, 0.97, 64, 67},
+		{"600 + 10 to 30, 256 sequences at most", uniform(600, 10, 30), graphed(0), 880_000, 256, 0, 263, 0.93, 250, 263},
+		{"100 + 50 to 600, another client", uniform(100, 50, 600), card(0, 1024, 8192, 3000, 30, 2), 880_000, 1024, 50, 974, 0.93, 700, 1024},
 	} {
-		g := regime{name: c.name, engine: graphed(800*1100 + 4096), line: c.line}
-		g.engine.MaxNumSeqs = c.seqs
-		lines := g.lines(8000)
+		g := regime{name: c.name, engine: c.engine, line: c.line, others: c.others}
+		g.engine.KVTokens, g.engine.MaxNumSeqs = c.kv, c.seqs
+		lines := g.lines(12000)
 		best, got := g.run(t, lines, c.best, tellsAll), g.run(t, lines, 0, tellsAll)
 		t.Logf("%s: %.3f of the best, limit in the last half %d to %d; %s", c.name, got.rate/best.rate, got.least, got.largest, got.why)
-		if got.rate < c.of*best.rate || got.least > 512 {
+		if got.rate < c.of*best.rate || got.least < c.least || got.largest > c.most {
 			t.Errorf("%s: %.3f of the best, %d to %d; %s", c.name, got.rate/best.rate, got.least, got.largest, got.why)
 		}
 	}

@@ -26,7 +26,7 @@ const (
 	mostGrowth  = 0.25 // of the limit, in the life of a line
 	// of an engine that runs so many at once and no more, that many times seqsMore, and seqsWait, are in flight
 	seqsMore, seqsWait = 1.02, 2
-	ranLives           = 100 // lives of a line after which it is seen anew how many an engine runs
+	seenShort          = 0.94 // of what it runs, at least, a gauge shows that is read when some have just ended
 )
 
 // look is what a probe saw.
@@ -215,10 +215,10 @@ func (l *Limit) grow(now look, life time.Duration) {
 		by := step / 3 * l.gain.turn(true, dt)
 		if w.whole && w.use > 0 && w.use < 0.95 {
 			lives := life.Seconds() / max(l.ended.took, 0.05) // of short lines, many: what is seen is what there will be
-			by = max(by, min(0.97/w.use-1, mostGrowth*min(max(lives, 1), 4)))
+			by = max(by, max(l.gain.size, 0.5)*min(0.97/w.use-1, mostGrowth*min(max(lives, 1), 4)))
 		}
 		next := l.base * (1 + by*min(dt, 1))
-		if next > l.seqs && w.whole && w.waiting < 1 && w.running > 0.9*w.inFlight && l.mayRunMore(now, life) {
+		if next > l.seqs && w.whole && w.waiting < 1 && w.running > 0.9*w.inFlight && l.mayRunMore() {
 			l.seqs, l.ran = min(next, l.most), 0 // it runs all that it gets
 		}
 		l.set(next)
@@ -247,10 +247,13 @@ func (l *Limit) crowded() float64 {
 	return 0
 }
 
-// runs takes note of how many sequences the engine runs at once, whatever room there is.
+// runs takes note of how many sequences the engine runs at once, whatever room there is, where at most n were seen. The
+// usual ones are powers of two.
 func (l *Limit) runs(n float64) {
-	l.seqs, l.ran = l.enoughFor(n), n
-	l.ranAt, l.ranLine = l.looks[len(l.looks)-1].at, l.ended.prompt+l.ended.output
+	if usual := math.Exp2(math.Ceil(math.Log2(n))); n >= seenShort*usual {
+		n = usual
+	}
+	l.seqs, l.ran, l.ranLine = l.enoughFor(n), n, l.ended.prompt+l.ended.output
 	l.set(l.base)
 }
 
@@ -264,13 +267,10 @@ func (l *Limit) enoughFor(n float64) float64 {
 }
 
 // mayRunMore says whether an engine that runs all that it gets may run more than was seen once. Where none wait in it,
-// it shows only when it gets more.
-func (l *Limit) mayRunMore(now look, life time.Duration) bool {
-	if l.ran == 0 || l.enoughFor(l.ran) > l.ran || now.at.Sub(l.ranAt) > ranLives*life {
-		return true
-	}
+// that would show only when it gets more: so not while lines are what they were then.
+func (l *Limit) mayRunMore() bool {
 	tokens := l.ended.prompt + l.ended.output
-	return tokens > otherLines*l.ranLine || l.ranLine > otherLines*tokens
+	return l.ran == 0 || l.enoughFor(l.ran) > l.ran || tokens > otherLines*l.ranLine || l.ranLine > otherLines*tokens
 }
 
 // ahead lowers the limit when the lines to come are much larger than those that it was found with.
@@ -299,7 +299,11 @@ func (l *Limit) set(n float64) {
 	if math.IsNaN(n) {
 		return
 	}
-	l.base = max(min(l.graphs.most(n), l.seqs), minLimit*l.width())
+	most := l.seqs
+	if l.slots > 0 {
+		most = min(most, l.enoughFor(l.slots))
+	}
+	l.base = max(min(l.graphs.most(n), most), minLimit*l.width())
 }
 
 // plan sets the limit to what fits, where the engine tells its capacity and not its load.
