@@ -21,7 +21,7 @@ const (
 	exitUsage       = 2
 	exitSomeFailed  = 3 // finished, some lines failed
 	exitThreshold   = 4 // --fail-under missed
-	exitEngine      = 5 // --vllm: cannot come up, and no restart mends it
+	exitEngine      = 5 // --vllm: cannot come up, or was given up
 	exitNoJob       = 6 // no such job; of verify: nor a manifest there
 	exitUnreachable = 7 // broker; or an engine that is not usable, of --check: a worker waits for it
 	exitEnded       = 8 // timed out or cancelled
@@ -116,7 +116,7 @@ func exitCode(err error) int {
 	switch {
 	case errors.As(err, &c):
 		return c.code
-	case errors.Is(err, broker.ErrAccess):
+	case errors.Is(err, broker.ErrAccess), errors.Is(err, broker.ErrAmbiguous):
 		return exitUsage
 	case errors.As(err, &bad), errors.As(err, &file), errors.Is(err, producer.ErrEmpty):
 		return exitInvalid

@@ -182,7 +182,7 @@ func (h *hosts) watch(s *vllm.Server, err error) {
 	all := h.given == len(h.servers)
 	h.mu.Unlock()
 	var f *vllm.Failed
-	if errors.As(err, &f) && f.Final {
+	if errors.As(err, &f) {
 		err = coded{err, exitEngine}
 	}
 	if all || f == nil || f.Final {

@@ -144,5 +144,8 @@ func (g *graphs) why() string {
 	case graphsKeep:
 		return fmt.Sprintf("more than the %.0f sequences of the engine's CUDA graphs made less", g.size)
 	}
+	if g.seen > 0 {
+		return fmt.Sprintf("engine's CUDA graphs hold %.0f sequences, %.0f of them are of others", g.size, g.seen)
+	}
 	return fmt.Sprintf("engine's CUDA graphs hold %.0f sequences; more are tried when many lines have run", g.size)
 }

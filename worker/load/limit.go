@@ -158,6 +158,8 @@ func (l *Limit) Reason() string {
 		return fmt.Sprintf("engine refuses requests; %.0f %% of %.0f for now", 100*l.share, l.base/l.width())
 	case l.fixed > 0:
 		return "fixed by --concurrency"
+	case l.way == bySteering && l.idle && l.steers:
+		return "no line is in flight; that many were right before"
 	case l.way == bySteering && l.ran > 0 && l.base >= l.seqs:
 		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
 	case l.way == bySteering && l.Sequences > 0 && l.base >= l.enoughFor(l.slots):
