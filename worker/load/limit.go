@@ -61,7 +61,6 @@ type Limit struct {
 	begun  mean // of sequences that were taken
 	ended  mean // of sequences that were answered
 	looks  []look
-	peak   float64   // of the use of the KV cache, of late
 	first  look      // since the start of the engine, or ours, or since nothing was in flight
 	hold   time.Time // no change of base until then
 	gain   gain
