@@ -181,7 +181,11 @@ func workerNote(w proto.Worker) string {
 		what += ": " + proto.Truncate(w.Reason, 200)
 	}
 	if len(w.Models) > 0 {
-		what += "; for " + strings.Join(w.Models[:min(3, len(w.Models))], ", ")
+		verb := "for"
+		if w.State == proto.EngineReady {
+			verb = "serves"
+		}
+		what += "; " + verb + " " + strings.Join(w.Models[:min(3, len(w.Models))], ", ")
 	}
 	return fmt.Sprintf("%s (%s)", w.ID, what)
 }

@@ -78,7 +78,7 @@ func TestKeptBesideBroker(t *testing.T) {
 			args := append(strings.Fields(command), "foo", "--data", data)
 			code, said := usually(t.Context(), usual, io.Discard, args...)
 			want := `^millrace: several jobs begin so: "foo" could be any of ` + strings.Join(ids, ", ") + ", foo-c1; give more of it\n$"
-			if code != exitFailure || !regexp.MustCompile(want).MatchString(said) {
+			if code != exitUsage || !regexp.MustCompile(want).MatchString(said) {
 				t.Errorf("%s: exit code %d, %q", command, code, said)
 			}
 		}
