@@ -75,7 +75,7 @@ func (r *run) staff(ws []proto.Worker) string {
 func (r *run) comes(model string) func(proto.Worker) bool {
 	return func(w proto.Worker) bool {
 		may := r.o.Own && len(w.Models) == 0 && w.State != proto.EngineNoModel
-		return (may || slices.Contains(w.Models, model)) && w.State != proto.EngineReady && w.State != proto.EngineDraining
+		return (may || slices.Contains(w.Models, model)) && w.Pending()
 	}
 }
 

@@ -342,6 +342,9 @@ const (
 	EngineUnknown  = "unknown"  // for a reader: what its worker says cannot be read; no worker says it
 )
 
+// Pending says that it runs no lines now, and is not stopping either.
+func (w *Worker) Pending() bool { return w.State != EngineReady && w.State != EngineDraining }
+
 func (w *Worker) visit(c *codec) {
 	c.str(&w.ID)
 	c.str(&w.Host)

@@ -57,6 +57,16 @@ func even(t *testing.T, r *worker.Rig, workers, n int) {
 	}
 }
 
+// answer lets engines go on, until all n lines are answered.
+func answer(t *testing.T, r *worker.Rig, engines []*engine, n int) {
+	t.Helper()
+	for _, e := range engines {
+		faults(t, e, sim.Faults{})
+	}
+	allOK(t, r.Wait(n), n)
+	r.Settled(0)
+}
+
 // TestShare: few lines are spread evenly over workers each of which could have more than half of them.
 func TestShare(t *testing.T) {
 	r := worker.NewRig(t)
@@ -64,11 +74,7 @@ func TestShare(t *testing.T) {
 	const n = 500
 	r.Send(worker.Requests(n)...)
 	even(t, r, 4, n)
-	for _, e := range engines {
-		faults(t, e, sim.Faults{})
-	}
-	allOK(t, r.Wait(n), n)
-	r.Settled(0)
+	answer(t, r, engines, n)
 }
 
 // TestShareOfDead: what an engine had that dies is spread evenly, too.
@@ -80,11 +86,7 @@ func TestShareOfDead(t *testing.T) {
 	even(t, r, 4, n)
 	engines[0].sim.Kill()
 	even(t, r, 3, n)
-	for _, e := range engines[1:] {
-		faults(t, e, sim.Faults{})
-	}
-	allOK(t, r.Wait(n), n)
-	r.Settled(0)
+	answer(t, r, engines[1:], n)
 }
 
 // TestShareOfSlow: no part is kept for an engine that does not get on with what it has.
@@ -98,7 +100,5 @@ func TestShareOfSlow(t *testing.T) {
 		faults(t, e, sim.Faults{})
 	}
 	r.Wait(n - each - len(proto.Lanes())) // a pull that waits may bring one more
-	faults(t, engines[0], sim.Faults{})
-	allOK(t, r.Wait(n), n)
-	r.Settled(0)
+	answer(t, r, engines[:1], n)
 }

@@ -230,7 +230,7 @@ func unserved(v *broker.JobView, ws []proto.Worker) string {
 			case !slices.Contains(w.Models, m.Model):
 			case w.State == proto.EngineReady:
 				served = true
-			case waits == "":
+			case waits == "" && w.Pending():
 				waits = fmt.Sprintf("model %s waits for %s (%s)", m.Model, w.ID, cmp.Or(w.Reason, w.State))
 			}
 		}

@@ -137,7 +137,7 @@ func (c *climb) settle() {
 func (c *climb) keep(rate float64) {
 	w := c.trial
 	size := w.work / w.ended
-	if size > 1.5*c.size || c.size > 1.5*size {
+	if apart(size, c.size, otherLines) {
 		*c = climb{n: c.n, least: c.least, most: c.most, step: c.step}
 		c.measure()
 		return

@@ -50,7 +50,7 @@ const (
 	graphsMore  = 1.25 // times size are tried
 	graphsEdge  = 0.95 // times what size makes: more that make less than that are beyond an edge
 	graphsClear = 0.8  // the same, of half a generation
-	otherLines  = 1.5  // times the tokens of a line, from which on it is found out anew
+	otherLines  = 1.5  // times the tokens, or the work, of a line: from there on what was found is found anew
 	graphsShort = 0.9  // of the limit: fewer in flight show nothing of it
 )
 
@@ -67,8 +67,11 @@ func (g *graphs) meet(kind string, same bool, flag int64, copies float64) {
 	if !same || size != g.size {
 		*g = graphs{size: size}
 	}
-	g.skip, g.from = 0, tally{}
+	g.restart()
 }
+
+// restart forgets what was measured of the present stage.
+func (g *graphs) restart() { g.skip, g.from = 0, tally{} }
 
 // most returns how many sequences of ours the engine may have, of n that would fit.
 func (g *graphs) most(n float64) float64 {
@@ -90,18 +93,19 @@ func (g *graphs) weigh(now look, base, room, line float64) bool {
 	}
 	g.seen = max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
 	if g.stage == graphsKeep || g.stage == graphsFree {
-		if line > otherLines*g.line || g.line > otherLines*line {
+		if apart(line, g.line, otherLines) {
 			g.stage = graphsHold
 		}
 		return false
 	}
 	held := base >= graphsShort*g.most(math.Inf(1))
 	if !held && g.stage == graphsTry { // the KV cache holds no more
-		g.stage, g.line, g.skip, g.from = graphsKeep, line, 0, tally{}
+		g.stage, g.line = graphsKeep, line
+		g.restart()
 		return true
 	}
 	if !held || now.inFlight < graphsShort*base || g.stage == graphsHold && room < graphsMore*base {
-		g.skip, g.from = 0, tally{}
+		g.restart()
 		return false
 	}
 	t := tally{at: now.at, work: float64(now.g.Prompt) + workOfOutput*float64(now.g.Generation), ended: g.ended}
@@ -132,7 +136,7 @@ func (g *graphs) judge(t tally, base, line float64) bool {
 	default:
 		return false
 	}
-	g.skip, g.from = 0, tally{}
+	g.restart()
 	return true
 }
 

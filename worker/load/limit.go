@@ -293,6 +293,9 @@ func (l *Limit) climbOn(now look, start, step float64) {
 	l.why = tells + "; " + l.climb.why(l.width())
 }
 
+// line is what the lines were like that have ended.
+func (l *Limit) line() shape { return shape{prompt: l.ended.prompt, output: l.ended.output} }
+
 // enough is how many lines have to end before it is known what they hold.
 func (l *Limit) enough() int { return max(int(l.base/l.width()), fewLines/2) }
 
@@ -360,10 +363,10 @@ func (l *Limit) capacity(kv float64) {
 
 // forget starts anew with an engine whose counters start anew. What lines hold is still known.
 func (l *Limit) forget() {
-	l.graphs.skip, l.graphs.from = 0, tally{}
+	l.graphs.restart()
 	l.looks, l.first, l.count, l.made, l.hold, l.seqs, l.ran, l.gain = nil, look{}, 0, 0, time.Time{}, l.most, 0, gain{size: 1}
 	if l.ended.n >= fewLines && l.kv > 0 {
-		l.set(shape{prompt: l.ended.prompt, output: l.ended.output}.fits(fill * l.kv))
+		l.set(l.line().fits(fill * l.kv))
 	}
 }
 

@@ -13,6 +13,11 @@ const (
 // shape is what lines are like, on average: tokens of the prompt that no other line shares, and tokens of the output.
 type shape struct{ prompt, output float64 }
 
+func (l shape) tokens() float64 { return l.prompt + l.output }
+
+// apart says whether one of two figures is more than so many times the other.
+func apart(a, b, times float64) bool { return a > times*b || b > times*a }
+
 // spare is the share of an engine's time that n lines at once spend on what a larger n would not make more: what one
 // per cent more of them is worth, in per cent.
 func (l shape) spare(n float64) float64 {

@@ -74,18 +74,21 @@ func (l *Limit) steer(now look) {
 
 // keepToGraphs bounds the limit by the engine's CUDA graphs, and frees it where more are no slower.
 func (l *Limit) keepToGraphs(now look) {
-	line := shape{prompt: l.ended.prompt, output: l.ended.output}
-	use := 0.0
+	line := l.line()
+	room := max(line.fits(fill*l.kv), l.base*fill/max(l.use(), 0.01))
+	next := l.base
+	if l.graphs.weigh(now, l.base, room, line.tokens()) && l.graphs.stage != graphsKeep {
+		next = room
+	}
+	l.set(next)
+}
+
+// use is how much of the KV cache was in use at most, in the looks that are kept.
+func (l *Limit) use() (most float64) {
 	for _, k := range l.looks {
-		use = max(use, k.g.KVUsage)
+		most = max(most, k.g.KVUsage)
 	}
-	room := max(line.fits(fill*l.kv), l.base*fill/max(use, 0.01))
-	switch moved := l.graphs.weigh(now, l.base, room, line.prompt+line.output); {
-	case moved && l.graphs.stage != graphsKeep:
-		l.set(min(room, l.seqs))
-	default:
-		l.set(l.base)
-	}
+	return most
 }
 
 // trim forgets all looks before a time but the last of them.
@@ -165,11 +168,10 @@ type window struct {
 func (l *Limit) window(life time.Duration) (w window) {
 	first, last := l.looks[0], l.looks[len(l.looks)-1]
 	w.whole = last.at.Sub(first.at) >= life*9/10
-	w.queued = math.Inf(1)
+	w.queued, w.use = math.Inf(1), l.use()
 	for _, k := range l.looks {
 		running, waiting := float64(k.g.Running), float64(k.g.Waiting)
 		w.whole = w.whole && k.inFlight >= 0.9*min(l.base, first.inFlight)
-		w.use = max(w.use, k.g.KVUsage)
 		w.waiting += waiting / float64(len(l.looks))
 		w.running += running / float64(len(l.looks))
 		w.inFlight += k.inFlight / float64(len(l.looks))
@@ -187,7 +189,7 @@ func (l *Limit) window(life time.Duration) (w window) {
 // grow moves the limit by what was seen over the life of one line.
 func (l *Limit) grow(now look, life time.Duration) {
 	w := l.window(life)
-	line := shape{prompt: l.ended.prompt, output: l.ended.output}
+	line := l.line()
 	if w.held > 0 {
 		line.prompt = min(line.prompt, max(w.held-line.output/2, 1)) // what is shared costs nothing
 	}
@@ -253,7 +255,7 @@ func (l *Limit) runs(n float64) {
 	if usual := math.Exp2(math.Ceil(math.Log2(n))); n >= seenShort*usual {
 		n = usual
 	}
-	l.seqs, l.ran, l.ranLine = l.enoughFor(n), n, l.ended.prompt+l.ended.output
+	l.seqs, l.ran, l.ranLine = l.enoughFor(n), n, l.line().tokens()
 	l.set(l.base)
 }
 
@@ -269,8 +271,7 @@ func (l *Limit) enoughFor(n float64) float64 {
 // mayRunMore says whether an engine that runs all that it gets may run more than was seen once. Where none wait in it,
 // that would show only when it gets more: so not while lines are what they were then.
 func (l *Limit) mayRunMore() bool {
-	tokens := l.ended.prompt + l.ended.output
-	return l.ran == 0 || l.enoughFor(l.ran) > l.ran || tokens > otherLines*l.ranLine || l.ranLine > otherLines*tokens
+	return l.ran == 0 || l.enoughFor(l.ran) > l.ran || apart(l.line().tokens(), l.ranLine, otherLines)
 }
 
 // ahead lowers the limit when the lines to come are much larger than those that it was found with.
@@ -329,7 +330,7 @@ const (
 
 // meet makes steps large again where lines are not what they were.
 func (g *gain) meet(line shape) {
-	if n := line.prompt + line.output; n > 1.25*g.line || g.line > 1.25*n {
+	if n := line.tokens(); apart(n, g.line, 1.25) {
 		*g = gain{size: 1, line: n}
 	}
 }
