@@ -161,24 +161,15 @@ func (f Flags) Sequences() int64 {
 	return n * k
 }
 
-// Graphs is how many tokens the largest CUDA graph of a server holds, where the flags say so; 0: they do not, -1: it has
-// none, or that cannot be told.
-func (f Flags) Graphs() int64 {
-	for _, name := range []string{"--enforce-eager", "--compilation-config", "-cc", "-O", "-O0", "-O1", "--optimization-level", "--cudagraph-capture-sizes", "--cuda-graph-sizes", "--speculative-config"} {
-		if _, ok := f.last(name); ok {
-			return -1
-		}
-	}
-	v, _ := f.last("--max-cudagraph-capture-size")
-	if n, err := strconv.ParseInt(v, 10, 32); err == nil && n > 0 {
-		return n
-	}
-	return 0
+// has says whether any of some flags is there.
+func (f Flags) has(names ...string) bool {
+	_, ok := f.values(names...)
+	return ok
 }
 
 // Names are the names under which a model will be served; none where that cannot be told before.
 func (f Flags) Names(model string) []string {
-	if _, adapters := f.values("--lora-modules"); adapters {
+	if f.has("--lora-modules") {
 		return nil
 	}
 	return f.names(model)

@@ -43,20 +43,6 @@ func TestFlags(t *testing.T) {
 	}
 }
 
-func TestFlagsGraphs(t *testing.T) {
-	for _, c := range []struct {
-		flags vllm.Flags
-		want  int64
-	}{
-		{vllm.Flags{"--max-num-seqs", "64"}, 0}, {vllm.Flags{"--seed", "1", "--enforce-eager"}, -1}, {vllm.Flags{"--max_cudagraph_capture_size=1024"}, 1024},
-		{vllm.Flags{"--max-cudagraph-capture-size", "x"}, 0}, {vllm.Flags{"-O0"}, -1}, {vllm.Flags{"--speculative_config={}"}, -1}, {vllm.Flags{"-cc", "{}"}, -1},
-	} {
-		if got := c.flags.Graphs(); got != c.want {
-			t.Errorf("%q: %d, want %d", c.flags, got, c.want)
-		}
-	}
-}
-
 func TestFlagsRefused(t *testing.T) {
 	for _, c := range []struct {
 		flags vllm.Flags

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -113,4 +114,31 @@ func listed() (numbers, uuids []string, err error) {
 		return nil, nil, errors.New("--gpus all: nvidia-smi lists no GPU" + instead)
 	}
 	return numbers, second(gpuUUID), nil
+}
+
+// Memory is how many bytes the smallest of some GPUs has, as nvidia-smi numbers and names them; nil: of all of this machine.
+// 0: nobody knows.
+func Memory(ids []string) (least int64) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	args := []string{"--query-gpu=memory.total", "--format=csv,noheader,nounits"}
+	if ids != nil {
+		args = append(args, "-i", strings.Join(ids, ","))
+	}
+	cmd := exec.CommandContext(ctx, "nvidia-smi", args...)
+	cmd.WaitDelay = time.Second
+	out, err := cmd.Output()
+	if err != nil {
+		return 0
+	}
+	for l := range strings.Lines(string(out)) {
+		mib, err := strconv.ParseInt(strings.TrimSpace(l), 10, 64)
+		if err != nil {
+			return 0
+		}
+		if least == 0 || mib<<20 < least {
+			least = mib << 20
+		}
+	}
+	return least
 }

@@ -25,7 +25,9 @@ type journal struct {
 	lines []string // the last ones that are no access log
 	at    time.Time
 	stage string
-	kv    int64
+	kv    int64 // tokens of the KV cache; 0: it did not say
+
+	graphs int64 // tokens of the largest CUDA graph; 0: it did not say, below 0: it has none
 }
 
 const (
@@ -142,10 +144,19 @@ func (j *journal) take(b []byte) {
 	if m := kvSize.FindStringSubmatch(line); m != nil {
 		j.kv, _ = strconv.ParseInt(strings.ReplaceAll(m[1], ",", ""), 10, 64) // digits, as the pattern says
 	}
+	if m := graphSize.FindSubmatch(b); m != nil { // far back in a long line
+		j.graphs = -1
+		if n, _ := strconv.ParseInt(string(m[1]), 10, 64); n > 0 {
+			j.graphs = n
+		}
+	}
 }
 
 // kvSize is how vLLM says the capacity of its KV cache (v1/core/kv_cache_utils.py); on a CPU, too.
 var kvSize = regexp.MustCompile(`KV cache size: ([\d,]+) tokens`)
+
+// graphSize is how vLLM says the tokens of its largest CUDA graph, among all of its settings (v1/engine/core.py).
+var graphSize = regexp.MustCompile(`'max_cudagraph_capture_size': (\d+)`)
 
 // stages are what vLLM 0.26 to 0.32 says while it loads: v1/worker/gpu_model_runner.py, model_executor/model_loader,
 // compilation/backends.py, entrypoints/launchers.
@@ -174,10 +185,11 @@ func (j *journal) phase() string {
 	return j.stage
 }
 
-func (j *journal) kvTokens() int64 {
+// told returns the capacity of the KV cache and the size of the largest CUDA graph in tokens, see Server.
+func (j *journal) told() (kv, graphs int64) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return j.kv
+	return j.kv, j.graphs
 }
 
 // tail returns the last lines.

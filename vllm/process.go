@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -64,7 +65,7 @@ func (s *Server) launch() (*process, error) {
 	p := &process{cmd: cmd, over: make(chan struct{}), reap: make(chan struct{}), reaped: make(chan struct{}), said: said, read: make(chan struct{}),
 		journal: j, models: s.Flags.names(s.Model), base: s.String(), key: s.Key,
 		client: &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}}
-	j.note(strings.Join(slices.Concat(line[:len(line)-len(s.Flags.given())-4], s.Flags.Shown(), line[len(line)-4:]), " "))
+	j.note(strings.Join(slices.Concat(line[:len(line)-len(s.flags().given())-4], s.Shown(), line[len(line)-4:]), " "))
 	err = p.start()
 	out.Close()
 	if err != nil {
@@ -307,3 +308,22 @@ func (p *process) get(ctx context.Context, path string) ([]byte, error) {
 	}
 	return io.ReadAll(io.LimitReader(r.Body, 1<<20))
 }
+
+// FreePort is a port of the loopback interface at which nobody listens. It lies below those that systems give to
+// connections (from 32,768 on Linux, from 49,152 elsewhere), so that it stays free while no server has it.
+func FreePort(taken func(int) bool) (int, error) {
+	first := rand.IntN(lastPort - firstPort) // two that look at once should not find the same one
+	for i := range lastPort - firstPort {
+		port := firstPort + (first+i)%(lastPort-firstPort)
+		if taken(port) {
+			continue
+		}
+		ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
+		if err == nil {
+			return port, ln.Close()
+		}
+	}
+	return 0, fmt.Errorf("find a port for vLLM: all from %d to %d are taken", firstPort, lastPort-1)
+}
+
+const firstPort, lastPort = 18000, 19000

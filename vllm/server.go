@@ -4,6 +4,7 @@
 //
 //	Flags     what the user gives behind --, and what follows from it    flags.go
 //	process   a server process and its group                            process.go, group_linux.go, group_other.go
+//	graphs    the CUDA graphs that it is asked for                      graphs.go
 //	journal   its log: a file of limited size, and what was said last    journal.go
 //	reasons   what a dead server's log says, and what to do              reasons.go
 //	record    says on disk which process is ours, for the next start     record.go
@@ -14,8 +15,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -61,6 +60,8 @@ type Server struct {
 	changed chan struct{}
 	kill    chan string // causes for which the server is to be ended
 	kv      int64
+	graphs  int64
+	extra   Flags  // our own, see Tune
 	again   int64  // restarts
 	cause   string // of the last one
 }
@@ -134,7 +135,7 @@ func (s *Server) CommandLine() []string {
 	if len(command) == 0 {
 		command = []string{"vllm"}
 	}
-	return slices.Concat(command, []string{"serve", s.Model}, s.Flags.given(),
+	return slices.Concat(command, []string{"serve", s.Model}, s.flags().given(),
 		[]string{"--host", "127.0.0.1", "--port", strconv.Itoa(s.Port)})
 }
 
@@ -202,6 +203,10 @@ func (s *Server) Run(live, patience context.Context) error {
 			s.set(false, proto.EngineWaiting, "engine is stopped")
 			return nil
 		}
+		if s.plainer(end) {
+			s.Log.Warn(end.why+"; it is tried without the larger CUDA graphs that we asked for", "engine", s.String(), "log", s.LogFile())
+			continue
+		}
 		pause, failed := t.judge(end, s)
 		if failed != nil {
 			s.set(false, proto.EngineDegraded, failed.Why+"; mend that, and start millrace again")
@@ -244,6 +249,7 @@ func (s *Server) Again() (n int64, cause string) {
 type ending struct {
 	cause  string        // one of Causes
 	why    string        // for people
+	reason string        // name of the one in its log; empty: none that is known
 	final  bool          // a restart would not mend it
 	passes bool          // it may mend itself
 	well   time.Duration // for how long it was up; 0: it never was
@@ -291,7 +297,7 @@ func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
 func (s *Server) once(live, patience context.Context) ending {
 	s.set(false, proto.EngineWaiting, "engine is starting")
 	s.mu.Lock()
-	s.kv = 0
+	s.kv, s.graphs = 0, 0
 	select {
 	case <-s.kill: // it was for the one before
 	default:
@@ -357,7 +363,7 @@ func (w *watch) look(ctx context.Context) bool {
 	}
 	w.upAt = time.Now()
 	w.mu.Lock()
-	w.kv = w.journal.kvTokens()
+	w.kv, w.graphs = w.journal.told()
 	w.mu.Unlock()
 	w.Log.Info("engine is up", "engine", w.String(), "after", took.Round(time.Second).String())
 	w.set(true, "", "")
@@ -409,7 +415,7 @@ func (w *watch) died() ending {
 	}
 	if r, line := recognise(w.journal.tail()); r != nil {
 		e.why += ": " + r.say(line)
-		e.final, e.passes = r.final, r.passes
+		e.reason, e.final, e.passes = r.name, r.final, r.passes
 		if r.cause != "" {
 			e.cause = r.cause
 		}
@@ -464,25 +470,6 @@ func (w *watch) end() {
 		w.Log.Error("processes of the engine do not go, and may keep its GPU; see why (ps -o pid,stat,user,wchan)", "engine", w.String(), "processes", left)
 	}
 }
-
-// FreePort is a port of the loopback interface at which nobody listens. It lies below those that systems give to
-// connections (from 32,768 on Linux, from 49,152 elsewhere), so that it stays free while no server has it.
-func FreePort(taken func(int) bool) (int, error) {
-	first := rand.IntN(lastPort - firstPort) // two that look at once should not find the same one
-	for i := range lastPort - firstPort {
-		port := firstPort + (first+i)%(lastPort-firstPort)
-		if taken(port) {
-			continue
-		}
-		ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
-		if err == nil {
-			return port, ln.Close()
-		}
-	}
-	return 0, fmt.Errorf("find a port for vLLM: all from %d to %d are taken", firstPort, lastPort-1)
-}
-
-const firstPort, lastPort = 18000, 19000
 
 func (s *Server) file(name string) string { return filepath.Join(s.Dir, name) }
 

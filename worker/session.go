@@ -80,7 +80,7 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	}
 	s.stopped, s.breakOff = context.WithCancelCause(stop)
 	s.limit = load.New(w.Concurrency)
-	s.limit.Sequences, s.limit.Graphs = w.Sequences, w.Graphs
+	s.limit.Sequences = w.Sequences
 	s.feeder = newFeeder()
 	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
 	s.slots.back = func(l *line) { s.giveBack(l, jitter(2*time.Second), "doubted") }
@@ -370,7 +370,11 @@ func (s *session) adjust() {
 func (s *session) found(st Status) {
 	st.Gauges.KVTokens = s.capacity(st)
 	now := time.Now()
-	s.limit.Observe(st.load(), s.slots.inFlight(), now)
+	e := st.load()
+	if s.Graphs != nil {
+		e.Graphs = s.Graphs()
+	}
+	s.limit.Observe(e, s.slots.inFlight(), now)
 	s.meter.look(st.Gauges, now)
 	models := s.Models
 	if models == nil {

@@ -14,7 +14,7 @@ func (s *session) flags(st Status) []string {
 	if s.Flags == nil {
 		return st.Settings
 	}
-	return s.Flags
+	return s.Flags()
 }
 
 // gpus are those of the engine, if it is known which these are, or else those of the machine, one of which may be its own.

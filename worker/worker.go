@@ -47,18 +47,18 @@ type Worker struct {
 	RetryEvery     time.Duration // between lines let through to a degraded, hung or denying engine; 0: 30 s
 	KVTokens       func() int64  // capacity of the engine's KV cache in tokens, asked where its metrics do not tell, 0: unknown; nil: nobody knows
 
-	Sequences int64 // that the engine runs at once, where it was told so at its start; 0: not known
-	Graphs    int64 // tokens of its largest CUDA graph, where it was told so at its start; 0: not known, below 0: it has none
+	Sequences int64        // that the engine runs at once, where it was told so at its start; 0: not known
+	Graphs    func() int64 // tokens of its largest CUDA graph, 0: not known, below 0: it has none; nil: nobody knows
 
 	Answered *atomic.Int64 // counts the lines that the engine answered well; nil: nobody counts
 
 	// Restarts tells how often the engine was started again, and the cause of the last time; nil: others look after that.
 	Restarts func() (n int64, cause string)
 
-	Coming  []string // models that the engine will list once it is up, for people; nil: not known
-	Flags   []string // that the engine was started with, without keys: everybody may read them; nil: not known
-	Devices []string // GPUs that it was given, by number or UUID; nil: not known
-	GPUs    *GPUs    // of this machine; nil: nobody looks
+	Coming  []string        // models that the engine will list once it is up, for people; nil: not known
+	Flags   func() []string // that the engine was started with, without keys: everybody may read them; nil: not known
+	Devices []string        // GPUs that it was given, by number or UUID; nil: not known
+	GPUs    *GPUs           // of this machine; nil: nobody looks
 
 	Log      *slog.Logger          // nil: none
 	Registry prometheus.Registerer // nil: none

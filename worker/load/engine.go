@@ -8,6 +8,7 @@ type Engine struct {
 	Run     int   // another one is another run of the engine, whose counters start anew
 	Slots   int64 // most sequences that it runs at once; 0: not told
 	MaxLen  int64 // longest context of any of its models, in tokens
+	Graphs  int64 // tokens of its largest CUDA graph; 0: not told, below 0: it has none
 	Gauges  Gauges
 }
 

@@ -17,6 +17,7 @@ import (
 // and the limit is free.
 type graphs struct {
 	size  float64 // sequences of the largest graph; 0: there is none that is known
+	told  bool    // somebody has read it from the engine
 	stage stage
 	seen  float64 // running or waiting sequences of other clients, at the last look
 	rate  float64 // work a second with size in flight
@@ -54,19 +55,20 @@ const (
 	graphsShort = 0.9  // of the limit: fewer in flight show nothing of it
 )
 
-// meet begins anew with another kind or version of engine, which is so many copies of the model. flag is what its flags say:
-// sequences of its largest graph, 0: nothing, below 0: it has none.
-func (g *graphs) meet(kind string, same bool, flag int64, copies float64) {
+// meet begins anew with another kind or version of engine, which is so many copies of the model. told are the tokens of
+// its largest graph, 0: nobody knows, below 0: it has none.
+func (g *graphs) meet(kind string, same bool, told int64, copies float64) {
 	size := 0.0
 	switch {
-	case flag > 0:
-		size = float64(flag) * copies
-	case flag == 0 && kind == proto.KindVLLM:
+	case told > 0:
+		size = float64(told) * copies
+	case told == 0 && kind == proto.KindVLLM:
 		size = vllmGraphs * copies
 	}
 	if !same || size != g.size {
 		*g = graphs{size: size}
 	}
+	g.told = told != 0
 	g.restart()
 }
 

@@ -26,8 +26,7 @@ import (
 // It counts sequences, as engines do: a line that asks for n choices is n of them. All methods may be called from any
 // goroutine.
 type Limit struct {
-	Sequences int64 // that the engine runs at once, by its flags; 0: not known. Set it before all else, like Graphs
-	Graphs    int64 // tokens of its largest CUDA graph, by its flags; 0: not known, below 0: it has none
+	Sequences int64 // that the engine runs at once, by its flags; 0: not known. Set it before all else
 
 	fixed int // by the user; 0: find out
 
@@ -132,7 +131,7 @@ func (l *Limit) Burst() int {
 		return 1
 	}
 	size := l.graphs.size
-	if most := cmp.Or(l.ran, float64(l.Sequences)); most > 0 && l.Graphs == 0 {
+	if most := cmp.Or(l.ran, float64(l.Sequences)); most > 0 && !l.graphs.told {
 		size = min(size, 2*most) // see vllmGraphs
 	}
 	if l.base+l.ended.prompt*max(1, l.base/output) <= size {
@@ -221,7 +220,7 @@ func (l *Limit) Observe(st Engine, inFlight int, now time.Time) {
 	l.relax(now)
 	l.meet(st)
 	if n := st.Gauges.Engines; n != l.copies && n > 0 {
-		l.spread(n, true)
+		l.spread(st, true)
 		if l.ran == 0 {
 			l.seqs = l.most
 		}
@@ -309,7 +308,7 @@ func (l *Limit) meet(st Engine) {
 	was := l.engine
 	l.engine = now
 	l.slots = float64(cmp.Or(st.Slots, l.Sequences))
-	l.spread(st.Gauges.Engines, same)
+	l.spread(st, same)
 	l.seqs, l.ran = l.most, 0
 	if was == (identity{}) {
 		return
@@ -324,10 +323,10 @@ func (l *Limit) meet(st Engine) {
 }
 
 // spread takes in how many copies of the model the engine is, which it may tell later than what it is.
-func (l *Limit) spread(copies int, same bool) {
-	l.copies = copies
-	n := float64(max(copies, 1))
-	l.graphs.meet(l.engine.kind, same, l.Graphs, n)
+func (l *Limit) spread(st Engine, same bool) {
+	l.copies = st.Gauges.Engines
+	n := float64(max(l.copies, 1))
+	l.graphs.meet(st.Kind, same, st.Graphs, n)
 	if l.most = mostSeqs * n; l.slots > 0 {
 		l.most = l.slots*seqsMore + seqsWait
 	}

@@ -24,12 +24,13 @@ type regime struct {
 	engine sim.Config
 	fit    int // lines that fit to their ends, about
 	line   func(r *rand.Rand, i, of int) ask
-	mute   bool // its metrics vanish after a quarter of the lines
-	steady bool // what lines hold stays the same
-	prefix bool // they share it, which only the load of the engine shows
-	pause  bool // half of the lines come a minute after the others have ended
-	others int  // requests of another client that are always there
-	shared int  // workers that share the engine; 0: one
+	mute   bool  // its metrics vanish after a quarter of the lines
+	steady bool  // what lines hold stays the same
+	prefix bool  // they share it, which only the load of the engine shows
+	pause  bool  // half of the lines come a minute after the others have ended
+	others int   // requests of another client that are always there
+	shared int   // workers that share the engine; 0: one
+	graphs int64 // tokens of its largest CUDA graph, as its log says; 0: nobody knows
 }
 
 // view is what an engine tells of itself.
@@ -51,10 +52,16 @@ func big(kv int) sim.Config   { return card(kv, 1024, 8192, 3000, 55, 20) }
 func small(kv int) sim.Config { return card(kv, 256, 2048, 3100, 60, 28) }
 func fast(kv int) sim.Config  { return card(kv, 1024, 8192, 1500, 30, 2) }
 
-// graphed is slower in steps of more than 512 tokens.
+// graphed is slower in steps of more than 512 tokens, and largeGraphs in those of more than 2,048.
 func graphed(kv int) sim.Config {
 	c := card(kv, 1024, 8192, 3000, 56, 12)
 	c.GraphTokens, c.EagerTime = 512, 15*time.Millisecond
+	return c
+}
+
+func largeGraphs(kv int) sim.Config {
+	c := graphed(kv)
+	c.GraphTokens = 2048
 	return c
 }
 
@@ -261,7 +268,7 @@ func (c *controlled) look(n int, done float64) time.Duration {
 	if c.tells >= tellsCapacity {
 		kind = proto.KindOther
 	}
-	st := load.Engine{Kind: kind, Run: 1, MaxLen: int64(c.regime.engine.MaxModelLen), Gauges: g}
+	st := load.Engine{Kind: kind, Run: 1, MaxLen: int64(c.regime.engine.MaxModelLen), Graphs: c.regime.graphs, Gauges: g}
 	c.limit.Observe(st, n, time.Unix(0, 0).Add(c.engine.Now()))
 	if done > 0.5 && done < 1 {
 		if c.least == 0 {
@@ -405,8 +412,13 @@ func TestGraphs(t *testing.T) {
 		{"60 + 20 to 280, 64 sequences at most", uniform(60, 20, 280), graphed(0), 880_000, 64, 0, 67, 0.97, 64, 67},
 		{"600 + 10 to 30, 256 sequences at most", uniform(600, 10, 30), graphed(0), 880_000, 256, 0, 263, 0.93, 250, 263},
 		{"100 + 50 to 600, another client", uniform(100, 50, 600), card(0, 1024, 8192, 3000, 30, 2), 880_000, 1024, 50, 974, 0.93, 700, 1024},
+		{"788 + 308, large graphs", fixed(788, 308), largeGraphs(0), 880_000, 1024, 0, 807, 0.97, 790, 850},
+		{"788 + 50 to 600, large graphs", uniform(788, 50, 600), largeGraphs(0), 880_000, 1024, 0, 899, 0.97, 800, 1024},
 	} {
 		g := regime{name: c.name, engine: c.engine, line: c.line, others: c.others}
+		if g.engine.GraphTokens > 512 {
+			g.graphs = int64(g.engine.GraphTokens)
+		}
 		g.engine.KVTokens, g.engine.MaxNumSeqs = c.kv, c.seqs
 		lines := g.lines(12000)
 		best, got := g.run(t, lines, c.best, tellsAll), g.run(t, lines, 0, tellsAll)
