@@ -93,3 +93,27 @@ func TestPlainer(t *testing.T) {
 		t.Errorf("%+v, %d starts", f, len(r.lives()))
 	}
 }
+
+// TestMemory: it is that of the smallest of the GPUs that are asked for.
+func TestMemory(t *testing.T) {
+	bin := t.TempDir()
+	t.Setenv("PATH", bin)
+	if got := vllm.Memory(nil); got != 0 {
+		t.Errorf("%d bytes, without nvidia-smi", got)
+	}
+	script := `#!/bin/sh
+case "$*" in
+"--query-gpu=memory.total --format=csv,noheader,nounits") echo 81559; echo 24576 ;;
+"--query-gpu=memory.total --format=csv,noheader,nounits -i 0,GPU-2") echo 81559; echo 143771 ;;
+*) echo '[N/A]' ;;
+esac
+`
+	if err := os.WriteFile(filepath.Join(bin, "nvidia-smi"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for want, ids := range map[int64][]string{24576 << 20: nil, 81559 << 20: {"0", "GPU-2"}, 0: {"MIG-1"}} {
+		if got := vllm.Memory(ids); got != want {
+			t.Errorf("%q: %d bytes, want %d", ids, got, want)
+		}
+	}
+}
