@@ -34,18 +34,22 @@ func graphSizes() string {
 	return fmt.Sprintf(`{"cudagraph_capture_sizes":[%s]}`, strings.Join(sizes, ","))
 }
 
-// ofGraphs are flags that say what graphs there are, or change what a graph holds.
-var ofGraphs = []string{"--enforce-eager", "--compilation-config", "-cc", "-O", "-O0", "-O1", "-O2", "-O3", "--optimization-level", "--cudagraph-capture-sizes", "--cuda-graph-sizes",
+// ofGraphs are the beginnings of flags that say what graphs there are, or change what a graph holds.
+var ofGraphs = []string{"--enforce-eager", "--compilation-config", "-cc", "-O", "--optimization-level", "--cudagraph-capture-sizes", "--cuda-graph-sizes",
 	"--max-cudagraph-capture-size", "--speculative-config", "--enable-lora"}
+
+// ofGraphs says whether any of them is there.
+func (f Flags) ofGraphs() bool {
+	return slices.ContainsFunc(f, func(word string) bool {
+		return slices.ContainsFunc(ofGraphs, func(of string) bool { return strings.HasPrefix(spelt(word), of) })
+	})
+}
 
 // Tune lets the server have larger CUDA graphs than vLLM takes by itself, where its one GPU has so many bytes and is fast
 // for the model. It is called before Run.
 func (s *Server) Tune(memory int64) {
 	each, err := s.Flags.GPUs()
-	dotted := func(word string) bool {
-		return strings.HasPrefix(spelt(word), "--compilation-config.") || strings.HasPrefix(word, "-cc.")
-	}
-	if err != nil || each != 1 || memory < bigCard || s.Flags.has(ofGraphs...) || slices.ContainsFunc(s.Flags, dotted) || weights(s.Model)*smallModel > memory {
+	if err != nil || each != 1 || memory < bigCard || s.Flags.ofGraphs() || weights(s.Model)*smallModel > memory {
 		return
 	}
 	s.extra = Flags{"--compilation-config", graphSizes()}

@@ -39,10 +39,10 @@ func TestTune(t *testing.T) {
 		flags  vllm.Flags
 		want   bool
 	}{
-		{model, h100, nil, true}, {"a/unknown", h100, vllm.Flags{"--max-model-len", "4096"}, true}, {model, h100, vllm.Flags{"--lora-modules", "a=b"}, true},
+		{model, h100, nil, true}, {"a/unknown", h100, vllm.Flags{"--max-model-len", "4096"}, true},
 		{large, h100, nil, false}, {"a/large", h100, nil, false}, {model, 0, nil, false}, {model, 24 << 30, nil, false}, {large, 141 << 30, nil, true},
 		{model, h100, vllm.Flags{"-tp", "2"}, false}, {model, h100, vllm.Flags{"--enforce-eager"}, false}, {model, h100, vllm.Flags{"--max_cudagraph_capture_size=512"}, false},
-		{model, h100, vllm.Flags{"--compilation_config.mode=3"}, false}, {model, h100, vllm.Flags{"-cc.mode", "3"}, false}, {model, h100, vllm.Flags{"-O1"}, false},
+		{model, h100, vllm.Flags{"--compilation_config.mode=3"}, false}, {model, h100, vllm.Flags{"-cc.mode", "3"}, false}, {model, h100, vllm.Flags{"-O1"}, false}, {model, h100, vllm.Flags{"-O", "2"}, false}, {model, h100, vllm.Flags{"--enable-lora"}, false},
 		{model, h100, vllm.Flags{"--speculative-config={}"}, false},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
