@@ -142,7 +142,7 @@ func TestRealHost(t *testing.T) {
 	t.Run("Stopped", func(t *testing.T) { // with work in flight, and continued
 		h := newHosted(t)
 		g := h.midway(realLines / 10)
-		h.job.says("engine is") // what it does is said
+		h.job.says("vLLM is starting") // what it does is said
 		if code := h.job.term(); code != 128+int(syscall.SIGTERM) {
 			t.Errorf("it ended with %d\n%s", code, h.job.err)
 		}
