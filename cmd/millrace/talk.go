@@ -25,6 +25,7 @@ type talk struct {
 	note  string
 	noted time.Time // when the note came
 	stood int64     // lines that had ended then
+	moved time.Time // when another one had ended
 	said  time.Time
 	ended int64 // lines, when that was
 	start time.Time
@@ -53,8 +54,11 @@ func (a *app) newTalk(job proto.Job) *talk {
 
 // see takes the newest view of the job.
 func (t *talk) see(v broker.JobView) {
-	t.view = v
 	now, ended := time.Now(), v.Ended()
+	if ended != t.view.Ended() {
+		t.moved = now
+	}
+	t.view = v
 	if n, unsure := note(&v), t.unsure(&v); n != t.note && !unsure {
 		t.note, t.noted, t.stood = n, now, ended
 		switch {
@@ -64,7 +68,7 @@ func (t *talk) see(v broker.JobView) {
 			t.line("it goes on")
 		}
 	}
-	stands := t.note != "" && ended == t.stood
+	stands := t.note != "" && (ended == t.stood || now.Sub(t.moved) >= paceLately)
 	t.pace.Add(now, v.Progress.BusyUS, ended, v.Progress.Usage.Completion, stands)
 	speed := ""
 	if !stands {
