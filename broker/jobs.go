@@ -28,7 +28,7 @@ type JobView struct {
 // States of a job, as people see it.
 const (
 	StateRunning   = "running"
-	StateOrphaned  = "orphaned" // nobody owns its input at the moment
+	StateOrphaned  = "orphaned" // nobody owns its input at the moment: what is in the queues is run, and no more comes
 	StateWaiting   = "waiting"  // the same of an input that lies with the broker: an aggregator adopts it
 	StatePaused    = "paused"
 	StateHalted    = "halted"
@@ -70,11 +70,23 @@ func (v *JobView) Note() string {
 	}
 	switch v.State() {
 	case StateOrphaned:
-		return "no process runs it; run the command that created it again"
+		return v.left()
 	case StateWaiting:
 		return "handed over; an aggregator goes on with it, `millrace serve` or `millrace aggregate`"
 	}
 	return v.Feed.Note
+}
+
+// left says what comes of a job whose producer has left.
+func (v *JobView) left() string {
+	sent, rest := v.Feed.Enqueued, v.Job.Lines-v.Feed.Enqueued-v.Feed.Ended
+	switch {
+	case sent == 0:
+		return "no process runs it; run the command that created it again"
+	case rest > 0:
+		return fmt.Sprintf("its producer has left: the %s that it sent are run, %d more wait for the command that created it; run that again", proto.Count(sent, "line"), rest)
+	}
+	return "its producer has left, with all lines sent: they are run, and the job ends by itself; should some get lost, run the command that created it again"
 }
 
 func (v *JobView) set(kind string, value []byte) error {

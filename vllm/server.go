@@ -216,7 +216,7 @@ func (s *Server) Run(live, patience context.Context) error {
 		if pause >= time.Second {
 			when = " in " + short(pause)
 		}
-		why := fmt.Sprintf("%s; it is started again%s (%d of %d)", end.why, when, t.restarts, s.Restarts)
+		why := fmt.Sprintf("%s; it is started again%s (%s)", end.why, when, t.number(end, s))
 		s.Log.Warn(why, "engine", s.String(), "log", s.LogFile())
 		s.set(false, proto.EngineWaiting, why)
 		s.count(end.cause)
@@ -291,6 +291,14 @@ func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
 		first *= passing
 	}
 	return min(first<<min(t.quick-1, 10), mostPause), nil
+}
+
+// number says which restart it is, of how many: of the budget that ends first if they all go as the last start went.
+func (t *tally) number(e ending, s *Server) string {
+	if n := failedStarts - t.failed; t.failed > 0 && !e.passes && n-1 < s.Restarts-t.restarts {
+		return fmt.Sprintf("%d of %d while it does not come up", t.failed, t.failed+n-1)
+	}
+	return fmt.Sprintf("%d of %d", t.restarts, s.Restarts)
 }
 
 // once starts the server and watches it to its end.

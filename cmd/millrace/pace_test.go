@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strings"
 	"testing"
 	"time"
 )
@@ -28,7 +29,7 @@ func TestPace(t *testing.T) {
 	for sec := 53; sec <= 62; sec++ {
 		add(sec, sec-52, 1000+31*int64(sec-52), false)
 	}
-	is(62, 310, ", 31.0 lines/s, 310 output tok/s in the last 10s, 10s left")
+	is(62, 310, ", 31.0 lines/s, 310 output tok/s in the last 10s") // too early for more
 	for sec := 63; sec <= 132; sec++ {
 		add(sec, sec-52, 1310+10*int64(sec-62), false)
 	}
@@ -45,7 +46,30 @@ func TestPace(t *testing.T) {
 	is(240, 220, ", 0.0 lines/s, 0 output tok/s in the last 1m")
 	add(241, 1, 10, false) // the results are folded anew
 	add(242, 2, 20, false)
-	is(242, 1<<40, ", 10.0 lines/s, 100 output tok/s in the last 1s, 876000h left")
+	is(242, 1<<40, ", 10.0 lines/s, 100 output tok/s in the last 1s")
+}
+
+// TestPaceSettles: the time that is left is told once the rate has rested on 15 s of lines that come evenly, or on a minute:
+// before that it is that of the first lines, which are the short ones.
+func TestPaceSettles(t *testing.T) {
+	begin := time.Now()
+	for name, c := range map[string]struct {
+		lines func(sec int64) int64
+		from  int64 // s; from when on it is told
+	}{
+		"evenly":      {func(sec int64) int64 { return 40 * sec }, 15},
+		"long lines":  {func(sec int64) int64 { return sec/8 + max(sec-20, 0)*40 }, 60},
+		"very slowly": {func(sec int64) int64 { return sec / 10 }, 60},
+	} {
+		var p pace
+		for sec := range int64(70) {
+			now := begin.Add(time.Duration(sec) * time.Second)
+			p.Add(now, sec*1e6, c.lines(sec), 0, false)
+			if says := strings.Contains(p.say(now, 1<<50), "876000h left"); says != (sec >= c.from) {
+				t.Errorf("%s: after %d s it says %q", name, sec, p.say(now, 1<<50))
+			}
+		}
+	}
 }
 
 // TestPaceOfOldAggregator: one that does not tell for how long lines were at engines leaves the clock.
@@ -55,7 +79,7 @@ func TestPaceOfOldAggregator(t *testing.T) {
 	for sec := range int64(11) {
 		p.Add(now.Add(time.Duration(sec)*time.Second), 0, 5*sec, 50*sec, false)
 	}
-	if got, want := p.say(now.Add(10*time.Second), 50), ", 5.0 lines/s, 50 output tok/s in the last 10s, 10s left"; got != want {
+	if got, want := p.say(now.Add(10*time.Second), 50), ", 5.0 lines/s, 50 output tok/s in the last 10s"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
