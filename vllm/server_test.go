@@ -218,6 +218,38 @@ func TestBudget(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 	restarts(vllm.CauseKilled, 2)
+	r.counts("(1 of 2)", "(2 of 2)")
+}
+
+// counts checks which number was said of each restart.
+func (r *rig) counts(want ...string) {
+	r.t.Helper()
+	said := r.said.String()
+	for _, n := range want {
+		if !strings.Contains(said, n) {
+			r.t.Errorf("%s is not said", n)
+		}
+	}
+	if n := strings.Count(said, "it is started again"); n != len(want) {
+		r.t.Errorf("%d restarts are said, want %d", n, len(want))
+	}
+}
+
+// TestBudgetOfStarts: the number of a restart says which budget ends it: that of a server that was up and dies, or that of one
+// that does not come up, which is smaller.
+func TestBudgetOfStarts(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve", "fails")
+	r.start()
+	kill(t, r.up(1).api, syscall.SIGKILL)
+	if f := r.fails(); !strings.Contains(f.Why, "3 times") {
+		t.Errorf("%+v", f)
+	}
+	r.counts("(1 of 5)", "(1 of 2 while it does not come up)", "(2 of 2 while it does not come up)")
+	r = newRig(t, "fails")
+	r.Restarts = 1
+	r.start().fails()
+	r.counts("(1 of 1)")
 }
 
 // TestBudgetOfProgress: restarts of a server that has answered lines in between are forgotten.
