@@ -438,7 +438,10 @@ func (s *session) record() *proto.Worker {
 		KVTokens: cmp.Or(s.capacity(st), s.limit.Tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
 		LimitWhy: s.limit.Reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
 	}
-	if len(w.Models) == 0 && state == proto.EngineWaiting {
+	if s.Keeper != nil && st.Gone && st.State == proto.EngineDegraded {
+		w.GivenUp = st.Reason
+	}
+	if len(w.Models) == 0 && (state == proto.EngineWaiting || w.GivenUp != "") {
 		w.Models = s.Coming
 	}
 	if w.Hosted = s.Restarts != nil; w.Hosted {

@@ -4,7 +4,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"millrace/proto"
 )
+
+// progress is that of a job of which so many lines ended, of 10 tokens each, and were at engines for so many seconds.
+func progress(busy, lines int64) *proto.Progress {
+	return &proto.Progress{BusyUS: busy * 1e6, OK: lines, Usage: proto.Usage{Completion: 10 * lines}}
+}
 
 // TestPace: rates and the time that is left follow the last minute in which lines were at engines, whatever came before.
 func TestPace(t *testing.T) {
@@ -12,7 +19,7 @@ func TestPace(t *testing.T) {
 	begin := time.Now()
 	at := func(sec int) time.Time { return begin.Add(time.Duration(sec) * time.Second) }
 	add := func(sec, busy int, lines int64, stands bool) {
-		p.Add(at(sec), int64(busy)*1e6, lines, 10*lines, stands)
+		p.Add(at(sec), progress(int64(busy), lines), stands)
 	}
 	is := func(sec int, left int64, want string) {
 		t.Helper()
@@ -64,11 +71,31 @@ func TestPaceSettles(t *testing.T) {
 		var p pace
 		for sec := range int64(70) {
 			now := begin.Add(time.Duration(sec) * time.Second)
-			p.Add(now, sec*1e6, c.lines(sec), 0, false)
+			p.Add(now, progress(sec, c.lines(sec)), false)
 			if says := strings.Contains(p.say(now, 1<<50), "876000h left"); says != (sec >= c.from) {
 				t.Errorf("%s: after %d s it says %q", name, sec, p.say(now, 1<<50))
 			}
 		}
+	}
+}
+
+// TestPaceOfAnotherRun: what the run before left to be folded is no rate of this one.
+func TestPaceOfAnotherRun(t *testing.T) {
+	var p pace
+	now := time.Now()
+	at := func(sec int) time.Time { return now.Add(time.Duration(sec) * time.Second) }
+	p.Add(at(0), progress(80, 5000), false) // what the aggregator before this one last told
+	folded := progress(0, 6000)             // and left
+	folded.BeforeLines, folded.BeforeTokens = 6000, 60000
+	for sec := range 10 {
+		if p.Add(at(sec), folded, false); p.say(at(sec), 100) != "" {
+			t.Errorf("after %d s %q", sec, p.say(at(sec), 100))
+		}
+	}
+	folded.OK, folded.Usage.Completion, folded.BusyUS = 6020, 60200, 10e6
+	p.Add(at(10), folded, false)
+	if got, want := p.say(at(10), 100), ", 2.0 lines/s, 20 output tok/s in the last 10s"; got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 
@@ -77,7 +104,7 @@ func TestPaceOfOldAggregator(t *testing.T) {
 	var p pace
 	now := time.Now()
 	for sec := range int64(11) {
-		p.Add(now.Add(time.Duration(sec)*time.Second), 0, 5*sec, 50*sec, false)
+		p.Add(now.Add(time.Duration(sec)*time.Second), progress(0, 5*sec), false)
 	}
 	if got, want := p.say(now.Add(10*time.Second), 50), ", 5.0 lines/s, 50 output tok/s in the last 10s"; got != want {
 		t.Errorf("%q, want %q", got, want)

@@ -83,7 +83,7 @@ func (t *talk) see(v broker.JobView) {
 		}
 	}
 	stands := t.note != "" && (ended == t.stood || now.Sub(t.moved) >= paceLately)
-	t.pace.Add(now, v.Progress.BusyUS, ended, v.Progress.Usage.Completion, stands)
+	t.pace.Add(now, &v.Progress, stands)
 	speed := ""
 	if !stands {
 		speed = t.pace.say(now, t.job.Lines-ended)

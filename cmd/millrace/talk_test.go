@@ -94,8 +94,8 @@ func TestTalkStands(t *testing.T) {
 func TestTalkOfPast(t *testing.T) {
 	talk := (&app{std: stdio{err: new(bytes.Buffer)}}).newTalk(proto.Job{ID: "j", Lines: 900})
 	now := time.Now()
-	talk.pace.Add(now.Add(-40*time.Second), 0, 0, 0, false)
-	talk.pace.Add(now.Add(-time.Second), 39e6, 390, 0, false)
+	talk.pace.Add(now.Add(-40*time.Second), progress(0, 0), false)
+	talk.pace.Add(now.Add(-time.Second), progress(39, 390), false)
 	v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}, Note: "worker a is gone"}, Progress: proto.Progress{BusyUS: 39e6, OK: 390}}
 	talk.see(v)
 	v.Progress.OK, v.Progress.BusyUS = 400, 40e6
