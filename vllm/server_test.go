@@ -334,13 +334,36 @@ func TestOtherModel(t *testing.T) {
 	}
 }
 
-// TestAnswersOther: one that answers and does not come up says what it answers.
+// TestAnswersOther: one that comes up under another name is not waited for, and not started again: it is said what to do.
 func TestAnswersOther(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, "serve")
 	r.Flags = vllm.Flags{"--served-model-name=other"} // the script does not see it
 	r.start()
-	r.state(proto.EngineWaiting, "vLLM is starting", "; it lists m, not other")
+	if f := r.fails(); !f.Final || len(r.lives()) != 1 ||
+		f.Why != "vLLM is up and serves m, not other; have it served by that name (-- --served-model-name other), or let every line ask for m (--model)" {
+		t.Errorf("%d starts, %+v", len(r.lives()), f)
+	}
+}
+
+// TestAnswersNo: one that answers and is not well says what it answers while it starts.
+func TestAnswersNo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "quiet")
+	r.start()
+	r.state(proto.EngineWaiting, "vLLM is starting") // until then the port must be free
+	ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(r.Port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) })}
+	over := make(chan error, 1)
+	go func() { over <- srv.Serve(ln) }()
+	r.state(proto.EngineWaiting, "vLLM is starting", "; its /health says 503 Service Unavailable")
+	if err := srv.Close(); err != nil {
+		t.Error(err)
+	}
+	<-over
 }
 
 // TestOrphan: what a killed millrace left is ended; what is not ours is not.

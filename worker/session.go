@@ -392,7 +392,7 @@ func (s *session) found(st Status) {
 	}
 	s.lacks = ""
 	if len(serves) == 0 {
-		s.lacks = fmt.Sprintf("engine does not know %s; it serves %s", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
+		s.lacks = fmt.Sprintf("engine does not know %s; it serves %s; have it serve that name, or let the lines ask for one that it serves (--model)", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
 	}
 	s.mu.Unlock()
 	s.queues.want(serves)
