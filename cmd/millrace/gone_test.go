@@ -99,6 +99,15 @@ func TestWorkerGone(t *testing.T) {
 	p := f.start("producer", "produce", input, "--data", f.path("producer"), "--ack-wait", hourAckWait)
 	f.holds(8)
 	first.kill()
+	for silent := false; !silent; { // its heartbeat is there for a while yet
+		status := f.start("status", "status")
+		status.wait()
+		said := status.out.String()
+		silent = strings.Contains(said, " silent ") && strings.Contains(said, "others get the ")
+		if !silent && strings.Contains(said, " is gone") {
+			t.Fatalf("it was never silent:\n%s", said)
+		}
+	}
 	p.says(" is gone, not heard of since ")
 	p.says("lines in hand: other workers get them by ")
 	status := f.start("status", "status")
