@@ -15,10 +15,9 @@ import (
 type gone map[string]*goneWorker
 
 type goneWorker struct {
-	held   int64
-	models []string
-	since  time.Time // on the clock here
-	sure   bool      // it was seen to be silent twice: once may be a broker that was away itself
+	proto.Worker           // as it was last heard
+	since        time.Time // when that was, on the clock here
+	sure         bool      // it was seen to be silent twice: once may be a broker that was away itself
 }
 
 // beatLag is how much longer a worker may have lived than its last heartbeat tells, until the next one was due.
@@ -31,16 +30,27 @@ func (g gone) look(beats []broker.Beat, now time.Time) (ws []proto.Worker) {
 		switch {
 		case !silent:
 			delete(g, b.ID)
+			g.took(&b.Worker, now)
 		case w != nil:
 			w.sure = true
 		default:
-			g[b.ID] = &goneWorker{held: b.Held, models: b.Models, since: now.Add(-b.Silent)}
+			g[b.ID] = &goneWorker{Worker: b.Worker, since: now.Add(-b.Silent)}
 		}
 		if w == nil || !silent {
 			ws = append(ws, b.Worker)
 		}
 	}
 	return ws
+}
+
+// took forgets the one in whose place a worker was started since: what that had, it has given back by its journal.
+func (g gone) took(w *proto.Worker, now time.Time) {
+	begun := now.Add(-time.Duration(w.UptimeUS) * time.Microsecond)
+	for id, was := range g {
+		if was.Host == w.Host && was.Engine == w.Engine && begun.After(was.since) {
+			delete(g, id)
+		}
+	}
 }
 
 // note says what workers that are gone had of queues, and when it is handed out again at the latest; empty: nothing is held
@@ -51,7 +61,7 @@ func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) stri
 	for _, q := range qs {
 		wait, handed = max(wait, q.AckWait), handed+q.HandedTo
 	}
-	others := heldOf(qs, living)
+	others, some := heldOf(qs, living)
 	var who []string
 	var held int64
 	since, back := now, time.Time{}
@@ -59,8 +69,8 @@ func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) stri
 		again := w.since.Add(wait + beatLag)
 		if over := !now.Before(again); over && now.Sub(w.since) > proto.WorkerTTL {
 			delete(g, id) // its heartbeat is not there any more either
-		} else if !over && w.sure && concerns(qs, w.models) && (w.held > 0 || others == 0) {
-			who, held = append(who, id), held+w.held
+		} else if !over && w.sure && concerns(qs, w.Models) && (w.Held > 0 || !some) {
+			who, held = append(who, id), held+w.Held
 			if w.since.Before(since) {
 				since = w.since
 			}
@@ -69,11 +79,11 @@ func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) stri
 			}
 		}
 	}
-	if len(who) == 0 || handed <= others {
+	if len(who) == 0 || handed == 0 || handed-others < held/2 { // what the others have is not known to the line
 		return ""
 	}
 	had := "about " + proto.Count(held, "line")
-	if others == 0 { // then all that is handed out was theirs
+	if !some { // then all that is handed out was theirs
 		had = proto.Count(handed, "line")
 	}
 	slices.Sort(who)
@@ -85,14 +95,14 @@ func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) stri
 		s, since.Format(time.TimeOnly), had, back.Format("15:04:05 MST"))
 }
 
-// heldOf is what workers hold, at most, of queues.
-func heldOf(qs []broker.Queue, ws []proto.Worker) (held int64) {
+// heldOf is what workers hold, at most, of queues, and whether there are any for these.
+func heldOf(qs []broker.Queue, ws []proto.Worker) (held int64, some bool) {
 	for _, w := range ws {
 		if concerns(qs, w.Models) {
-			held += w.Held
+			held, some = held+w.Held, true
 		}
 	}
-	return held
+	return held, some
 }
 
 // concerns says whether one of the queues is that of one of the models.

@@ -14,7 +14,7 @@ func TestGone(t *testing.T) {
 	begin := time.Date(2026, 1, 2, 15, 0, 0, 0, time.UTC)
 	at := func(sec int) time.Time { return begin.Add(time.Duration(sec) * time.Second) }
 	beat := func(id string, silent int, held int64) broker.Beat {
-		return broker.Beat{Worker: proto.Worker{ID: id, Held: held, Models: []string{"m"}, State: proto.EngineReady}, Silent: time.Duration(silent) * time.Second}
+		return broker.Beat{Worker: proto.Worker{ID: id, Host: id, UptimeUS: 1e12, Held: held, Models: []string{"m"}, State: proto.EngineReady}, Silent: time.Duration(silent) * time.Second}
 	}
 	g := gone{}
 	is := func(sec int, handed int64, there int, want string, beats ...broker.Beat) {
@@ -32,7 +32,7 @@ func TestGone(t *testing.T) {
 	is(18, 18, 1, lost, beat("b", 1, 8)) // its heartbeat has run out
 	is(40, 10, 0, "workers a, b are gone, not heard of since 15:00:00, with 10 lines in hand: other workers get them by 15:01:31 UTC", twice(g, beat("b", 11, 8), at(40))...)
 	is(43, 18, 1, lost, beat("b", 1, 8)) // that one was only held up
-	is(45, 8, 1, "", beat("b", 1, 8))    // the other one was started again and gave back what it had
+	is(45, 12, 1, "", beat("b", 1, 8))   // most of what the other one had is with others by now
 	is(61, 18, 1, lost, beat("b", 1, 8))
 	is(62, 18, 1, "", beat("b", 1, 8))
 	if len(g) != 0 {
@@ -41,6 +41,15 @@ func TestGone(t *testing.T) {
 	is(70, 8, 2, "", beat("c", 9, 0), beat("b", 1, 8))
 	is(73, 9, 1, "", beat("c", 12, 0), beat("b", 1, 8)) // it had nothing
 	is(76, 5, 0, "worker c is gone, not heard of since 15:01:01, with 5 lines in hand: other workers get them by 15:02:03 UTC", beat("c", 15, 0))
+	// One that was started in its place has given back what it had.
+	is(80, 10, 2, "", beat("d", 9, 10), beat("b", 1, 0))
+	is(83, 10, 1, "worker d is gone, not heard of since 15:01:11, with about 10 lines in hand: other workers get them by 15:02:13 UTC", beat("d", 12, 10), beat("b", 1, 0))
+	again := beat("e", 1, 0)
+	again.Host = "d"
+	again.UptimeUS = 20e6
+	is(84, 10, 1, "worker d is gone, not heard of since 15:01:11, with about 10 lines in hand: other workers get them by 15:02:13 UTC", again) // it was there before
+	again.UptimeUS = 3e6
+	is(87, 10, 1, "", again)
 }
 
 // twice has a beat looked at once before.
