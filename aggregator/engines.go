@@ -46,6 +46,9 @@ type Engine struct {
 	// did not start the engine itself.
 	Restarts    *int64 `json:"restarts,omitzero"`
 	LastRestart string `json:"last_restart,omitzero"`
+	// GivenUp is why the engine was not started again any more, where the worker started it itself. Such an engine is listed
+	// though it may have ended no line, if it was for a model of the job and its worker was there while the job ran.
+	GivenUp string `json:"given_up,omitzero"`
 }
 
 // GPU is a GPU as nvidia-smi names it.
@@ -135,7 +138,7 @@ func (r *Report) engines(heard []*proto.Worker) []Engine {
 func engineOf(w *proto.Worker) *Engine {
 	e := &Engine{
 		Worker: w.ID, Host: w.Host, Kind: w.Kind, Slots: w.Slots, Version: w.Version, Models: w.Models, KVTokens: w.KVTokens, MaxLen: w.MaxLen,
-		Program: w.Program, Simulated: w.Simulated, Flags: w.Flags, OwnGPUs: w.OwnGPUs, LastRestart: w.LastRestart,
+		Program: w.Program, Simulated: w.Simulated, Flags: w.Flags, OwnGPUs: w.OwnGPUs, LastRestart: w.LastRestart, GivenUp: w.GivenUp,
 	}
 	if w.Hosted {
 		e.Restarts = &w.Restarts
@@ -152,7 +155,7 @@ func learn(old, now *proto.Worker) *proto.Worker {
 	w := &proto.Worker{
 		ID: now.ID, Host: now.Host, Kind: now.Kind, Slots: now.Slots, Version: now.Version, Models: now.Models, KVTokens: now.KVTokens, MaxLen: now.MaxLen,
 		Program: now.Program, Simulated: now.Simulated, Flags: now.Flags, OwnGPUs: now.OwnGPUs,
-		Hosted: now.Hosted, Restarts: now.Restarts, LastRestart: now.LastRestart,
+		Hosted: now.Hosted, Restarts: now.Restarts, LastRestart: now.LastRestart, GivenUp: now.GivenUp,
 	}
 	for _, g := range now.GPUs {
 		w.GPUs = append(w.GPUs, proto.GPU{Index: g.Index, UUID: g.UUID, Name: g.Name, MemoryTotal: g.MemoryTotal})
@@ -173,6 +176,20 @@ func learn(old, now *proto.Worker) *proto.Worker {
 		w.GPUs, w.OwnGPUs = old.GPUs, old.OwnGPUs
 	}
 	return w
+}
+
+// gaveUp takes the engine of a worker that gave it up into the jobs that it was for.
+func (s *state) gaveUp(w *proto.Worker) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, j := range s.jobs {
+		if j.state != proto.FoldFolding || len(j.engines) >= maxKinds {
+			continue
+		}
+		if _, known := j.engines[w.ID]; !known && slices.ContainsFunc(j.spec.Models, func(m proto.ModelLines) bool { return slices.Contains(w.Models, m.Model) }) {
+			j.engines[w.ID] = nil
+		}
+	}
 }
 
 func (e engines) known() []*proto.Worker {

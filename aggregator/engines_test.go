@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"millrace/proto"
 )
 
@@ -77,41 +79,15 @@ func TestLearn(t *testing.T) {
 // TestEnginesOutliveEverybody: what was said last is in the manifest though worker and aggregator have gone since.
 func TestEnginesOutliveEverybody(t *testing.T) {
 	r := newRig(t)
-	kv, err := r.conn.JS.KeyValue(t.Context(), proto.WorkersBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	say := func(w *proto.Worker) {
-		b, err := w.Encode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := kv.Put(t.Context(), w.ID, b); err != nil {
-			t.Fatal(err)
-		}
-	}
-	about := filepath.Join(r.dir, "jobs", "j", fileAbout)
 	first := r.start()
 	r.job("j", 3)
-	heard := func(text string) {
-		for n := int64(0); ; n++ {
-			if b, err := os.ReadFile(about); err == nil && strings.Contains(string(b), text) {
-				return
-			}
-			if n > 30 { // each takes a second
-				t.Fatalf("%s is not remembered", text)
-			}
-			r.send(good("j", 0, n)) // a duplicate: something to wait for
-			r.await("j", func(p *proto.Progress) bool { return p.Duplicates > n })
-		}
-	}
 	r.send(paced(0, 1, proto.Pace{Limit: 10, FullUS: 1}))
-	say(&proto.Worker{ID: "w0", State: proto.EngineReady, KVTokens: 7}) // it tells no version
-	heard(`"KVTokens":7`)
-	say(&proto.Worker{ID: "w0", State: proto.EngineReady, KVTokens: 7, Flags: []string{"--seed 1"}, GPUs: []proto.GPU{{UUID: "GPU-1", Name: "H100"}}})
-	heard("--seed 1")
+	r.say(&proto.Worker{ID: "w0", State: proto.EngineReady, KVTokens: 7}) // it tells no version
+	r.heard("j", `"KVTokens":7`)
+	r.say(&proto.Worker{ID: "w0", State: proto.EngineReady, KVTokens: 7, Flags: []string{"--seed 1"}, GPUs: []proto.GPU{{UUID: "GPU-1", Name: "H100"}}})
+	r.heard("j", "--seed 1")
 	first.stop()
-	if err := kv.Delete(t.Context(), "w0"); err != nil {
+	if err := r.workers().Delete(t.Context(), "w0"); err != nil {
 		t.Fatal(err)
 	}
 	r.start()
@@ -121,5 +97,60 @@ func TestEnginesOutliveEverybody(t *testing.T) {
 	if len(e) != 1 || e[0].KVTokens != 7 || len(e[0].Flags) != 1 || len(e[0].GPUs) != 1 || e[0].GPUs[0].Name != "H100" ||
 		e[0].InFlight == nil || *e[0].InFlight != 12 || e[0].FullShare == nil || *e[0].FullShare != 0.5 || e[0].Preemptions != nil {
 		t.Errorf("%+v", e)
+	}
+}
+
+// TestEngineGivenUp: an engine for a model of the job that was given up is in the manifest though it answered nothing.
+func TestEngineGivenUp(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	r.job("j", 3)
+	r.send(good("j", 0, 0))
+	r.await("j", func(p *proto.Progress) bool { return p.OK == 1 })
+	r.say(&proto.Worker{ID: "other", State: proto.EngineDegraded, Hosted: true, Models: []string{"other"}, GivenUp: "no memory"})
+	r.say(&proto.Worker{ID: "w9", State: proto.EngineDegraded, Hosted: true, Restarts: 2, LastRestart: "oom", Models: []string{testModel}, GivenUp: "no memory",
+		GPUs: []proto.GPU{{Name: "H100"}}, OwnGPUs: true})
+	r.heard("j", "w9")
+	r.send(good("j", 1, 0), good("j", 2, 0))
+	r.await("j", done)
+	e := r.verify("j").Engines
+	if len(e) != 1 || e[0].Worker != "w9" || e[0].GivenUp != "no memory" || e[0].Lines != 0 || *e[0].Restarts != 2 || len(e[0].GPUs) != 1 {
+		t.Errorf("%+v", e)
+	}
+}
+
+func (r *rig) workers() jetstream.KeyValue {
+	r.t.Helper()
+	kv, err := r.conn.JS.KeyValue(r.t.Context(), proto.WorkersBucket)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return kv
+}
+
+// say puts what a worker says of itself.
+func (r *rig) say(w *proto.Worker) {
+	r.t.Helper()
+	b, err := w.Encode()
+	if err == nil {
+		_, err = r.workers().Put(r.t.Context(), w.ID, b)
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// heard waits until the aggregator remembers a text of what workers of a job said.
+func (r *rig) heard(job, text string) {
+	r.t.Helper()
+	for n := int64(0); ; n++ {
+		if b, err := os.ReadFile(filepath.Join(r.dir, "jobs", job, fileAbout)); err == nil && strings.Contains(string(b), text) {
+			return
+		}
+		if n > 30 { // each takes a second
+			r.t.Fatalf("%s is not remembered", text)
+		}
+		r.send(good(job, 0, n)) // a duplicate: something to wait for
+		r.await(job, func(p *proto.Progress) bool { return p.Duplicates > n })
 	}
 }

@@ -54,7 +54,7 @@ func (s *state) take(j *job, r *proto.Result, m message) error {
 	fate := j.judge(r.Index, r.OK)
 	again := s.counted(m)
 	if fate == fateFirst || fate == fateReplaces {
-		err := j.keep(r, m)
+		err := j.keep(r, m, s.before(m))
 		if errors.Is(err, errMixedUp) {
 			s.log.Error("a result is dropped", "job", r.Job, "worker", r.Worker, "error", err)
 			return s.leave(m)
@@ -85,14 +85,16 @@ func (s *state) alarm(j *job) {
 	}
 }
 
-// keep appends a result that counts.
-func (j *job) keep(r *proto.Result, m message) error {
+// keep appends a result that counts. One that came before we began is in no rate.
+func (j *job) keep(r *proto.Result, m message, before bool) error {
 	off := max(j.spool.size(), int64(len(spoolMagic)))
 	if err := j.place(r, off); err != nil {
 		return err
 	}
 	j.spool.append(Record{Index: r.Index, OK: r.OK, Time: m.time, Data: m.data})
-	if r.Worker != "" {
+	if before {
+		j.rebase()
+	} else if r.Worker != "" {
 		at := m.time / int64(time.Microsecond)
 		j.busy.add(at-min(max(r.DurationUS, shortest), longest), at) // of the last attempt: when the others were nobody knows
 	}

@@ -45,6 +45,7 @@ type job struct {
 	failed   time.Time // when that was last found; the finisher's alone
 	rate     Rate
 	busy     busy
+	base     look      // what of it is in no rate
 	unsaved  bool      // differs from the last checkpoint
 	met      bool      // engines has something that is not on disk
 	unshown  bool      // differs from the last progress
@@ -156,6 +157,7 @@ func (j *job) another() error {
 // follows from the records. It returns errSpoolShort when some are lost; the others count all the same.
 func (j *job) restore(ctx context.Context, length int64) error {
 	j.at = make([]int64, j.spec.Lines)
+	defer j.rebase()
 	size, err := j.spoolSize()
 	if err != nil {
 		return err
@@ -332,6 +334,11 @@ func (j *job) told(index, timestamp int64) bool {
 // rateWindow is that of the rates that a progress tells.
 const rateWindow = 15 * time.Second
 
+// rebase leaves what has ended so far out of the rates.
+func (j *job) rebase() {
+	j.base = look{lines: j.tally.ok + j.tally.failed, tokens: j.tally.usage.Completion}
+}
+
 // touch notes that the job changed.
 func (j *job) touch() { j.unsaved, j.unshown = true, true }
 
@@ -353,9 +360,9 @@ func (j *job) progress(pos position, host, note string) *proto.Progress {
 	p.Wasted = j.wasted()
 	addUsage(&p.Wasted, j.drops.LateWasted, 1)
 	j.tally.fill(p)
-	p.BusyUS = j.busy.sum()
+	p.BusyUS, p.BeforeLines, p.BeforeTokens = j.busy.sum(), j.base.lines, j.base.tokens
 	now := time.Now()
-	j.rate.Add(now, p.BusyUS, p.OK+p.Failed, p.Usage.Completion, false)
+	j.rate.Add(now, p, false)
 	p.RateLines, p.RateTokens, _ = j.rate.Per(now, rateWindow)
 	return p
 }

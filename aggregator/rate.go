@@ -1,6 +1,10 @@
 package aggregator
 
-import "time"
+import (
+	"time"
+
+	"millrace/proto"
+)
 
 // Rate tells how fast a job goes of late. Its time is that in which lines of the job were at engines, as their results tell;
 // since the last result, which may be long ago, it is the time that passes. So what no worker could run has no part in it.
@@ -21,17 +25,16 @@ type look struct {
 // RateWindow is the longest that a Rate looks back.
 const RateWindow = time.Minute
 
-// Add takes in how far a job is: for how many µs its lines were at engines ([proto.Progress].BusyUS), and what has ended.
-// stands says that nothing can run now.
-func (r *Rate) Add(now time.Time, busyUS, lines, tokens int64, stands bool) {
-	l := look{time.Duration(busyUS) * time.Microsecond, lines, tokens}
-	if lines < r.last.lines || l.busy < r.last.busy { // the results are counted anew
+// Add takes in how far a job is. stands says that nothing can run now.
+func (r *Rate) Add(now time.Time, p *proto.Progress, stands bool) {
+	l := look{time.Duration(p.BusyUS) * time.Microsecond, p.OK + p.Failed - p.BeforeLines, p.Usage.Completion - p.BeforeTokens}
+	if l.lines < r.last.lines || l.busy < r.last.busy { // the results are counted anew
 		*r = Rate{}
 	}
 	if len(r.looks) == 0 || l.busy != r.last.busy || stands {
 		r.since = now
 	}
-	r.moved = r.moved || len(r.looks) > 0 && lines != r.last.lines
+	r.moved = r.moved || len(r.looks) > 0 && l.lines != r.last.lines
 	r.last = l
 	if n := len(r.looks); n == 0 || l.busy-r.looks[n-1].busy >= time.Second {
 		r.looks = append(r.looks, l)
@@ -63,7 +66,7 @@ func (r *Rate) Per(now time.Time, window time.Duration) (lines, tokens float64, 
 	return float64(r.last.lines-old.lines) / over.Seconds(), float64(r.last.tokens-old.tokens) / over.Seconds(), over
 }
 
-// busy is for how long lines of a job were at engines, by the results that were folded since this process began, in µs of
+// busy is for how long lines of a job were at engines, by the results that came since this process began, in µs of
 // the broker's clock. A line that is away from its engine for less than handOver is there.
 type busy struct {
 	spans  spans

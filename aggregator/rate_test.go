@@ -68,3 +68,24 @@ func TestBusyIsBounded(t *testing.T) {
 		t.Errorf("%d µs, want %d", b.sum(), want)
 	}
 }
+
+// TestRateOfAnotherRun: results that came before the aggregator began, in the spool or in the stream, are in no rate.
+func TestRateOfAnotherRun(t *testing.T) {
+	r := newRig(t)
+	r.job("j", 100)
+	r.send(all("j", 0, 40)...)
+	first := r.start()
+	r.await("j", func(p *proto.Progress) bool { return p.OK == 40 && p.BeforeLines == 40 })
+	seq := r.send(all("j", 40, 50)...)
+	p := r.await("j", folding(seq))
+	if p.BeforeLines != 40 || p.BusyUS == 0 {
+		t.Errorf("%+v", p)
+	}
+	first.stop()
+	r.send(all("j", 50, 70)...)
+	r.start()
+	p = r.await("j", func(p *proto.Progress) bool { return p.OK == 70 })
+	if p.BeforeLines != 70 || p.BusyUS != 0 || p.RateLines != 0 || p.BeforeTokens != p.Usage.Completion || p.BeforeTokens == 0 {
+		t.Errorf("%+v", p)
+	}
+}

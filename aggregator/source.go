@@ -20,6 +20,7 @@ type source struct {
 	name string
 	it   jetstream.MessagesContext
 	last uint64 // sequence of the consumer
+	old  uint64 // sequence of the last message that was there before
 }
 
 // How results are pulled. The bytes bound what lies in memory; the heartbeat, how long a dead broker goes unnoticed
@@ -85,7 +86,7 @@ func openSource(ctx context.Context, js jetstream.JetStream, at position) (s *so
 	if err != nil {
 		return nil, at, false, fmt.Errorf("read the stream of results: %w", err)
 	}
-	s = &source{js: js, name: c.CachedInfo().Name}
+	s = &source{js: js, name: c.CachedInfo().Name, old: info.State.LastSeq}
 	if err := s.pull(ctx, stream, c, info.Created); err != nil {
 		s.close()
 		return nil, at, false, err

@@ -29,6 +29,7 @@ type state struct {
 	mu    sync.Mutex // guards what follows, and the jobs
 	jobs  map[string]*job
 	pos   position
+	old   position           // the last result that was there before we began
 	high  position           // see checkpoint
 	marks map[string]jobMark // of jobs in the checkpoint that could not be opened
 	heard map[string]uint64  // the latest revision of each job's key in this session
@@ -283,6 +284,18 @@ func (s *state) moveTo(p position, again bool) {
 		s.pos, s.moved = p, true
 	}
 }
+
+// begin notes what lay in the stream when it was opened for the first time.
+func (s *state) begin(old position) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.old.Stream == 0 {
+		s.old = old
+	}
+}
+
+// before says whether a message had come before we began.
+func (s *state) before(m message) bool { return s.old.Stream == s.pos.Stream && m.seq <= s.old.Seq }
 
 func (s *state) position() position {
 	s.mu.Lock()

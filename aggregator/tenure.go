@@ -205,6 +205,7 @@ func (t *tenure) session(ctx context.Context) error {
 		t.log.Info("results are folded again from the first there is", "sequence", to.Seq+1)
 	}
 	t.s.moveTo(to, again)
+	t.s.begin(position{Stream: to.Stream, Seq: src.old})
 	t.s.listen()
 
 	ctx, cancel := context.WithCancelCause(ctx)

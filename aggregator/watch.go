@@ -215,8 +215,11 @@ func (t *tenure) hearWorkers(ctx context.Context) error {
 	}
 	return watch(ctx, kv, "*", func(e jetstream.KeyValueEntry) {
 		w := new(proto.Worker)
-		if e.Operation() == jetstream.KeyValuePut && w.Decode(e.Value()) == nil && (w.Version != "" || w.State == proto.EngineReady || w.Restarts > 0) { // some tell no version
+		if e.Operation() == jetstream.KeyValuePut && w.Decode(e.Value()) == nil && (w.Version != "" || w.State == proto.EngineReady || w.Restarts > 0 || w.GivenUp != "") { // some tell no version
 			t.workers.put(w)
+			if w.GivenUp != "" {
+				t.s.gaveUp(w)
+			}
 		}
 	}, func() {})
 }

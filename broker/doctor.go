@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -38,7 +40,7 @@ func Doctor(ctx context.Context, c *Conn) []Finding {
 	}
 	d.streams()
 	d.buckets()
-	d.workers()
+	d.work(d.workers())
 	return d.out
 }
 
@@ -207,11 +209,11 @@ func (d *doctor) buckets() {
 		"not visible to a client; `millrace broker` flushes every second, nats-server by default every two minutes. Power loss then costs resending, never a line")
 }
 
-func (d *doctor) workers() {
+func (d *doctor) workers() []proto.Worker {
 	ws, err := Workers(d.ctx, d.c.JS)
 	if err != nil {
 		d.failed("workers", "look at the broker's log", err)
-		return
+		return nil
 	}
 	if len(ws) == 0 {
 		d.note("workers", "start one beside each engine: millrace worker --engine URL", "none")
@@ -229,4 +231,56 @@ func (d *doctor) workers() {
 			d.ok(check, "%s serves %s, %d in flight of %d", w.Engine, strings.Join(w.Models, ", "), w.InFlight, w.Limit)
 		}
 	}
+	return ws
+}
+
+// work says which models nobody serves though lines wait for that.
+func (d *doctor) work(ws []proto.Worker) {
+	jobs, err := Jobs(d.ctx, d.c.JS)
+	var queues []Queue
+	if err == nil {
+		queues, err = Queues(d.ctx, d.c.JS)
+	}
+	if err != nil {
+		d.failed("jobs", "look at the broker's log", err)
+		return
+	}
+	wanted, queued := map[string][]string{}, map[string]int64{}
+	for i := range jobs {
+		switch jobs[i].State() {
+		case StateRunning, StateOrphaned, StateWaiting:
+			for _, m := range jobs[i].open() {
+				wanted[m] = append(wanted[m], jobs[i].Job.ID)
+			}
+		}
+	}
+	for _, q := range queues {
+		if queued[q.Model] = q.Waiting + q.HandedTo; queued[q.Model] > 0 && wanted[q.Model] == nil {
+			wanted[q.Model] = []string{}
+		}
+	}
+	for _, model := range slices.Sorted(maps.Keys(wanted)) {
+		if slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.State == proto.EngineReady && slices.Contains(w.Models, model) }) {
+			continue
+		}
+		found := fmt.Sprintf("no worker serves it; in its queue: %s", proto.Count(queued[model], "line"))
+		if of := wanted[model]; len(of) > 0 {
+			found += "; wanted by job " + strings.Join(of, ", ")
+		}
+		d.note("model "+model, "start a worker beside an engine that serves it (millrace worker --engine URL), mend the worker that is for it, or cancel the job", "%s", found)
+	}
+}
+
+// open are the models of which a job has lines that have not ended.
+func (v *JobView) open() (models []string) {
+	ended := map[string]int64{}
+	for _, m := range v.Progress.Models {
+		ended[m.Model] = m.OK + m.Failed
+	}
+	for _, m := range v.Job.Models {
+		if ended[m.Model] < m.Lines {
+			models = append(models, m.Model)
+		}
+	}
+	return models
 }

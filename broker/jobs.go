@@ -28,7 +28,7 @@ type JobView struct {
 // States of a job, as people see it.
 const (
 	StateRunning   = "running"
-	StateOrphaned  = "orphaned" // nobody owns its input at the moment
+	StateOrphaned  = "orphaned" // nobody owns its input at the moment: what is in the queues is run, and no more comes
 	StateWaiting   = "waiting"  // the same of an input that lies with the broker: an aggregator adopts it
 	StatePaused    = "paused"
 	StateHalted    = "halted"
@@ -70,11 +70,23 @@ func (v *JobView) Note() string {
 	}
 	switch v.State() {
 	case StateOrphaned:
-		return "no process runs it; run the command that created it again"
+		return v.left()
 	case StateWaiting:
 		return "handed over; an aggregator goes on with it, `millrace serve` or `millrace aggregate`"
 	}
 	return v.Feed.Note
+}
+
+// left says what comes of a job whose producer has left.
+func (v *JobView) left() string {
+	sent, rest := v.Feed.Enqueued, v.Job.Lines-v.Feed.Enqueued-v.Feed.Ended
+	switch {
+	case sent == 0:
+		return "no process runs it; run the command that created it again"
+	case rest > 0:
+		return fmt.Sprintf("its producer has left: the %s that it sent are run, %d more wait for the command that created it; run that again", proto.Count(sent, "line"), rest)
+	}
+	return "its producer has left, with all lines sent: they are run, and the job ends by itself; should some get lost, run the command that created it again"
 }
 
 func (v *JobView) set(kind string, value []byte) error {
@@ -286,26 +298,46 @@ func Heartbeats(ctx context.Context, js jetstream.JetStream) ([]jetstream.KeyVal
 	return out, nil
 }
 
-// Workers lists the workers whose heartbeat counts, by id. One whose heartbeat cannot be read is in the list with no more
+// Beat is what a worker last said of itself.
+type Beat struct {
+	proto.Worker
+	Silent time.Duration // since then, on the broker's clock
+}
+
+// Beats lists the workers whose heartbeat counts, by id. One whose heartbeat cannot be read is in the list with no more
 // than its id and that reason: it keeps nobody from seeing the others.
-func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
-	beats, err := Heartbeats(ctx, js)
-	if errors.Is(err, jetstream.ErrBucketNotFound) {
+func Beats(ctx context.Context, js jetstream.JetStream) ([]Beat, error) {
+	all, err := Heartbeats(ctx, js)
+	if errors.Is(err, jetstream.ErrBucketNotFound) || err == nil && len(all) == 0 {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	var out []proto.Worker
-	for _, e := range beats {
-		var w proto.Worker
-		if err := w.Decode(e.Value()); err != nil {
-			w = proto.Worker{ID: e.Key(), State: proto.EngineUnknown, Reason: fmt.Sprintf("its heartbeat cannot be read: %v", err)}
-		}
-		out = append(out, w)
+	now, err := Now(ctx, js)
+	if err != nil {
+		return nil, err
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].ID < out[j].ID })
+	var out []Beat
+	for _, e := range all {
+		b := Beat{Silent: max(now.Sub(e.Created()), 0)}
+		if err := b.Decode(e.Value()); err != nil {
+			b.Worker = proto.Worker{ID: e.Key(), State: proto.EngineUnknown, Reason: fmt.Sprintf("its heartbeat cannot be read: %v", err)}
+		}
+		out = append(out, b)
+	}
+	slices.SortFunc(out, func(a, b Beat) int { return strings.Compare(a.ID, b.ID) })
 	return out, nil
+}
+
+// Workers are those of Beats.
+func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
+	beats, err := Beats(ctx, js)
+	var out []proto.Worker
+	for _, b := range beats {
+		out = append(out, b.Worker)
+	}
+	return out, err
 }
 
 // Queue is the state of the requests for a model.
@@ -316,6 +348,7 @@ type Queue struct {
 	HandedTo int64 // handed to workers, not acknowledged
 	Bytes    int64
 	MaxBytes int64
+	AckWait  time.Duration // after which a line is handed out again whose worker gives no sign of life, the longest of its consumers
 }
 
 // Queues lists the queues of all models.
@@ -328,7 +361,7 @@ func Queues(ctx context.Context, js jetstream.JetStream) ([]Queue, error) {
 		}
 		q := Queue{Model: info.Config.Metadata[proto.MetaModel], Stream: info.Config.Name,
 			Bytes: int64(info.State.Bytes), MaxBytes: info.Config.MaxBytes}
-		q.Waiting, q.HandedTo = handedOut(ctx, js, info.Config.Name)
+		q.consumers(ctx, js)
 		out = append(out, q)
 	}
 	if l.Err() != nil {
@@ -338,16 +371,18 @@ func Queues(ctx context.Context, js jetstream.JetStream) ([]Queue, error) {
 	return out, nil
 }
 
-func handedOut(ctx context.Context, js jetstream.JetStream, stream string) (waiting, handed int64) {
+// consumers asks those of a queue.
+func (q *Queue) consumers(ctx context.Context, js jetstream.JetStream) {
 	for _, lane := range proto.Lanes() {
-		c, err := js.Consumer(ctx, stream, string(lane))
+		c, err := js.Consumer(ctx, q.Stream, string(lane))
 		if err != nil { // not declared yet: nothing was handed out
 			continue
 		}
-		waiting += int64(c.CachedInfo().NumPending)
-		handed += int64(c.CachedInfo().NumAckPending)
+		info := c.CachedInfo()
+		q.Waiting += int64(info.NumPending)
+		q.HandedTo += int64(info.NumAckPending)
+		q.AckWait = max(q.AckWait, info.Config.AckWait)
 	}
-	return waiting, handed
 }
 
 // goneLooks is how many looks in a row must not find a job before it counts as removed: 10 s of the commands that

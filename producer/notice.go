@@ -19,15 +19,21 @@ const (
 	noticeFirst = 2 * time.Second
 )
 
-// notice learns from the workers' heartbeats how much they run at once, and says when nobody runs a model, or nobody
-// folds results.
+// notice learns from the workers' heartbeats how much they run at once, and says when nobody runs a model, when a worker is
+// gone with lines, or nobody folds results.
 func (r *run) notice(ctx context.Context) {
+	gone := gone{}
 	for wait := noticeFirst; sleep(ctx, wait) == nil; wait = noticeEvery {
 		if _, err := r.ask(ctx, r.job.Lines); ctx.Err() == nil { // nothing lies behind the last line
 			r.note(noteAggregator, text(err))
 		}
 		cctx, cancel := context.WithTimeout(ctx, callTimeout)
-		ws, err := broker.Workers(cctx, r.o.Conn.JS)
+		beats, err := broker.Beats(cctx, r.o.Conn.JS)
+		var ws []proto.Worker
+		if err == nil {
+			ws = gone.look(beats, time.Now())
+			err = r.noteGone(cctx, gone, ws)
+		}
 		cancel()
 		if err != nil {
 			r.log.Debug("look at the workers", "error", err)

@@ -78,3 +78,24 @@ func (p *problems) cut() {
 	slices.SortStableFunc(p.list, func(a, b LineProblem) int { return cmp.Compare(a.Line, b.Line) })
 	p.list = slices.Clip(p.list[:min(len(p.list), maxProblems)])
 }
+
+// aliens counts what no line of JSONL is that somebody got wrong.
+type aliens struct{ lines, nul, valid int64 }
+
+// aliensFrom is how many lines at the beginning tell that an input is no JSONL.
+const aliensFrom = 100
+
+func (a *aliens) add(p *parsed) {
+	switch {
+	case p.alien:
+		a.lines++
+	case p.wrong == "":
+		a.valid++
+	}
+	if p.nul {
+		a.nul++
+	}
+}
+
+// all says whether none of so many lines is valid and nearly all are aliens; by chance a few of a binary file look otherwise.
+func (a *aliens) all(of int64) bool { return a.valid == 0 && a.lines >= of-of/20 }

@@ -26,6 +26,7 @@ const (
 	noteAway          // not in the record: whoever reads it there has a broker
 	noteBroker
 	noteAggregator
+	noteGone
 	noteWorkers
 	noteFull
 	noteKinds
@@ -52,7 +53,7 @@ func (r *run) snapshot(without ...noteKind) proto.Feed {
 	var notes []string
 	away := r.notes[noteAway] != "" && !slices.Contains(without, noteAway) // nothing is known of the others then
 	for k := range noteKinds {
-		if away && (k == noteAggregator || k == noteWorkers) {
+		if away && (k == noteAggregator || k == noteGone || k == noteWorkers) {
 			continue
 		}
 		if s := r.notes[k]; s != "" && !slices.Contains(without, k) {

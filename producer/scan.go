@@ -1,6 +1,7 @@
 package producer
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -27,6 +28,8 @@ type parsed struct {
 	prefix uint64
 	model  string
 	wrong  string // what is wrong with the line; empty: it is valid
+	alien  bool   // it does not even begin as a JSON object
+	nul    bool   // it has a NUL byte
 }
 
 // Scan reads the input once: it validates every line, finds those with the same custom_id, and notes where each lies
@@ -70,6 +73,7 @@ type scan struct {
 	models   map[string]uint32
 	names    []string
 	problems problems
+	aliens   aliens
 	twice    bitset // otherwise valid lines whose custom_id is on an earlier line
 	progress func(bytes, lines int64)
 }
@@ -100,6 +104,9 @@ func (s *scan) run(ctx context.Context) error {
 	}
 	if s.d.Lines == 0 {
 		return fmt.Errorf("%s: %w", s.d.src.name, ErrEmpty)
+	}
+	if s.aliens.nul > 0 && s.foreign() { // a short one, and binary
+		return s.notJSONL()
 	}
 	if err := s.duplicates(); err != nil {
 		return err
@@ -190,8 +197,25 @@ func (s *scan) parse(b *block) {
 		}
 		text := b.data[sp.from:sp.to]
 		l, id, wrong := s.d.rules.parse(text)
-		b.parsed = append(b.parsed, parsed{xxhash.Sum64(text), id, l.PrefixKey, s.d.rules.model(&l), wrong})
+		p := parsed{hash: xxhash.Sum64(text), id: id, prefix: l.PrefixKey, model: s.d.rules.model(&l), wrong: wrong}
+		if wrong != "" {
+			p.nul = bytes.IndexByte(text, 0) >= 0
+			p.alien = !bytes.HasPrefix(bytes.TrimLeft(text, " \t\r\ufeff"), []byte("{"))
+		}
+		b.parsed = append(b.parsed, p)
 	}
+}
+
+// foreign says whether what was read so far is no JSONL at all, unless its lines are to end as error lines even so.
+func (s *scan) foreign() bool { return !s.d.in.SkipInvalid && s.aliens.all(s.d.Lines) }
+
+func (s *scan) notJSONL() error {
+	what := ""
+	if s.aliens.nul > 0 {
+		what = ", and there are NUL bytes: it is binary, or no UTF-8"
+	}
+	return badFile("%s is not JSONL: none of its first %s lines is a JSON object%s; give a file with one JSON object a line",
+		s.d.src.name, commas(s.d.Lines), what)
 }
 
 // note writes down the lines of a block.
@@ -199,6 +223,9 @@ func (s *scan) note(b *block) error {
 	for i, sp := range b.spans {
 		if err := s.noteLine(sp, &b.parsed[i]); err != nil {
 			return err
+		}
+		if s.aliens.add(&b.parsed[i]); s.d.Lines == aliensFrom && s.foreign() {
+			return s.notJSONL()
 		}
 	}
 	if s.progress != nil {

@@ -51,6 +51,8 @@ const (
 	DefaultAckWait = 60 * time.Second
 	// WorkerTTL is how long a worker's heartbeat counts.
 	WorkerTTL = 15 * time.Second
+	// WorkerSilent is after how long without one, on the broker's clock, a worker may be gone: it writes one every 2 s.
+	WorkerSilent = 8 * time.Second
 )
 
 // ModelToken turns a model's name into a token for subjects, stream names and file names: a slug, always

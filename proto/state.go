@@ -176,9 +176,13 @@ type Progress struct {
 	RateLines  float64 // lines folded per second of late, while lines were at engines
 	RateTokens float64 // completion tokens, in the same way
 	After      int64   // of the job it speaks of
-	// BusyUS is for how long lines were at engines, in µs, by the results that this aggregator folded since it began: what
+	// BusyUS is for how long lines were at engines, in µs, by the results that came since this aggregator began: what
 	// two records differ by is what was between them. 0: none has come, or it is of an older version.
 	BusyUS int64
+	// BeforeLines are those of OK and Failed, and BeforeTokens those of Usage.Completion, that had come before this aggregator
+	// began, though it may have folded them since: they are in no rate, and not in BusyUS.
+	BeforeLines  int64
+	BeforeTokens int64
 }
 
 // ContextCut counts the answers that were cut, of all models; see Result.
@@ -259,6 +263,8 @@ func (p *Progress) visit(c *codec) {
 	c.float(&p.RateTokens)
 	c.int(&p.After)
 	c.int(&p.BusyUS)
+	c.int(&p.BeforeLines)
+	c.int(&p.BeforeTokens)
 }
 
 // Worker is a worker's heartbeat. Key in WORKERS: its ID.
@@ -300,6 +306,7 @@ type Worker struct {
 	Hosted      bool     // the worker's process runs the engine: Restarts is known
 	Restarts    int64    // of the engine since its worker's process began it
 	LastRestart string   // cause of the last one, as in the metrics; empty: there was none
+	GivenUp     string   // why the engine is not started again any more, for people; empty: it is, or the worker does not run it
 }
 
 // Whose tokens a rate counts.
@@ -342,8 +349,10 @@ const (
 	EngineUnknown  = "unknown"  // for a reader: what its worker says cannot be read; no worker says it
 )
 
-// Pending says that it runs no lines now, and is not stopping either.
-func (w *Worker) Pending() bool { return w.State != EngineReady && w.State != EngineDraining }
+// Pending says that it runs no lines now, and may do so yet.
+func (w *Worker) Pending() bool {
+	return w.State != EngineReady && w.State != EngineDraining && w.GivenUp == ""
+}
 
 func (w *Worker) visit(c *codec) {
 	c.str(&w.ID)
@@ -381,6 +390,7 @@ func (w *Worker) visit(c *codec) {
 	c.bool(&w.Hosted)
 	c.int(&w.Restarts)
 	c.str(&w.LastRestart)
+	c.str(&w.GivenUp)
 }
 
 // Encode renders the record for the wire.

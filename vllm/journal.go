@@ -205,3 +205,30 @@ func telling(lines []string) []string {
 }
 
 func lastOf(lines []string, n int) []string { return lines[max(0, len(lines)-n):] }
+
+// loading says how far a server is that starts. The time comes in steps: who reads it sees a new line for each.
+func loading(took time.Duration, phase string) string {
+	step := 10 * time.Second
+	if took >= time.Minute {
+		step = 30 * time.Second
+	}
+	s := "vLLM is starting"
+	if took = took.Truncate(step); took > 0 {
+		s += " (" + short(took) + ")"
+	}
+	if phase != "" {
+		s += ": " + phase
+	}
+	return s
+}
+
+func short(d time.Duration) string {
+	d = d.Round(time.Second)
+	if d >= time.Minute && d%time.Minute == 0 {
+		return fmt.Sprintf("%d min", int(d.Minutes()))
+	}
+	if d >= time.Minute {
+		return fmt.Sprintf("%d min %d s", int(d.Minutes()), int(d.Seconds())%60)
+	}
+	return fmt.Sprintf("%d s", int(d.Seconds()))
+}

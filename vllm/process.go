@@ -1,7 +1,6 @@
 package vllm
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -243,14 +242,23 @@ func (p *process) how() (string, bool) {
 	return fmt.Sprintf("ended with status %d, and said nothing that is known here; its log tells more", st.ExitCode()), false
 }
 
+// otherModel says that a server is up under other names than it should serve: what waits for those waits in vain.
+type otherModel struct{ serves, wanted []string }
+
+func (o *otherModel) Error() string {
+	return fmt.Sprintf("vLLM is up and serves %s, not %s; have it served by that name (-- --served-model-name %s), or let every line ask for %s (--model)",
+		proto.Truncate(strings.Join(o.serves, ", "), 200), strings.Join(o.wanted, ", "), o.wanted[0], o.serves[0])
+}
+
 // ready says whether the server is well and lists the model; and if not, what it says to that. Empty: it answers nothing.
-func (p *process) ready(ctx context.Context) (bool, string) {
+// The error is an otherModel.
+func (p *process) ready(ctx context.Context) (bool, string, error) {
 	if _, err := p.get(ctx, "/health"); err != nil {
-		return false, refused("/health", err)
+		return false, refused("/health", err), nil
 	}
 	b, err := p.get(ctx, "/v1/models")
 	if err != nil {
-		return false, refused("/v1/models", err)
+		return false, refused("/v1/models", err), nil
 	}
 	var list struct {
 		Data []struct {
@@ -258,16 +266,19 @@ func (p *process) ready(ctx context.Context) (bool, string) {
 		} `json:"data"`
 	}
 	if json.Unmarshal(b, &list, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) != nil {
-		return false, "its /v1/models is no list of models"
+		return false, "its /v1/models is no list of models", nil
 	}
 	var ids []string
 	for _, m := range list.Data {
 		if slices.Contains(p.models, m.ID) {
-			return true, ""
+			return true, "", nil
 		}
 		ids = append(ids, m.ID)
 	}
-	return false, proto.Truncate(fmt.Sprintf("it lists %s, not %s", cmp.Or(strings.Join(ids, ", "), "no model"), strings.Join(p.models, ", ")), 200)
+	if len(ids) == 0 {
+		return false, "it lists no model", nil
+	}
+	return false, "", &otherModel{ids, p.models}
 }
 
 // refusal is an answer other than 200.

@@ -216,7 +216,7 @@ func (s *Server) Run(live, patience context.Context) error {
 		if pause >= time.Second {
 			when = " in " + short(pause)
 		}
-		why := fmt.Sprintf("%s; it is started again%s (%d of %d)", end.why, when, t.restarts, s.Restarts)
+		why := fmt.Sprintf("%s; it is started again%s (%s)", end.why, when, t.number(end, s))
 		s.Log.Warn(why, "engine", s.String(), "log", s.LogFile())
 		s.set(false, proto.EngineWaiting, why)
 		s.count(end.cause)
@@ -293,6 +293,14 @@ func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
 	return min(first<<min(t.quick-1, 10), mostPause), nil
 }
 
+// number says which restart it is, of how many: of the budget that ends first if they all go as the last start went.
+func (t *tally) number(e ending, s *Server) string {
+	if n := failedStarts - t.failed; t.failed > 0 && !e.passes && n-1 < s.Restarts-t.restarts {
+		return fmt.Sprintf("%d of %d while it does not come up", t.failed, t.failed+n-1)
+	}
+	return fmt.Sprintf("%d of %d", t.restarts, s.Restarts)
+}
+
 // once starts the server and watches it to its end.
 func (s *Server) once(live, patience context.Context) ending {
 	s.set(false, proto.EngineWaiting, "engine is starting")
@@ -341,7 +349,13 @@ func (w *watch) run(live, patience context.Context) ending {
 			if !w.upAt.IsZero() {
 				continue
 			}
-			if w.look(live) {
+			ready, other := w.look(live)
+			if other != nil {
+				e := w.killed(CauseStartFailed, other.Error())
+				e.final = true
+				return e
+			}
+			if ready {
 				look.Reset(countEvery)
 				continue
 			}
@@ -352,14 +366,14 @@ func (w *watch) run(live, patience context.Context) ending {
 	}
 }
 
-// look asks a server that starts whether it is up, and says how far it is.
-func (w *watch) look(ctx context.Context) bool {
+// look asks a server that starts whether it is up, and says how far it is. The error is that of ready.
+func (w *watch) look(ctx context.Context) (bool, error) {
 	took := time.Since(w.began)
-	ready, says := w.ready(ctx)
+	ready, says, other := w.ready(ctx)
 	if !ready {
 		w.says = says
 		w.set(false, proto.EngineWaiting, loading(took, w.journal.phase())+w.but())
-		return false
+		return false, other
 	}
 	w.upAt = time.Now()
 	w.mu.Lock()
@@ -367,7 +381,7 @@ func (w *watch) look(ctx context.Context) bool {
 	w.mu.Unlock()
 	w.Log.Info("engine is up", "engine", w.String(), "after", took.Round(time.Second).String())
 	w.set(true, "", "")
-	return true
+	return true, nil
 }
 
 // but says what a server answers that is not up; empty: nothing.
@@ -376,33 +390,6 @@ func (w *watch) but() string {
 		return ""
 	}
 	return "; " + w.says
-}
-
-// loading says how far a server is that starts. The time comes in steps: who reads it sees a new line for each.
-func loading(took time.Duration, phase string) string {
-	step := 10 * time.Second
-	if took >= time.Minute {
-		step = 30 * time.Second
-	}
-	s := "vLLM is starting"
-	if took = took.Truncate(step); took > 0 {
-		s += " (" + short(took) + ")"
-	}
-	if phase != "" {
-		s += ": " + phase
-	}
-	return s
-}
-
-func short(d time.Duration) string {
-	d = d.Round(time.Second)
-	if d >= time.Minute && d%time.Minute == 0 {
-		return fmt.Sprintf("%d min", int(d.Minutes()))
-	}
-	if d >= time.Minute {
-		return fmt.Sprintf("%d min %d s", int(d.Minutes()), int(d.Seconds())%60)
-	}
-	return fmt.Sprintf("%d s", int(d.Seconds()))
 }
 
 // died deals with a server that ended by itself.

@@ -218,6 +218,38 @@ func TestBudget(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 	restarts(vllm.CauseKilled, 2)
+	r.counts("(1 of 2)", "(2 of 2)")
+}
+
+// counts checks which number was said of each restart.
+func (r *rig) counts(want ...string) {
+	r.t.Helper()
+	said := r.said.String()
+	for _, n := range want {
+		if !strings.Contains(said, n) {
+			r.t.Errorf("%s is not said", n)
+		}
+	}
+	if n := strings.Count(said, "it is started again"); n != len(want) {
+		r.t.Errorf("%d restarts are said, want %d", n, len(want))
+	}
+}
+
+// TestBudgetOfStarts: the number of a restart says which budget ends it: that of a server that was up and dies, or that of one
+// that does not come up, which is smaller.
+func TestBudgetOfStarts(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "serve", "fails")
+	r.start()
+	kill(t, r.up(1).api, syscall.SIGKILL)
+	if f := r.fails(); !strings.Contains(f.Why, "3 times") {
+		t.Errorf("%+v", f)
+	}
+	r.counts("(1 of 5)", "(1 of 2 while it does not come up)", "(2 of 2 while it does not come up)")
+	r = newRig(t, "fails")
+	r.Restarts = 1
+	r.start().fails()
+	r.counts("(1 of 1)")
 }
 
 // TestBudgetOfProgress: restarts of a server that has answered lines in between are forgotten.
@@ -302,13 +334,36 @@ func TestOtherModel(t *testing.T) {
 	}
 }
 
-// TestAnswersOther: one that answers and does not come up says what it answers.
+// TestAnswersOther: one that comes up under another name is not waited for, and not started again: it is said what to do.
 func TestAnswersOther(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, "serve")
 	r.Flags = vllm.Flags{"--served-model-name=other"} // the script does not see it
 	r.start()
-	r.state(proto.EngineWaiting, "vLLM is starting", "; it lists m, not other")
+	if f := r.fails(); !f.Final || len(r.lives()) != 1 ||
+		f.Why != "vLLM is up and serves m, not other; have it served by that name (-- --served-model-name other), or let every line ask for m (--model)" {
+		t.Errorf("%d starts, %+v", len(r.lives()), f)
+	}
+}
+
+// TestAnswersNo: one that answers and is not well says what it answers while it starts.
+func TestAnswersNo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "quiet")
+	r.start()
+	r.state(proto.EngineWaiting, "vLLM is starting") // until then the port must be free
+	ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(r.Port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) })}
+	over := make(chan error, 1)
+	go func() { over <- srv.Serve(ln) }()
+	r.state(proto.EngineWaiting, "vLLM is starting", "; its /health says 503 Service Unavailable")
+	if err := srv.Close(); err != nil {
+		t.Error(err)
+	}
+	<-over
 }
 
 // TestOrphan: what a killed millrace left is ended; what is not ours is not.

@@ -74,9 +74,9 @@ func TestKeeperGivesUp(t *testing.T) {
 	r, f, h := newRig(t), newFake(t), newHands()
 	h.state, h.reason = proto.EngineDegraded, "engine is given up"
 	r.send(requests(3)...)
-	r.start(f.engine(), func(w *Worker) { w.Keeper = h })
-	if w := r.state(proto.EngineDegraded); w.Reason != "engine is given up" {
-		t.Errorf("reason %q", w.Reason)
+	r.start(f.engine(), func(w *Worker) { w.Keeper, w.Coming = h, []string{"m"} })
+	if w := r.state(proto.EngineDegraded); w.Reason != "engine is given up" || w.GivenUp != w.Reason || w.Pending() || !slices.Equal(w.Models, []string{"m"}) {
+		t.Errorf("%+v", w)
 	}
 	r.settled(3)
 	if len(f.came) > 0 {

@@ -392,7 +392,7 @@ func (s *session) found(st Status) {
 	}
 	s.lacks = ""
 	if len(serves) == 0 {
-		s.lacks = fmt.Sprintf("engine does not know %s; it serves %s", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
+		s.lacks = fmt.Sprintf("engine does not know %s; it serves %s; have it serve that name, or let the lines ask for one that it serves (--model)", strings.Join(lacks, ", "), strings.Join(st.Models, ", "))
 	}
 	s.mu.Unlock()
 	s.queues.want(serves)
@@ -438,7 +438,10 @@ func (s *session) record() *proto.Worker {
 		KVTokens: cmp.Or(s.capacity(st), s.limit.Tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
 		LimitWhy: s.limit.Reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
 	}
-	if len(w.Models) == 0 && state == proto.EngineWaiting {
+	if s.Keeper != nil && st.Gone && st.State == proto.EngineDegraded {
+		w.GivenUp = st.Reason
+	}
+	if len(w.Models) == 0 && (state == proto.EngineWaiting || w.GivenUp != "") {
 		w.Models = s.Coming
 	}
 	if w.Hosted = s.Restarts != nil; w.Hosted {

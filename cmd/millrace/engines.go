@@ -54,6 +54,9 @@ func engineRow(e *aggregator.Engine) []string {
 	if e.Restarts != nil {
 		row[9] = restarts(*e.Restarts, e.LastRestart)
 	}
+	if e.GivenUp != "" {
+		row[9] += ", given up"
+	}
 	return row
 }
 
@@ -70,7 +73,7 @@ func percent(share float64) string { return fmt.Sprintf("%.1f%%", 100*share) }
 // restRow sums engines up: what they have in common, from the least to the most, or all together.
 func restRow(all []aggregator.Engine) []string {
 	var version, gpu, kv, flight, full []string
-	lines, preempted, of, again := int64(0), int64(0), int64(0), (*int64)(nil)
+	lines, preempted, of, given, again := int64(0), int64(0), int64(0), int64(0), (*int64)(nil)
 	byFlight := func(a, b aggregator.Engine) int { return cmp.Compare(value(a.InFlight), value(b.InFlight)) }
 	byFull := func(a, b aggregator.Engine) int { return cmp.Compare(value(a.FullShare), value(b.FullShare)) }
 	for _, e := range all {
@@ -80,6 +83,9 @@ func restRow(all []aggregator.Engine) []string {
 		if e.Preemptions != nil {
 			preempted += *e.Preemptions
 			of += e.Lines
+		}
+		if e.GivenUp != "" {
+			given++
 		}
 		if e.Restarts != nil {
 			n := value(again) + *e.Restarts
@@ -95,6 +101,9 @@ func restRow(all []aggregator.Engine) []string {
 	row := []string{count(len(all), "other"), common(version), common(gpu), common(kv), fmt.Sprint(lines), reach(flight), reach(full), unknown, unknown, unknown}
 	if again != nil {
 		row[9] = fmt.Sprint(*again)
+	}
+	if given > 0 {
+		row[9] += fmt.Sprintf(", %d given up", given)
 	}
 	if of > 0 {
 		row[7], row[8] = fmt.Sprint(preempted), fmt.Sprintf("%.3f", float64(preempted)/float64(of))

@@ -26,7 +26,7 @@ func TestManyEngines(t *testing.T) {
 			e.OwnGPUs, e.Flags = true, nil
 			e.Restarts = ptr(int64(0))
 		case 49, 1, 2:
-			e.Restarts, e.LastRestart = ptr(int64(3)), "oom"
+			e.Restarts, e.LastRestart, e.GivenUp = ptr(int64(3)), "oom", "no memory"
 		}
 		all = append(all, e)
 	}
@@ -34,11 +34,11 @@ func TestManyEngines(t *testing.T) {
 	printEngines(&b, all)
 	want := `
   engine of  version         gpu  KV tok  lines       limit            full  pre-emptions  per line  restarts
-        w49   0.26.0   worker's 2 × H100    1000    149         449           99.0%             2     0.010   3 (oom)
+        w49   0.26.0   worker's 2 × H100    1000    149         449           99.0%             2     0.010   3 (oom), given up
         w48   0.26.0      2 × H100    1000    148         448           98.0%             2     0.010         0
         w47   0.26.0   worker's 2 × H100    1000    147         447           97.0%             2     0.010         -
         w46   0.26.0   worker's 2 × H100    1000    146         446           96.0%             2     0.010         -
-  46 others  several   worker's 2 × H100    1000   5635  401 to 445  51.0% to 95.0%            90     0.016         6
+  46 others  several   worker's 2 × H100    1000   5635  401 to 445  51.0% to 95.0%            90     0.016         6, 2 given up
 engine flags of w49, w47, w46: --seed 1
 `
 	squeeze := func(s string) string { return strings.Join(strings.Fields(s), " ") }

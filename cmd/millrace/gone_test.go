@@ -5,8 +5,11 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
+
+	"millrace/sim"
 )
 
 // TestKillRun kills `millrace run`, which is every role in one process, twice at random instants of a job, and starts
@@ -82,4 +85,33 @@ func TestKillBrokerStaysAway(t *testing.T) {
 	n1, _ := e1.count()
 	n2, _ := e2.count()
 	t.Logf("%d answers when the broker came back; %d calls for %d lines", before+more, n1+n2, killLines)
+}
+
+// TestWorkerGone: that a worker was killed with lines in hand is said by produce and status, with when others get them, long
+// before that time.
+func TestWorkerGone(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t)
+	input := writeInput(t, killLines, nil)
+	f.serve()
+	e := newEngine(t, sim.Config{StepTime: 5 * time.Millisecond, MaxNumSeqs: 8, OutputTokens: sim.Range{Min: 1 << 20, Max: 1 << 20}})
+	first := f.start("worker 1", "worker", "--engine", e.url, "--data", f.path("w1"), "--concurrency", "8", "--ack-wait", hourAckWait)
+	p := f.start("producer", "produce", input, "--data", f.path("producer"), "--ack-wait", hourAckWait)
+	f.holds(8)
+	first.kill()
+	for silent := false; !silent; { // its heartbeat is there for a while yet
+		status := f.start("status", "status")
+		status.wait()
+		said := status.out.String()
+		silent = strings.Contains(said, " silent ") && strings.Contains(said, "others get the ")
+		if !silent && strings.Contains(said, " is gone") {
+			t.Fatalf("it was never silent:\n%s", said)
+		}
+	}
+	p.says(" is gone, not heard of since ")
+	p.says("lines in hand: other workers get them by ")
+	status := f.start("status", "status")
+	if code := status.wait(); code != exitOK || !strings.Contains(status.out.String(), "lines in hand: other workers get them by ") {
+		t.Errorf("status ended with %d and says:\n%s", code, status.out)
+	}
 }

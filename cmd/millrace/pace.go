@@ -13,7 +13,17 @@ type pace struct{ aggregator.Rate }
 // paceLately is long enough for a rate, and short enough to see that a job has come to its last lines.
 const paceLately = 15 * time.Second
 
-// say renders the rates, and the time that left lines take at them; empty as long as there is nothing to tell.
+// settled says whether the rate tells how the job goes on: not while the first lines come, of which the short ones are
+// before the others. Until a minute has passed it takes some lines, and that both halves of the time tell about the same.
+func (p *pace) settled(now time.Time) bool {
+	const some, about = 20, 4. / 3
+	all, _, over := p.Per(now, aggregator.RateWindow)
+	half, _, _ := p.Per(now, over/2)
+	return over >= aggregator.RateWindow || over >= paceLately && all*over.Seconds() >= some && half < about*all && all < about*half
+}
+
+// say renders the rates, and the time that left lines take at them once these rest on enough; empty as long as there is
+// nothing to tell.
 func (p *pace) say(now time.Time, left int64) string {
 	per, tokens, over := p.Per(now, aggregator.RateWindow)
 	if over < time.Second {
@@ -21,7 +31,7 @@ func (p *pace) say(now time.Time, left int64) string {
 	}
 	s := fmt.Sprintf(", %.1f lines/s, %.0f output tok/s in the last %s", per, tokens, span(over))
 	lately, _, _ := p.Per(now, paceLately)
-	if slow := min(per, lately); slow > 0 { // the last lines of a job may be slower than those before
+	if slow := min(per, lately); slow > 0 && p.settled(now) { // the last lines of a job may be slower than those before
 		secs := min(float64(left)/slow, (100 * 365 * 24 * time.Hour).Seconds())
 		s += fmt.Sprintf(", %s left", span(time.Duration(secs*float64(time.Second))))
 	}

@@ -3,11 +3,14 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
+	"os"
 	"sync/atomic"
 	"time"
 
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/sys/unix"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -25,6 +28,7 @@ type talk struct {
 	note  string
 	noted time.Time // when the note came
 	stood int64     // lines that had ended then
+	moved time.Time // when another one had ended
 	said  time.Time
 	ended int64 // lines, when that was
 	start time.Time
@@ -43,18 +47,32 @@ func (a *app) newTalk(job proto.Job) *talk {
 	t := &talk{a: a, job: job, start: time.Now(), said: time.Now()}
 	t.speed.Store("")
 	if terminal(a.std.err) {
-		t.bars = mpb.New(mpb.WithOutput(a.std.err), mpb.WithWidth(40), mpb.WithAutoRefresh())
-		t.bar = t.bars.AddBar(job.Lines,
+		t.bars = newBars(a.std.err)
+		t.bar = t.bars.AddBar(job.Lines, mpb.BarWidth(40),
 			mpb.PrependDecorators(decor.Name(job.ID+" ")),
 			mpb.AppendDecorators(decor.CountersNoUnit("%d/%d "), decor.Percentage(), decor.Any(func(decor.Statistics) string { return t.speed.Load().(string) })))
 	}
 	return t
 }
 
+// newBars draws on a terminal. One that does not know its size, as under script and in some CI, would have room for nothing;
+// it is taken for one of 80 columns.
+func newBars(w io.Writer) *mpb.Progress {
+	if f, ok := w.(*os.File); ok {
+		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil && (size.Col == 0 || size.Row == 0) {
+			w = struct{ io.Writer }{f} // whose size nobody asks
+		}
+	}
+	return mpb.New(mpb.WithOutput(w), mpb.ForceTTY(), mpb.WithWidth(80), mpb.WithAutoRefresh())
+}
+
 // see takes the newest view of the job.
 func (t *talk) see(v broker.JobView) {
-	t.view = v
 	now, ended := time.Now(), v.Ended()
+	if ended != t.view.Ended() {
+		t.moved = now
+	}
+	t.view = v
 	if n, unsure := note(&v), t.unsure(&v); n != t.note && !unsure {
 		t.note, t.noted, t.stood = n, now, ended
 		switch {
@@ -64,8 +82,8 @@ func (t *talk) see(v broker.JobView) {
 			t.line("it goes on")
 		}
 	}
-	stands := t.note != "" && ended == t.stood
-	t.pace.Add(now, v.Progress.BusyUS, ended, v.Progress.Usage.Completion, stands)
+	stands := t.note != "" && (ended == t.stood || now.Sub(t.moved) >= paceLately)
+	t.pace.Add(now, &v.Progress, stands)
 	speed := ""
 	if !stands {
 		speed = t.pace.say(now, t.job.Lines-ended)

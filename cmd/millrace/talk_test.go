@@ -89,3 +89,21 @@ func TestTalkStands(t *testing.T) {
 	talk.said = talk.said.Add(-2 * sayEvery)
 	is("j: vLLM died\nj: 6 of 9 lines, 0 failed\n")
 }
+
+// TestTalkOfPast: of a job of which nothing has ended for long, and that has a note, no rate is shown.
+func TestTalkOfPast(t *testing.T) {
+	talk := (&app{std: stdio{err: new(bytes.Buffer)}}).newTalk(proto.Job{ID: "j", Lines: 900})
+	now := time.Now()
+	talk.pace.Add(now.Add(-40*time.Second), progress(0, 0), false)
+	talk.pace.Add(now.Add(-time.Second), progress(39, 390), false)
+	v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}, Note: "worker a is gone"}, Progress: proto.Progress{BusyUS: 39e6, OK: 390}}
+	talk.see(v)
+	v.Progress.OK, v.Progress.BusyUS = 400, 40e6
+	if talk.see(v); talk.speed.Load() == "" {
+		t.Error("no rate while others go on")
+	}
+	talk.moved = talk.moved.Add(-paceLately)
+	if talk.see(v); talk.speed.Load() != "" {
+		t.Errorf("shows a rate of the past: %s", talk.speed.Load())
+	}
+}

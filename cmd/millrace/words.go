@@ -120,8 +120,11 @@ const stateExpired = "expired"
 
 // shown is the state of a job for people. For programs finished means that the files are there, however the job ended.
 func shown(state, outcome string) string {
-	if state == broker.StateCancelled { // its last lines are being ended
+	switch state {
+	case broker.StateCancelled: // its last lines are being ended
 		return "cancelling"
+	case broker.StateOrphaned:
+		return "no-producer"
 	}
 	return cmp.Or(outcome, state)
 }

@@ -1,0 +1,23 @@
+package broker_test
+
+import (
+	"strings"
+	"testing"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// TestLeft: of a job whose producer has left it is said whether it ends without it.
+func TestLeft(t *testing.T) {
+	for want, f := range map[string]proto.Feed{
+		"no process runs it; run the command that created it again":                                     {},
+		"its producer has left: the 6 lines that it sent are run, 3 more wait for the command":          {Enqueued: 6, Ended: 1},
+		"its producer has left, with all lines sent: they are run, and the job ends by itself; should ": {Enqueued: 9, Ended: 1},
+	} {
+		v := broker.JobView{Job: proto.Job{Lines: 10}, Feed: f}
+		if got := v.Note(); !strings.HasPrefix(got, want) {
+			t.Errorf("%+v: %q", f, got)
+		}
+	}
+}

@@ -1,0 +1,49 @@
+package producer
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestNotJSONL: an input that is something else is refused in one sentence at its beginning; one of which a line is JSON, or
+// begins so, has its lines told one by one.
+func TestNotJSONL(t *testing.T) {
+	noise := strings.Repeat("PK\x03\x04\x00\x00\n\x8f{\x00z\n", 50)
+	prose := strings.Repeat("a word, and another\n", 100)
+	for name, c := range map[string]struct {
+		text, want string // of the error; empty: it is an *InvalidInput
+	}{
+		"binary":             {noise + strings.Repeat("{}\n", 1000), "none of its first 100 lines is a JSON object, and there are NUL bytes: it is binary, or no UTF-8; give"},
+		"binary, by chance":  {"{\x00\x01\n" + noise, "none of its first 100 lines is"},
+		"binary, and short":  {"PK\x03\x04\x00\x00\n\x8f\x00z", "none of its first 2 lines is"},
+		"prose":              {prose, "none of its first 100 lines is a JSON object; give"},
+		"short":              {"a word\n", ""},
+		"one line is valid":  {prose[:len(prose)/2] + line("a", "m", "x") + "\n" + prose, ""},
+		"all begin as JSON":  {strings.Repeat("{\n", 200), ""},
+		"a NUL in one":       {"{\"custom_id\":\"\x00\"}\n", ""},
+		"a document of JSON": {"[\n" + strings.Repeat("  {\n", 150) + "]\n", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := Input{Path: file(t, c.text), Dir: t.TempDir()}
+			_, err := Scan(t.Context(), in, nil)
+			var other *BadFile
+			if is := errors.As(err, &other); is != (c.want != "") || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error %v, want %q", err, c.want)
+			}
+			if left, _ := filepath.Glob(filepath.Join(in.Dir, "*")); len(left) > 0 {
+				t.Errorf("left behind: %v", left)
+			}
+			in.SkipInvalid = true
+			d, err := Scan(t.Context(), in, nil)
+			if err != nil {
+				t.Fatalf("with lines that end as errors: %v", err)
+			}
+			if n := int64(strings.Count(strings.TrimSuffix(c.text, "\n"), "\n") + 1); d.Lines != n {
+				t.Errorf("%d lines, want %d", d.Lines, n)
+			}
+			d.Close()
+		})
+	}
+}

@@ -1,0 +1,59 @@
+package producer
+
+import (
+	"testing"
+	"time"
+
+	"millrace/broker"
+	"millrace/proto"
+)
+
+// TestGone: of a worker that fell silent with lines in hand it is said, once that is sure, how many it has and when others
+// get them; until they have them, it speaks again, or that time is over.
+func TestGone(t *testing.T) {
+	begin := time.Date(2026, 1, 2, 15, 0, 0, 0, time.UTC)
+	at := func(sec int) time.Time { return begin.Add(time.Duration(sec) * time.Second) }
+	beat := func(id string, silent int, held int64) broker.Beat {
+		return broker.Beat{Worker: proto.Worker{ID: id, Host: id, UptimeUS: 1e12, Held: held, Models: []string{"m"}, State: proto.EngineReady}, Silent: time.Duration(silent) * time.Second}
+	}
+	g := gone{}
+	is := func(sec int, handed int64, there int, want string, beats ...broker.Beat) {
+		t.Helper()
+		ws := g.look(beats, at(sec))
+		qs := []broker.Queue{{Model: "m", HandedTo: handed, AckWait: time.Minute}}
+		if got := g.note(qs, ws, at(sec)); got != want || len(ws) != there {
+			t.Errorf("after %d s %d workers are there: %q, want %d: %q", sec, len(ws), got, there, want)
+		}
+	}
+	is(0, 18, 2, "", beat("a", 1, 10), beat("b", 1, 8))
+	is(9, 18, 2, "", beat("a", 9, 10), beat("b", 1, 8)) // the broker may have been away
+	const lost = "worker a is gone, not heard of since 15:00:00, with about 10 lines in hand: other workers get them by 15:01:02 UTC"
+	is(12, 18, 1, lost, beat("a", 12, 10), beat("b", 1, 8))
+	is(18, 18, 1, lost, beat("b", 1, 8)) // its heartbeat has run out
+	is(40, 10, 0, "workers a, b are gone, not heard of since 15:00:00, with 10 lines in hand: other workers get them by 15:01:31 UTC", twice(g, beat("b", 11, 8), at(40))...)
+	is(43, 18, 1, lost, beat("b", 1, 8)) // that one was only held up
+	is(45, 12, 1, "", beat("b", 1, 8))   // most of what the other one had is with others by now
+	is(61, 18, 1, lost, beat("b", 1, 8))
+	is(62, 18, 1, "", beat("b", 1, 8))
+	if len(g) != 0 {
+		t.Errorf("%d are remembered whose lines are with others", len(g))
+	}
+	is(70, 8, 2, "", beat("c", 9, 0), beat("b", 1, 8))
+	is(73, 9, 1, "", beat("c", 12, 0), beat("b", 1, 8)) // it had nothing
+	is(76, 5, 0, "worker c is gone, not heard of since 15:01:01, with 5 lines in hand: other workers get them by 15:02:03 UTC", beat("c", 15, 0))
+	// One that was started in its place has given back what it had.
+	is(80, 10, 2, "", beat("d", 9, 10), beat("b", 1, 0))
+	is(83, 10, 1, "worker d is gone, not heard of since 15:01:11, with about 10 lines in hand: other workers get them by 15:02:13 UTC", beat("d", 12, 10), beat("b", 1, 0))
+	again := beat("e", 1, 0)
+	again.Host = "d"
+	again.UptimeUS = 20e6
+	is(84, 10, 1, "worker d is gone, not heard of since 15:01:11, with about 10 lines in hand: other workers get them by 15:02:13 UTC", again) // it was there before
+	again.UptimeUS = 3e6
+	is(87, 10, 1, "", again)
+}
+
+// twice has a beat looked at once before.
+func twice(g gone, b broker.Beat, now time.Time) []broker.Beat {
+	g.look([]broker.Beat{b}, now)
+	return []broker.Beat{b}
+}
