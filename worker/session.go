@@ -368,7 +368,7 @@ func (s *session) adjust() {
 func (s *session) found(st Status) {
 	st.Gauges.KVTokens = s.capacity(st)
 	now := time.Now()
-	e := st.load()
+	e := st.Engine
 	if s.Graphs != nil {
 		e.Graphs = s.Graphs()
 	}
