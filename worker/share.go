@@ -78,29 +78,34 @@ func (s *share) learn(ctx context.Context, now time.Time, much bool) (anew bool)
 		return false
 	}
 	s.read = now
+	anew, err := s.readAll(ctx)
+	if err != nil {
+		clear(s.peers)
+	}
+	return anew
+}
+
+func (s *share) readAll(ctx context.Context) (anew bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, leftTimeout)
 	defer cancel()
 	kv, err := s.js.KeyValue(ctx, proto.WorkersBucket)
 	if err != nil {
-		clear(s.peers)
-		return false
+		return false, fmt.Errorf("read heartbeats: %w", err)
 	}
 	w, err := kv.WatchAll(ctx)
 	if err != nil {
-		clear(s.peers)
-		return false
+		return false, fmt.Errorf("read heartbeats: %w", err)
 	}
 	defer func() { _ = w.Stop() }() // the broker ends it, too, when nobody listens
 	var newest time.Time
 	for {
 		select {
 		case <-ctx.Done():
-			clear(s.peers)
-			return false
+			return false, context.Cause(ctx)
 		case e := <-w.Updates():
 			if e == nil { // these were all
 				maps.DeleteFunc(s.peers, func(_ string, p peer) bool { return newest.Sub(p.at) > peerLife })
-				return anew
+				return anew, nil
 			}
 			anew = s.hear(e.Key(), e.Value(), e.Created()) || anew
 			newest = e.Created() // they come in their order
@@ -130,7 +135,7 @@ func (s *share) hear(id string, record []byte, at time.Time) (anew bool) {
 		return false
 	}
 	was := s.peers[id]
-	is := peer{models: w.Models, starts: starts(&w), full: 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), at: at}
+	is := peer{models: w.Models, starts: starts(&w), full: w.InFlight > 0 && 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), at: at}
 	is.wants = is.starts || w.State == proto.EngineReady
 	s.peers[id] = is
 	return is.wants && !was.wants
@@ -168,7 +173,7 @@ func (s *share) part(model string, left int) float64 {
 	for _, p := range s.peers {
 		switch {
 		case !p.of(model):
-		case p.full && !p.starts:
+		case p.full:
 			full = append(full, p.most)
 		default:
 			hungry++

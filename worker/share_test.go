@@ -83,7 +83,7 @@ func TestShareCounts(t *testing.T) {
 		{"for another model", func(w *proto.Worker) { w.Models = []string{"b"} }, 0},
 		{"for another model, too", func(w *proto.Worker) { w.Models = []string{"b", "m"} }, 50},
 		{"full", func(w *proto.Worker) { w.InFlight = 15 }, 82},
-		{"starts", func(w *proto.Worker) { w.State, w.LoadUS, w.Models = proto.EngineWaiting, 0, nil }, 50},
+		{"starts", func(w *proto.Worker) { w.State, w.LoadUS, w.Models, w.Limit = proto.EngineWaiting, 0, nil, 0 }, 50},
 		{"has no queue yet", func(w *proto.Worker) { w.Models = nil }, 50},
 		{"does not start", func(w *proto.Worker) {
 			w.State, w.LoadUS, w.UptimeUS = proto.EngineWaiting, 0, 2*startLife.Microseconds()
@@ -234,6 +234,51 @@ func TestShareGrows(t *testing.T) {
 	r.beats(readyWorker("b", 0)) // another one comes
 	if got := s.looks(t, taps, 90); got != 34 || s.gap != firstGap {
 		t.Errorf("part of %d, next look after %v", got, s.gap)
+	}
+}
+
+// TestShareOfMore: when many more lines come, or this worker could not take its part for a while, others are waited for again.
+func TestShareOfMore(t *testing.T) {
+	r, s, taps := sharing(t, 100)
+	r.beats(readyWorker("a", 0))
+	now := time.Now()
+	for range 10 {
+		s.look(t.Context(), now, taps, 400, 1)
+		now = s.next
+	}
+	if s.extra == 0 {
+		t.Fatal("nothing was taken that nobody else came for")
+	}
+	kept := *s
+	if few, all := s.look(t.Context(), now, taps, 10, 1), s.look(t.Context(), now, taps, 400, 1); few < 10 || all != 50 {
+		t.Errorf("%d lines where 10 can be taken, then %d of 100", few, all)
+	}
+	*s = kept
+	r.send(requests(300)...)
+	if got := s.look(t.Context(), now, taps, 400, 1); got != 200 {
+		t.Errorf("%d lines of 400", got)
+	}
+}
+
+// TestShareLeast: less than two lines are nobody's part.
+func TestShareLeast(t *testing.T) {
+	r, s, taps := sharing(t, 1)
+	r.beats(readyWorker("a", 0))
+	if got := s.looks(t, taps, 200); got != leastShare {
+		t.Errorf("%d lines where one is left", got)
+	}
+}
+
+// TestShareBrief: who has just looked does not ask again, the less so the more others do the same.
+func TestShareBrief(t *testing.T) {
+	_, s, _ := sharing(t, 0)
+	s.last = time.Now()
+	s.next = s.last.Add(time.Second)
+	for i := range 100 {
+		if at := s.last.Add(2 * firstGap); s.looked(at) != (i > 40) || !s.looked(s.last.Add(firstGap/2)) {
+			t.Errorf("%d others: looked %v", i, s.looked(at))
+		}
+		s.peers[strconv.Itoa(i)] = peer{}
 	}
 }
 
