@@ -207,17 +207,18 @@ func TestGraphsOfOthers(t *testing.T) {
 	}
 }
 
-// TestBurstGraphs: a small engine has small graphs, twice its sequences, unless its flags say how large they are.
+// TestBurstGraphs: a small engine has small graphs, twice its sequences, unless it is told how large they are.
 func TestBurstGraphs(t *testing.T) {
 	for _, c := range []struct {
-		sequences, graphs int64
-		want              int
-	}{{64, 0, 2}, {0, 0, 1}, {64, 512, 1}} {
+		sequences int64
+		told      bool
+		want      int
+	}{{64, false, 2}, {0, false, 1}, {64, true, 1}} {
 		l := New(0)
-		l.Sequences, l.Graphs, l.way, l.base = c.sequences, c.graphs, bySteering, 64
-		l.graphs.size, l.ended = 512, mean{n: fewLines, prompt: 100, output: 300}
+		l.Sequences, l.way, l.base = c.sequences, bySteering, 64
+		l.graphs.size, l.graphs.told, l.ended = 512, c.told, mean{n: fewLines, prompt: 100, output: 300}
 		if got := l.Burst(); got != c.want {
-			t.Errorf("%d sequences, graphs of %d by its flags: bursts of %d, want %d", c.sequences, c.graphs, got, c.want)
+			t.Errorf("%+v: bursts of %d", c, got)
 		}
 	}
 }
