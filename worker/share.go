@@ -246,7 +246,7 @@ func (s *share) look(ctx context.Context, now time.Time, taps []*queue, most, he
 		}
 		s.gap, s.turned = min(max(2*s.gap, s.brief()), s.longGap), now
 	}
-	s.next = now.Add(min(s.gap-now.Sub(s.turned), beatEvery)) // others may say something new
+	s.next = s.turned.Add(s.gap)
 	return part + s.extra
 }
 

@@ -122,6 +122,10 @@ func TestShareForgets(t *testing.T) {
 	check("not heard for long", 50)
 	must(t, r.heartbeats().Delete(t.Context(), "b"))
 	check("alone", 0)
+	r.beats(readyWorker("b", 0))
+	check("one of two", 50)
+	must(t, r.conn.JS.DeleteKeyValue(t.Context(), proto.WorkersBucket))
+	check("nobody can tell", 0)
 	if !s.next.IsZero() {
 		t.Errorf("next look %v", s.next)
 	}
@@ -250,8 +254,11 @@ func TestShareOfMore(t *testing.T) {
 		t.Fatal("nothing was taken that nobody else came for")
 	}
 	kept := *s
-	if few, all := s.look(t.Context(), now, taps, 10, 1), s.look(t.Context(), now, taps, 400, 1); few < 10 || all != 50 {
-		t.Errorf("%d lines where 10 can be taken, then %d of 100", few, all)
+	if got := s.look(t.Context(), now, taps, 10, 1); got < 10 || !s.looked(now.Add(firstGap/2)) {
+		t.Errorf("%d lines where 10 can be taken, next look %v", got, s.next)
+	}
+	if got := s.look(t.Context(), now, taps, 400, 1); got != 50 {
+		t.Errorf("%d lines of 100 when more can be taken", got)
 	}
 	*s = kept
 	r.send(requests(300)...)
@@ -260,12 +267,18 @@ func TestShareOfMore(t *testing.T) {
 	}
 }
 
-// TestShareLeast: less than two lines are nobody's part.
+// TestShareLeast: less than two lines are nobody's part, and so many more are taken at each look that nobody comes for.
 func TestShareLeast(t *testing.T) {
 	r, s, taps := sharing(t, 1)
 	r.beats(readyWorker("a", 0))
 	if got := s.looks(t, taps, 200); got != leastShare {
 		t.Errorf("%d lines where one is left", got)
+	}
+	for range 10 {
+		s.look(t.Context(), s.next, taps, 200, 1)
+	}
+	if s.extra < leastShare {
+		t.Errorf("%d more than its part when nobody has come", s.extra)
 	}
 }
 
