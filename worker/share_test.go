@@ -217,6 +217,20 @@ func TestShareOfModels(t *testing.T) {
 	if got := s.looks(t, taps, 200); got != 102 {
 		t.Errorf("%d lines, want all 100 of one model and two of the other's four", got)
 	}
+	for i := range mostModels {
+		taps = append(taps, &queue{model: strconv.Itoa(i), lane: proto.LaneNormal})
+	}
+	asked, err := r.conn.NC.SubscribeSync("$JS.API.>")
+	must(t, err)
+	must(t, r.conn.NC.Flush())
+	if got := s.looks(t, taps, 200); got != 0 {
+		t.Errorf("%d lines of too many models to ask of", got)
+	}
+	must(t, r.conn.NC.Flush())
+	if n, _, err := asked.Pending(); n > 0 || err != nil {
+		t.Errorf("asked %d times (%v)", n, err)
+	}
+	must(t, asked.Unsubscribe())
 }
 
 // TestShareGrows: what nobody comes for is taken by others, a quarter more at each look, until nothing is found.
@@ -235,6 +249,9 @@ func TestShareGrows(t *testing.T) {
 		t.Errorf("parts of %v", got)
 	}
 	s.empty()
+	if got := s.look(t.Context(), now.Add(-time.Millisecond), taps, 90, 1); got != 50 {
+		t.Errorf("part of %d when nothing was found", got)
+	}
 	r.beats(readyWorker("b", 0)) // another one comes
 	if got := s.looks(t, taps, 90); got != 34 || s.gap != firstGap {
 		t.Errorf("part of %d, next look after %v", got, s.gap)

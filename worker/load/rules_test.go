@@ -236,3 +236,13 @@ func TestSeveralStarts(t *testing.T) {
 		}
 	}
 }
+
+// TestBeginningLearns: where max_tokens says far more than lines make, what they make counts the more the more have ended.
+func TestBeginningLearns(t *testing.T) {
+	for answers, want := range map[float64][2]float64{0: {7, 9}, 20: {16, 18}} {
+		b := beginning{kv: 9500, prompt: 300, most: 3000, made: 240 * answers, answers: answers}
+		if got := b.fits(); got < want[0] || got > want[1] {
+			t.Errorf("%.1f lines after %.0f answers, want %v", got, answers, want)
+		}
+	}
+}
