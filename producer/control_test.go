@@ -457,24 +457,26 @@ func TestRemoved(t *testing.T) {
 
 // TestNotFinal: that every line has ended is not enough, the files must be final: until then the input is needed.
 func TestNotFinal(t *testing.T) {
-	w := newWorld(t, &broker.Server{})
-	for name, cancelled := range map[string]bool{"m": false, "n": true} {
-		o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, name))}))
-		a := w.aggregate(o.Job)
-		a.set(func(a *aggregator) { a.noKey = true })
-		if cancelled {
-			w.want(o.Job.ID, proto.WantCancel)
-		} else {
-			w.work(name, okay)
-		}
-		s := w.run(o)
-		a.saysDone(t)
-		a.set(func(a *aggregator) { clear(a.results) }) // it loses all
-		until(t, "all have run, or ended, again", func() bool { return a.folded() == 10 })
-		a.saysDone(t)
-		a.set(func(a *aggregator) { a.noKey = false })
-		if err := s.end(); cancelled != errors.Is(err, ErrCancelled) || !cancelled && err != nil {
-			t.Errorf("cancelled %v: %v", cancelled, err)
-		}
+	for name, cancelled := range map[string]bool{"finishes": false, "is cancelled": true} {
+		t.Run(name, func(t *testing.T) { // with its own broker: of two aggregators the first one to answer is believed
+			w := newWorld(t, &broker.Server{})
+			o := w.owner(scanned(t, Input{Path: file(t, linesOf(10, "m"))}))
+			a := w.aggregate(o.Job)
+			a.set(func(a *aggregator) { a.noKey = true })
+			if cancelled {
+				w.want(o.Job.ID, proto.WantCancel)
+			} else {
+				w.work("m", okay)
+			}
+			s := w.run(o)
+			a.saysDone(t)
+			a.set(func(a *aggregator) { clear(a.results) }) // it loses all
+			until(t, "all have run, or ended, again", func() bool { return a.folded() == 10 })
+			a.saysDone(t)
+			a.set(func(a *aggregator) { a.noKey = false })
+			if err := s.end(); cancelled != errors.Is(err, ErrCancelled) || !cancelled && err != nil {
+				t.Errorf("cancelled %v: %v", cancelled, err)
+			}
+		})
 	}
 }

@@ -89,31 +89,44 @@ func (r *run) comes(model string) func(proto.Worker) bool {
 // anything.
 func (r *run) waitingNote(models []string, ws []proto.Worker) string {
 	const shown = 3
-	var parts, does []string
+	var notes []string
 	for _, model := range models {
-		var of []string
-		for _, w := range ws {
-			switch what := proto.Truncate(cmp.Or(w.Reason, w.State), 200); {
-			case !r.comes(model)(w):
-			case r.o.Own:
-				does = append(does, what)
-			default:
-				of = append(of, w.ID+" ("+what+")")
-			}
-		}
 		if !r.o.Own {
-			parts = append(parts, fmt.Sprintf("model %s waits for %s", model, few(of, shown)))
+			notes = append(notes, Waits(model, ws))
+			continue
+		}
+		for _, w := range ws {
+			if r.comes(model)(w) {
+				notes = append(notes, doing(&w))
+			}
 		}
 	}
 	if r.o.Own {
-		slices.Sort(does)
-		return few(slices.Compact(does), shown)
+		slices.Sort(notes)
+		return few(slices.Compact(notes), shown)
 	}
-	if n := len(parts) - shown; n > 0 {
-		parts = append(parts[:shown], fmt.Sprintf("%d models more wait for workers", n))
+	if n := len(notes) - shown; n > 0 {
+		notes = append(notes[:shown], fmt.Sprintf("%d models more wait for workers", n))
 	}
-	return strings.Join(parts, "; ")
+	return strings.Join(notes, "; ")
 }
+
+// Waits says for which workers a model waits that nobody runs now, and what they do; empty: none is for it.
+func Waits(model string, ws []proto.Worker) string {
+	const shown = 3
+	var of []string
+	for _, w := range ws {
+		if slices.Contains(w.Models, model) && w.Pending() {
+			of = append(of, w.ID+" ("+doing(&w)+")")
+		}
+	}
+	if len(of) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("model %s waits for %s", model, few(of, shown))
+}
+
+func doing(w *proto.Worker) string { return proto.Truncate(cmp.Or(w.Reason, w.State), 200) }
 
 // few lists the first of them.
 func few(all []string, shown int) string {

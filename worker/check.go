@@ -42,7 +42,7 @@ func (w *Worker) Check(ctx context.Context) *Finding {
 	if f.State == proto.EngineReady {
 		f.Gauges.KVTokens = w.capacity(st)
 		l := load.New(w.Concurrency)
-		l.Observe(f.load(), 0, time.Now())
+		l.Observe(f.Engine, 0, time.Now())
 		f.Limit, f.LimitWhy = l.Get(), l.Reason()
 	}
 	return f

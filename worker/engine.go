@@ -44,24 +44,16 @@ type Answer struct {
 
 // Status is what a probe found. Fields that the engine does not tell stay zero.
 type Status struct {
-	State     string // proto.EngineReady, or why not: EngineWaiting, EngineDenied, EngineNoModel
-	Reason    string // for people, where not ready
-	Ill       bool   // the engine itself says that it is not well
-	Gone      bool   // it has no process that could answer
-	Kind      string // proto.KindVLLM, …; empty: not asked yet
-	Version   string
-	Run       int   // counts how often the engine was found anew: at first, and after it was not well
-	Slots     int64 // most sequences that it runs at once; 0: not told
+	State  string // proto.EngineReady, or why not: EngineWaiting, EngineDenied, EngineNoModel
+	Reason string // for people, where not ready
+	Ill    bool   // the engine itself says that it is not well
+	Gone   bool   // it has no process that could answer
+	// What matters for how many requests it gets. Kind is empty: not asked yet. Run counts how often the engine was found
+	// anew: at first, and after it was not well.
+	load.Engine
 	Models    []string
-	MaxLen    int64 // longest context of any of the models, in tokens
 	Simulated bool
-	Gauges    load.Gauges
 	Settings  []string // NAME=VALUE
-}
-
-// load is what matters for how many requests the engine gets.
-func (st *Status) load() load.Engine {
-	return load.Engine{Kind: st.Kind, Version: st.Version, Run: st.Run, Slots: st.Slots, MaxLen: st.MaxLen, Gauges: st.Gauges}
 }
 
 // Null answers everything at once, inside the process. It measures what lies around an engine.
@@ -91,7 +83,7 @@ func (n *Null) Do(ctx context.Context, _ *proto.Request) (Answer, error) {
 
 // Probe always finds the engine ready.
 func (n *Null) Probe(context.Context) (Status, error) {
-	return Status{State: proto.EngineReady, Kind: proto.KindOther, Version: "null", Models: n.Models, Simulated: true}, nil
+	return Status{State: proto.EngineReady, Engine: load.Engine{Kind: proto.KindOther, Version: "null"}, Models: n.Models, Simulated: true}, nil
 }
 
 func (n *Null) String() string { return "null:" }

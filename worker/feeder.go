@@ -118,7 +118,8 @@ func (f *feeder) room(ctx context.Context, taps []*queue) (room, chunk int) {
 	if room, chunk = f.slots.room(); room < chunk && !due || f.share.looked(now) {
 		return room, chunk
 	}
-	f.slots.setShare(f.share.look(ctx, taps, f.slots.capacity()))
+	most, here := f.slots.capacity()
+	f.slots.setShare(f.share.look(ctx, now, taps, most, here))
 	if room, chunk = f.slots.room(); due {
 		chunk = 1
 	}

@@ -140,7 +140,7 @@ func TestKeeperOfIdleIll(t *testing.T) {
 // TestKeeperLetsSleep: one that somebody put to sleep is not woken by a restart.
 func TestKeeperLetsSleep(t *testing.T) {
 	g := &gate{keeper: newHands(), stall: time.Second, busy: func() int { return 0 }}
-	st, now := Status{State: proto.EngineWaiting, Gauges: load.Gauges{Asleep: true}}, time.Now()
+	st, now := Status{State: proto.EngineWaiting, Engine: load.Engine{Gauges: load.Gauges{Asleep: true}}}, time.Now()
 	for range 3 {
 		if err := g.watchDown(now, st, nil); err != nil {
 			t.Errorf("it is let go of: %v", err)

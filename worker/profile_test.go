@@ -71,18 +71,18 @@ func TestProfile(t *testing.T) {
 		want Status
 	}{
 		{"vLLM", map[string]string{"/health": "", "/version": `{"version":"0.32.0"}`, "/metrics": `vllm:cache_config_info{block_size="16",num_gpu_blocks="10"} 1.0`},
-			Status{Kind: proto.KindVLLM, Version: "0.32.0", Gauges: load.Gauges{KVTokens: 160}}},
-		{"Rust frontend", map[string]string{"/health": "", "/version": `{"version":"0.26.0","rust_frontend_version":"0.1.0"}`}, Status{Kind: proto.KindVLLM, Version: "0.26.0"}},
+			Status{Engine: load.Engine{Kind: proto.KindVLLM, Version: "0.32.0", Gauges: load.Gauges{KVTokens: 160}}}},
+		{"Rust frontend", map[string]string{"/health": "", "/version": `{"version":"0.26.0","rust_frontend_version":"0.1.0"}`}, Status{Engine: load.Engine{Kind: proto.KindVLLM, Version: "0.26.0"}}},
 		{"SGLang", map[string]string{"/health": "", "/get_server_info": `{"version":"0.5.20","max_total_num_tokens":270336,"dp_size":8,"max_running_requests":null,
 			"internal_states":[{"memory_usage":{"token_capacity":270336},"effective_max_running_requests_per_dp":2},{"effective_max_running_requests_per_dp":2}]}`},
-			Status{Kind: proto.KindSGLang, Version: "0.5.20", Slots: 4, Gauges: load.Gauges{KVTokens: 8 * 270336}}},
+			Status{Engine: load.Engine{Kind: proto.KindSGLang, Version: "0.5.20", Slots: 4, Gauges: load.Gauges{KVTokens: 8 * 270336}}}},
 		{"SGLang, one engine", map[string]string{"/health": "", "/server_info": `{"version":"0.5.20","max_total_num_tokens":326223,"max_running_requests":48}`},
-			Status{Kind: proto.KindSGLang, Version: "0.5.20", Slots: 48, Gauges: load.Gauges{KVTokens: 326223}}},
+			Status{Engine: load.Engine{Kind: proto.KindSGLang, Version: "0.5.20", Slots: 48, Gauges: load.Gauges{KVTokens: 326223}}}},
 		{"llama.cpp", map[string]string{"/health": `{"status":"ok"}`, "/props": `{"default_generation_settings":{"n_ctx":8192},"total_slots":4,"build_info":"b6700-abc"}`},
-			Status{Kind: proto.KindLlama, Version: "b6700-abc", Slots: 4, MaxLen: 8192}},
-		{"Ollama", map[string]string{"/api/version": `{"version":"0.14.1"}`}, Status{Kind: proto.KindOllama, Version: "0.14.1"}},
-		{"others", map[string]string{"/version": "<html>", "/props": `{"total_slots":"x"}`, "/get_server_info": `[]`}, Status{Kind: proto.KindOther}},
-		{"one that hangs at others' questions", map[string]string{"/version": "hang", "/api/version": `{"version":"0.14.1"}`}, Status{Kind: proto.KindOllama, Version: "0.14.1"}},
+			Status{Engine: load.Engine{Kind: proto.KindLlama, Version: "b6700-abc", Slots: 4, MaxLen: 8192}}},
+		{"Ollama", map[string]string{"/api/version": `{"version":"0.14.1"}`}, Status{Engine: load.Engine{Kind: proto.KindOllama, Version: "0.14.1"}}},
+		{"others", map[string]string{"/version": "<html>", "/props": `{"total_slots":"x"}`, "/get_server_info": `[]`}, Status{Engine: load.Engine{Kind: proto.KindOther}}},
+		{"one that hangs at others' questions", map[string]string{"/version": "hang", "/api/version": `{"version":"0.14.1"}`}, Status{Engine: load.Engine{Kind: proto.KindOllama, Version: "0.14.1"}}},
 	} {
 		_, h := newEngineOf(t, c.say)
 		st, err := h.Probe(t.Context())

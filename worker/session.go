@@ -122,7 +122,7 @@ func (s *session) openWatchers() {
 		abort: func(cause error) { s.slots.abort(cause, all) }}
 	f := s.feeder
 	f.nc, f.queues, f.receive, f.rest, f.slots = s.nc, s.queues, s.receive, s.received, s.slots
-	f.share = &share{nc: s.nc, js: s.Conn.JS, id: s.id, longGap: s.longGap, changed: f.nudge, peers: map[string]peer{}}
+	f.share = &share{js: s.Conn.JS, id: s.id, began: s.began, longGap: s.longGap, peers: map[string]peer{}}
 	f.prefix = apiPrefix(s.Conn.JS.Options())
 	f.crowded = func() bool { return s.outbox.crowded() || s.held.full() }
 	f.open = func() bool { return s.gate.quota() != 0 }
@@ -154,9 +154,7 @@ func (s *session) work(take context.Context) error {
 		parts.Go(func() { run(life) })
 	}
 	s.outbox.waiting.Go(s.outbox.run)
-	shut := s.feeder.share.open(s.taking)
 	s.feeder.run(s.taking)
-	shut()
 	s.finish()
 	end()
 	parts.Wait()
@@ -370,7 +368,7 @@ func (s *session) adjust() {
 func (s *session) found(st Status) {
 	st.Gauges.KVTokens = s.capacity(st)
 	now := time.Now()
-	e := st.load()
+	e := st.Engine
 	if s.Graphs != nil {
 		e.Graphs = s.Graphs()
 	}

@@ -3,120 +3,143 @@ package worker
 import (
 	"context"
 	"fmt"
+	"maps"
+	"math"
 	"slices"
-	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
-	"millrace/broker"
 	"millrace/proto"
 )
 
 // share decides how many lines a worker may have here while few are left: not more than its part of them, so that no
 // engine has hundreds in flight while another one has none.
 //
-// What is left, in the queue and at any worker, is what the streams of its models hold. It is spread evenly over this
-// worker, those that are ready for one of its models and those that start; one that said that it is full counts with
-// what it can take. Where that is more than this worker could take anyway, nothing is asked and nothing changes.
+// What is left of a model, in the queue and at any worker, is what its stream holds. It is spread evenly over this
+// worker, those that are ready for the model and those that start; one that said that it is full counts with what it can
+// take. The part is the sum over the models. Where more is left than all could take, nothing is asked and nothing
+// changes. How much of its part a worker takes of which model is left open: one that serves two may take lines of the
+// first that another one, which serves only that, could have had; at most as many as it has at once, for as long as
+// these run.
 //
-// Nobody waits for a worker that does not come for its part. A worker looks again after firstGap, then after twice as
+// Nobody waits for a worker that does not come for its part. A worker looks again after a brief gap, then after twice as
 // long, and so on up to longGap; from then on each look lets it take a quarter more, until it finds the queue empty.
+//
+// Who is there is read from the heartbeats in the bucket WORKERS, the more rarely the more there are: what is read, by
+// all of n workers, grows with n and not with its square. All of this is of the feeder alone.
 type share struct {
-	nc *nats.Conn
-	js jetstream.JetStream
-	id string
+	js    jetstream.JetStream
+	id    string
+	began time.Time // of the worker
 
 	longGap time.Duration // see the constant
-	changed func()        // called when a worker came, or is not ready any more
 
-	anew  atomic.Bool // one came since the last look
-	mu    sync.Mutex
-	peers map[string]peer // by id
+	peers map[string]peer // other workers, by id, as they were read last
+	read  time.Time       // when that was
 
-	// Of the feeder alone.
-	left  int           // lines, at the last look
-	gap   time.Duration // between that look and the next one
-	last  time.Time     // of that look
-	next  time.Time     // when to look again; zero: more is left than can be taken
-	extra int           // lines beyond its part that nobody else came for
+	left   int           // lines, at the last look
+	last   time.Time     // of that look
+	next   time.Time     // when to look again; zero: more is left than can be taken
+	gap    time.Duration // from turned on nobody is waited for after it
+	turned time.Time
+	extra  int // lines beyond its part that nobody else came for
 }
 
 // peer is another worker as its last heartbeat told.
 type peer struct {
-	models   []string
-	ready    bool
-	starting bool // its engine, or its queues, were not ready yet
-	full     bool // it had nearly as much in flight as it may
-	most     int  // lines that it may have
-	heard    time.Time
+	models []string
+	wants  bool      // lines: it is ready, or starts
+	starts bool      // its engine, or its queues, were not ready yet
+	full   bool      // it had nearly as much in flight as it may
+	most   int       // lines that it may have
+	at     time.Time // by the broker's clock
 }
 
 const (
 	leastShare  = 2                      // lines that a worker may have whatever is left
-	firstGap    = 20 * time.Millisecond  // between the first looks
+	firstGap    = 20 * time.Millisecond  // between the first looks, at least
+	gapPerPeer  = time.Millisecond       // and for each other worker: together they ask a thousand times a second at most
 	longGap     = 500 * time.Millisecond // what nobody has come for in so long others may take
-	peerLife    = 3 * beatEvery          // a worker that was not heard for so long is gone
+	readPerPeer = 100 * time.Millisecond // between two readings, for each heartbeat: a worker reads ten a second at most
+	readAtFirst = 100 * time.Microsecond // at first: n workers that begin together read ten thousand a second
+	readRarely  = 5                      // times as long while more is left than all could take
+	peerLife    = 3 * beatEvery          // a worker whose heartbeat is so much older than another one is gone
 	startLife   = 5 * time.Minute        // an engine that is not ready after that is not waited for
 	fresh       = 5 * time.Second        // for so long it is believed what a message said of its queue
 	mostModels  = 16                     // of a worker; with more of them it would ask too much
 	leftTimeout = 2 * time.Second        // of a question to the broker
 )
 
-// open hears the heartbeats of others until the function is called that it returns.
-func (s *share) open(ctx context.Context) (shut func()) {
-	prefix := "$KV." + proto.WorkersBucket + "."
-	sub, err := s.nc.Subscribe(prefix+"*", func(m *nats.Msg) { s.hear(strings.TrimPrefix(m.Subject, prefix), m.Data) })
-	if err != nil {
-		return func() {} // the connection is closed
+// learn reads the heartbeats where that was long ago, and says whether a worker wants lines that did not at the last
+// reading. Where they cannot be read, nobody is known.
+func (s *share) learn(ctx context.Context, now time.Time, much bool) (anew bool) {
+	if now.Sub(s.read) < s.believed(now, much) {
+		return false
 	}
-	gone := make(chan struct{})
-	sub.SetClosedHandler(func(string) { close(gone) })
+	s.read = now
+	anew, err := s.readAll(ctx)
+	if err != nil {
+		clear(s.peers)
+	}
+	return anew
+}
+
+func (s *share) readAll(ctx context.Context) (anew bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, leftTimeout)
 	defer cancel()
-	known, err := broker.Heartbeats(ctx, s.js)
-	if err == nil { // otherwise they are heard within beatEvery
-		for _, e := range known {
-			s.hear(e.Key(), e.Value())
-		}
+	kv, err := s.js.KeyValue(ctx, proto.WorkersBucket)
+	if err != nil {
+		return false, fmt.Errorf("read heartbeats: %w", err)
 	}
-	return func() {
-		if sub.Unsubscribe() == nil {
-			<-gone
+	w, err := kv.WatchAll(ctx)
+	if err != nil {
+		return false, fmt.Errorf("read heartbeats: %w", err)
+	}
+	defer func() { _ = w.Stop() }() // the broker ends it, too, when nobody listens
+	var newest time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		case e := <-w.Updates():
+			if e == nil { // these were all
+				maps.DeleteFunc(s.peers, func(_ string, p peer) bool { return newest.Sub(p.at) > peerLife })
+				return anew, nil
+			}
+			anew = s.hear(e.Key(), e.Value(), e.Created()) || anew
+			newest = e.Created() // they come in their order
 		}
 	}
 }
 
-// hear takes in a heartbeat. One that is empty is the last one.
-func (s *share) hear(id string, record []byte) {
+// believed is for how long what was read of others is believed. While this worker is new, others may be, too.
+func (s *share) believed(now time.Time, much bool) time.Duration {
+	n := time.Duration(len(s.peers))
+	d := max(beatEvery, n*readPerPeer)
+	if much {
+		d *= readRarely
+	}
+	return min(d, max(n*n*readAtFirst, now.Sub(s.began)/8))
+}
+
+// hear takes in a heartbeat, empty if it was deleted, and says whether the worker wants lines and did not before. A reading
+// may pass over one that is written at that moment: then the last one counts.
+func (s *share) hear(id string, record []byte, at time.Time) (anew bool) {
 	var w proto.Worker
-	known := len(record) > 0 && w.Decode(record) == nil
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	was := s.peers[id]
 	switch {
 	case id == s.id:
-		return
-	case !known:
+		return false
+	case len(record) == 0 || w.Decode(record) != nil:
 		delete(s.peers, id)
-	default:
-		s.peers[id] = peer{models: w.Models, ready: w.State == proto.EngineReady, starting: starts(&w),
-			full: 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), heard: time.Now()}
+		return false
 	}
-	switch is := s.peers[id]; {
-	case is.counts() && !was.counts():
-		s.anew.Store(true)
-		s.changed()
-	case was.counts() && !is.counts():
-		s.changed()
-	}
+	was := s.peers[id]
+	is := peer{models: w.Models, starts: starts(&w), full: w.InFlight > 0 && 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), at: at}
+	is.wants = is.starts || w.State == proto.EngineReady
+	s.peers[id] = is
+	return is.wants && !was.wants
 }
-
-// counts says whether a worker wants lines.
-func (p *peer) counts() bool { return p.ready || p.starting }
 
 // starts says whether a worker is likely to be ready soon.
 func starts(w *proto.Worker) bool {
@@ -129,36 +152,47 @@ func starts(w *proto.Worker) bool {
 	return false
 }
 
-// others counts the workers with whom what is left of some models is shared: those that want as much as they can get,
-// and what those can take that are full.
-func (s *share) others(models []string, now time.Time) (hungry int, full []int) {
-	ours := func(m string) bool { return slices.Contains(models, m) }
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for id, p := range s.peers {
+// of says whether a worker wants lines of a model. Nobody knows yet what one will serve that starts.
+func (p *peer) of(model string) bool {
+	return p.wants && (p.starts && len(p.models) == 0 || slices.Contains(p.models, model))
+}
+
+// others is with how many workers what is left of some models is shared.
+func (s *share) others(models []string) (n int) {
+	for _, p := range s.peers {
+		if slices.ContainsFunc(models, p.of) {
+			n++
+		}
+	}
+	return n
+}
+
+// part is how many lines of a model are for this worker, of so many that are left.
+func (s *share) part(model string, left int) float64 {
+	hungry, full := 1, []int(nil)
+	for _, p := range s.peers {
 		switch {
-		case now.Sub(p.heard) > peerLife:
-			delete(s.peers, id)
-		case p.starting && len(p.models) == 0: // nobody knows yet what it will serve
-			hungry++
-		case !p.counts() || !slices.ContainsFunc(p.models, ours):
+		case !p.of(model):
 		case p.full:
 			full = append(full, p.most)
 		default:
 			hungry++
 		}
 	}
-	return hungry, full
+	return level(left, hungry, full)
 }
 
 // due says whether it is time to look again, though nothing has happened here.
-func (s *share) due(now time.Time) bool {
-	return !s.next.IsZero() && !now.Before(s.next) || s.anew.Load()
-}
+func (s *share) due(now time.Time) bool { return !s.next.IsZero() && !now.Before(s.next) }
 
 // looked says whether the last look is so fresh that another one is not worth a question to the broker.
 func (s *share) looked(now time.Time) bool {
-	return !s.next.IsZero() && now.Sub(s.last) < firstGap && !s.due(now)
+	return !s.next.IsZero() && now.Sub(s.last) < s.brief() && !s.due(now)
+}
+
+// brief is the least time between two looks.
+func (s *share) brief() time.Duration {
+	return max(firstGap, time.Duration(len(s.peers))*gapPerPeer)
 }
 
 // wait is how long to wait for the next look.
@@ -169,10 +203,9 @@ func (s *share) wait(now time.Time) time.Duration {
 	return max(0, min(s.next.Sub(now), pullExpiry))
 }
 
-// look returns how many lines may be here of what is left, where most are as many as the limit allows. 0: all of these.
-func (s *share) look(ctx context.Context, taps []*queue, most int) int {
-	now := time.Now()
-	anew := s.anew.Swap(false)
+// look returns how many lines may be here of what is left, where most are as many as the limit allows, and so many are here.
+// 0: as many as the limit allows.
+func (s *share) look(ctx context.Context, now time.Time, taps []*queue, most, here int) int {
 	var models []string
 	behind := 0
 	for _, q := range taps {
@@ -181,30 +214,39 @@ func (s *share) look(ctx context.Context, taps []*queue, most int) int {
 			models = append(models, q.model)
 		}
 	}
-	hungry, full := s.others(models, now)
-	if all := hungry + len(full) + 1; all == 1 || len(models) > mostModels || behind >= 2*all*most {
+	switch {
+	case len(models) > mostModels:
+		return s.free()
+	case behind == 0 && here == 0: // the first line to come tells whether there are more
+		s.free()
+		s.next = now
+		return leastShare
+	}
+	much := func() bool { return behind >= 2*(s.others(models)+1)*most }
+	anew := s.learn(ctx, now, much())
+	if s.others(models) == 0 || much() {
 		return s.free()
 	}
-	left, err := s.ask(ctx, models)
+	left, mine, err := s.ask(ctx, models)
 	if err != nil {
 		return s.free()
 	}
-	part := max(leastShare, level(left, hungry+1, full))
+	part := max(leastShare, int(math.Ceil(mine)))
 	if anew || left > 2*s.left || part >= most {
 		s.gap, s.extra = 0, 0 // what is new others see now, too
 	}
-	due := s.due(now)
 	s.left, s.last = left, now
 	switch {
 	case part >= most: // the limit may grow
 		s.next = now.Add(s.longGap)
-	case s.gap == 0 || due:
+		return part
+	case s.gap == 0 || now.Sub(s.turned) >= s.gap:
 		if s.gap >= s.longGap {
 			s.extra += max(leastShare, (part+s.extra)/4)
 		}
-		s.gap = min(max(2*s.gap, firstGap), s.longGap)
-		s.next = now.Add(s.gap)
+		s.gap, s.turned = min(max(2*s.gap, s.brief()), s.longGap), now
 	}
+	s.next = s.turned.Add(s.gap)
 	return part + s.extra
 }
 
@@ -217,24 +259,24 @@ func (s *share) free() int {
 // empty takes note that there is nothing in the queues that others could have left.
 func (s *share) empty() { s.extra = 0 }
 
-// ask returns how many lines are left of some models, in their queues and at workers.
-func (s *share) ask(ctx context.Context, models []string) (int, error) {
+// ask returns how many lines are left of some models, in their queues and at workers, and how many are for this one.
+func (s *share) ask(ctx context.Context, models []string) (left int, mine float64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, leftTimeout)
 	defer cancel()
-	left := 0
 	for _, m := range models {
 		stream, err := s.js.Stream(ctx, proto.RequestStream(m))
 		if err != nil {
-			return 0, fmt.Errorf("ask what is left of %s: %w", m, err)
+			return 0, 0, fmt.Errorf("ask what is left of %s: %w", m, err)
 		}
-		left += int(stream.CachedInfo().State.Msgs)
+		n := int(stream.CachedInfo().State.Msgs)
+		left, mine = left+n, mine+s.part(m, n)
 	}
-	return left, nil
+	return left, mine, nil
 }
 
 // level spreads lines evenly over those that are hungry and those that are full with so many each, and returns how many
 // one gets that is hungry; of these there is one at least.
-func level(lines, hungry int, full []int) int {
+func level(lines, hungry int, full []int) float64 {
 	slices.Sort(full)
 	n := hungry + len(full)
 	for _, most := range full {
@@ -243,5 +285,5 @@ func level(lines, hungry int, full []int) int {
 		}
 		lines, n = lines-most, n-1
 	}
-	return (lines + n - 1) / n
+	return float64(lines) / float64(n)
 }

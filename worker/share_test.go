@@ -1,11 +1,13 @@
 package worker
 
 import (
+	"math"
 	"slices"
 	"strconv"
-	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 
 	"millrace/proto"
 )
@@ -25,8 +27,8 @@ func TestLevel(t *testing.T) {
 		{500, 1, []int{400, 400, 400}, 125},
 		{30, 1, []int{13, 13}, 10},
 	} {
-		if got := level(c.lines, c.hungry, c.full); got != c.want {
-			t.Errorf("%d lines, %d hungry, full %v: %d, want %d", c.lines, c.hungry, c.full, got, c.want)
+		if got := level(c.lines, c.hungry, c.full); int(math.Ceil(got)) != c.want {
+			t.Errorf("%d lines, %d hungry, full %v: %.1f, want %d", c.lines, c.hungry, c.full, got, c.want)
 		}
 	}
 }
@@ -36,16 +38,31 @@ func sharing(t *testing.T, n int) (*rig, *share, []*queue) {
 	t.Helper()
 	r := newRig(t)
 	r.send(requests(n)...)
-	s := &share{nc: r.conn.NC, js: r.conn.JS, id: "me", longGap: longGap, changed: func() {}, peers: map[string]peer{}}
-	return r, s, []*queue{{model: "m", lane: proto.LaneNormal}}
+	return r, &share{js: r.conn.JS, id: "me", longGap: longGap, peers: map[string]peer{}}, []*queue{{model: "m", lane: proto.LaneNormal}}
 }
 
-// says takes in a heartbeat.
-func (s *share) says(t *testing.T, w *proto.Worker) {
-	t.Helper()
-	b, err := w.Encode()
-	must(t, err)
-	s.hear(w.ID, b)
+// beats writes heartbeats.
+func (r *rig) beats(ws ...*proto.Worker) {
+	r.tb.Helper()
+	for _, w := range ws {
+		b, err := w.Encode()
+		must(r.tb, err)
+		_, err = r.heartbeats().Put(r.tb.Context(), w.ID, b)
+		must(r.tb, err)
+	}
+}
+
+func (r *rig) heartbeats() jetstream.KeyValue {
+	r.tb.Helper()
+	kv, err := r.conn.JS.KeyValue(r.tb.Context(), proto.WorkersBucket)
+	must(r.tb, err)
+	return kv
+}
+
+// looks is what a look finds before which the heartbeats are read.
+func (s *share) looks(t *testing.T, taps []*queue, most int) int {
+	s.read = time.Time{}
+	return s.look(t.Context(), time.Now(), taps, most, 1)
 }
 
 // readyWorker is one that is ready, with as many lines in flight as given.
@@ -55,7 +72,7 @@ func readyWorker(id string, inFlight int64) *proto.Worker {
 
 // TestShareCounts: with whom lines are shared.
 func TestShareCounts(t *testing.T) {
-	_, s, taps := sharing(t, 100)
+	r, s, taps := sharing(t, 100)
 	for _, c := range []struct {
 		name   string
 		change func(*proto.Worker)
@@ -66,7 +83,7 @@ func TestShareCounts(t *testing.T) {
 		{"for another model", func(w *proto.Worker) { w.Models = []string{"b"} }, 0},
 		{"for another model, too", func(w *proto.Worker) { w.Models = []string{"b", "m"} }, 50},
 		{"full", func(w *proto.Worker) { w.InFlight = 15 }, 82},
-		{"starts", func(w *proto.Worker) { w.State, w.LoadUS, w.Models = proto.EngineWaiting, 0, nil }, 50},
+		{"starts", func(w *proto.Worker) { w.State, w.LoadUS, w.Models, w.Limit = proto.EngineWaiting, 0, nil, 0 }, 50},
 		{"has no queue yet", func(w *proto.Worker) { w.Models = nil }, 50},
 		{"does not start", func(w *proto.Worker) {
 			w.State, w.LoadUS, w.UptimeUS = proto.EngineWaiting, 0, 2*startLife.Microseconds()
@@ -76,11 +93,11 @@ func TestShareCounts(t *testing.T) {
 		{"hangs", func(w *proto.Worker) { w.State = proto.EngineHung }, 0},
 		{"stops", func(w *proto.Worker) { w.State = proto.EngineDraining }, 0},
 	} {
-		clear(s.peers)
 		w := readyWorker("other", 0)
 		c.change(w)
-		s.says(t, w)
-		if got := s.look(t.Context(), taps, 200); got != c.want {
+		must(t, r.heartbeats().Delete(t.Context(), "other"))
+		r.beats(w)
+		if got := s.looks(t, taps, 200); got != c.want {
 			t.Errorf("%s: %d lines, want %d", c.name, got, c.want)
 		}
 	}
@@ -88,50 +105,143 @@ func TestShareCounts(t *testing.T) {
 
 // TestShareForgets: a worker that left, or was not heard for long, has no part.
 func TestShareForgets(t *testing.T) {
-	_, s, taps := sharing(t, 100)
-	var changes atomic.Int64
-	s.changed = func() { changes.Add(1) }
-	s.says(t, readyWorker("a", 0))
-	s.says(t, readyWorker("b", 0))
-	s.says(t, readyWorker("b", 9))
-	if got := s.look(t.Context(), taps, 200); got != 34 || changes.Load() != 2 {
-		t.Errorf("%d lines for one of three, told of %d changes", got, changes.Load())
+	r, s, taps := sharing(t, 100)
+	check := func(what string, want int) {
+		t.Helper()
+		if got := s.looks(t, taps, 200); got != want {
+			t.Errorf("%s: %d lines, want %d", what, got, want)
+		}
 	}
-	s.hear("a", nil)
-	if got := s.look(t.Context(), taps, 200); got != 50 || changes.Load() != 3 {
-		t.Errorf("%d lines for one of two, told of %d changes", got, changes.Load())
-	}
+	r.beats(readyWorker("a", 0), readyWorker("b", 0))
+	check("one of three", 34)
+	must(t, r.heartbeats().Delete(t.Context(), "a"))
+	check("one of two", 50)
 	p := s.peers["b"]
-	p.heard = p.heard.Add(-2 * peerLife)
-	s.peers["b"] = p
-	if got := s.look(t.Context(), taps, 200); got != 0 || !s.next.IsZero() {
-		t.Errorf("%d lines for one alone, next look %v", got, s.next)
+	p.at = p.at.Add(-2 * peerLife)
+	s.peers["late"] = p // as a reading leaves it that passed over it, time and again
+	check("not heard for long", 50)
+	must(t, r.heartbeats().Delete(t.Context(), "b"))
+	check("alone", 0)
+	r.beats(readyWorker("b", 0))
+	check("one of two", 50)
+	must(t, r.conn.JS.DeleteKeyValue(t.Context(), proto.WorkersBucket))
+	check("nobody can tell", 0)
+	if !s.next.IsZero() {
+		t.Errorf("next look %v", s.next)
 	}
 }
 
 // TestShareOfMany: while much is left nothing is asked and nothing kept back, and what was heard long ago is not believed.
 func TestShareOfMany(t *testing.T) {
-	_, s, taps := sharing(t, 100)
-	s.says(t, readyWorker("a", 0))
+	r, s, taps := sharing(t, 100)
+	r.beats(readyWorker("a", 0))
 	taps[0].pending.Store(1000)
 	taps[0].heard.Store(int64(time.Since(born)))
-	if got := s.look(t.Context(), taps, 200); got != 0 {
+	if got := s.looks(t, taps, 200); got != 0 {
 		t.Errorf("%d lines of 1000", got)
 	}
 	taps[0].heard.Store(int64(time.Since(born) - time.Minute))
-	if got := s.look(t.Context(), taps, 200); got != 50 {
+	if got := s.looks(t, taps, 200); got != 50 {
 		t.Errorf("%d lines of 100", got)
 	}
 }
 
+// TestShareIdle: a worker that waits for lines asks nothing, and takes few until it knows that there are more.
+func TestShareIdle(t *testing.T) {
+	r, s, taps := sharing(t, 100)
+	r.beats(readyWorker("a", 0))
+	asked, err := r.conn.NC.SubscribeSync("$JS.API.>")
+	must(t, err)
+	must(t, r.conn.NC.Flush())
+	if got := s.look(t.Context(), time.Now(), taps, 200, 0); got != leastShare {
+		t.Errorf("%d lines where none has come", got)
+	}
+	must(t, r.conn.NC.Flush())
+	if n, _, err := asked.Pending(); n > 0 || err != nil {
+		t.Errorf("asked %d times (%v)", n, err)
+	}
+	if got := s.look(t.Context(), time.Now(), taps, 200, 1); got != 50 {
+		t.Errorf("%d lines when one has come, want 50", got)
+	}
+	must(t, asked.Unsubscribe())
+}
+
+// TestShareReads: the more workers there are the more rarely one reads what they say, and more rarely still while there is
+// enough for all; a new one reads at once.
+func TestShareReads(t *testing.T) {
+	for _, c := range []struct {
+		workers, behind int
+		age             time.Duration // of this worker
+		least, most     int           // readings in a minute
+	}{
+		{4, 0, time.Hour, 29, 31},
+		{50, 0, time.Hour, 11, 13},
+		{200, 0, time.Hour, 3, 4},
+		{50, 1e6, time.Hour, 2, 3},
+		{4, 0, 0, 40, 60},
+		{200, 0, 0, 10, 15},
+	} {
+		r, s, taps := sharing(t, 100)
+		for i := range c.workers - 1 {
+			r.beats(readyWorker(strconv.Itoa(i), 0))
+		}
+		asked, err := r.conn.NC.SubscribeSync("$JS.API.CONSUMER.CREATE.KV_" + proto.WorkersBucket + ".>")
+		must(t, err)
+		now := time.Now()
+		s.began = now.Add(-c.age)
+		taps[0].pending.Store(int64(c.behind))
+		for end := now.Add(time.Minute); now.Before(end); now = now.Add(100 * time.Millisecond) {
+			taps[0].heard.Store(int64(now.Sub(born)))
+			s.look(t.Context(), now, taps, 200, 1)
+		}
+		must(t, r.conn.NC.Flush())
+		got, _, err := asked.Pending()
+		must(t, err)
+		if got < c.least || got > c.most || len(s.peers) != c.workers-1 {
+			t.Errorf("%+v: read %d times, know %d others", c, got, len(s.peers))
+		}
+		must(t, asked.Unsubscribe())
+	}
+}
+
+// TestShareOfModels: each model is shared by those that serve it.
+func TestShareOfModels(t *testing.T) {
+	r, s, taps := sharing(t, 100)
+	r.model = "b"
+	r.declare(0)
+	r.send(requests(4)...)
+	taps = append(taps, &queue{model: "b", lane: proto.LaneNormal})
+	w := readyWorker("other", 0)
+	w.Models = []string{"b"}
+	r.beats(w)
+	if got := s.looks(t, taps, 200); got != 102 {
+		t.Errorf("%d lines, want all 100 of one model and two of the other's four", got)
+	}
+	for i := range mostModels {
+		taps = append(taps, &queue{model: strconv.Itoa(i), lane: proto.LaneNormal})
+	}
+	asked, err := r.conn.NC.SubscribeSync("$JS.API.>")
+	must(t, err)
+	must(t, r.conn.NC.Flush())
+	if got := s.looks(t, taps, 200); got != 0 {
+		t.Errorf("%d lines of too many models to ask of", got)
+	}
+	must(t, r.conn.NC.Flush())
+	if n, _, err := asked.Pending(); n > 0 || err != nil {
+		t.Errorf("asked %d times (%v)", n, err)
+	}
+	must(t, asked.Unsubscribe())
+}
+
 // TestShareGrows: what nobody comes for is taken by others, a quarter more at each look, until nothing is found.
 func TestShareGrows(t *testing.T) {
-	_, s, taps := sharing(t, 100)
-	s.says(t, readyWorker("a", 0))
+	r, s, taps := sharing(t, 100)
+	r.beats(readyWorker("a", 0))
+	now := time.Now()
 	looks := func(n int) (got []int) {
 		for range n {
-			got = append(got, s.look(t.Context(), taps, 90))
-			s.next = time.Now() // it is due
+			got = append(got, s.look(t.Context(), now, taps, 90, 1))
+			now = s.next
 		}
 		return slices.Compact(got)
 	}
@@ -139,9 +249,66 @@ func TestShareGrows(t *testing.T) {
 		t.Errorf("parts of %v", got)
 	}
 	s.empty()
-	s.says(t, readyWorker("b", 0)) // another one comes
-	if got := s.look(t.Context(), taps, 90); got != 34 || s.gap != firstGap {
+	if got := s.look(t.Context(), now.Add(-time.Millisecond), taps, 90, 1); got != 50 {
+		t.Errorf("part of %d when nothing was found", got)
+	}
+	r.beats(readyWorker("b", 0)) // another one comes
+	if got := s.looks(t, taps, 90); got != 34 || s.gap != firstGap {
 		t.Errorf("part of %d, next look after %v", got, s.gap)
+	}
+}
+
+// TestShareOfMore: when many more lines come, or this worker could not take its part for a while, others are waited for again.
+func TestShareOfMore(t *testing.T) {
+	r, s, taps := sharing(t, 100)
+	r.beats(readyWorker("a", 0))
+	now := time.Now()
+	for range 10 {
+		s.look(t.Context(), now, taps, 400, 1)
+		now = s.next
+	}
+	if s.extra == 0 {
+		t.Fatal("nothing was taken that nobody else came for")
+	}
+	kept := *s
+	if got := s.look(t.Context(), now, taps, 10, 1); got < 10 || !s.looked(now.Add(firstGap/2)) {
+		t.Errorf("%d lines where 10 can be taken, next look %v", got, s.next)
+	}
+	if got := s.look(t.Context(), now, taps, 400, 1); got != 50 {
+		t.Errorf("%d lines of 100 when more can be taken", got)
+	}
+	*s = kept
+	r.send(requests(300)...)
+	if got := s.look(t.Context(), now, taps, 400, 1); got != 200 {
+		t.Errorf("%d lines of 400", got)
+	}
+}
+
+// TestShareLeast: less than two lines are nobody's part, and so many more are taken at each look that nobody comes for.
+func TestShareLeast(t *testing.T) {
+	r, s, taps := sharing(t, 1)
+	r.beats(readyWorker("a", 0))
+	if got := s.looks(t, taps, 200); got != leastShare {
+		t.Errorf("%d lines where one is left", got)
+	}
+	for range 10 {
+		s.look(t.Context(), s.next, taps, 200, 1)
+	}
+	if s.extra < leastShare {
+		t.Errorf("%d more than its part when nobody has come", s.extra)
+	}
+}
+
+// TestShareBrief: who has just looked does not ask again, the less so the more others do the same.
+func TestShareBrief(t *testing.T) {
+	_, s, _ := sharing(t, 0)
+	s.last = time.Now()
+	s.next = s.last.Add(time.Second)
+	for i := range 100 {
+		if at := s.last.Add(2 * firstGap); s.looked(at) != (i > 40) || !s.looked(s.last.Add(firstGap/2)) {
+			t.Errorf("%d others: looked %v", i, s.looked(at))
+		}
+		s.peers[strconv.Itoa(i)] = peer{}
 	}
 }
 
@@ -150,14 +317,8 @@ func TestSharePhantoms(t *testing.T) {
 	r, f := newRig(t), newFake(t)
 	release := make(chan struct{})
 	f.set(func() { f.work = after(release) })
-	kv, err := r.conn.JS.KeyValue(t.Context(), proto.WorkersBucket)
-	must(t, err)
 	for i := range 3 {
-		w := readyWorker("phantom-"+strconv.Itoa(i), 0)
-		b, err := w.Encode()
-		must(t, err)
-		_, err = kv.Put(t.Context(), w.ID, b)
-		must(t, err)
+		r.beats(readyWorker("phantom-"+strconv.Itoa(i), 0))
 	}
 	const n = 100
 	r.send(requests(n)...)

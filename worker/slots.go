@@ -277,11 +277,11 @@ func (s *slots) setShare(n int) {
 	s.share = n
 }
 
-// capacity is how many lines may be here by the limit.
-func (s *slots) capacity() int {
+// capacity is how many lines may be here by the limit, and how many are.
+func (s *slots) capacity() (most, here int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return ready(s.limit)
+	return ready(s.limit), len(s.running) + s.ready.len() + s.away
 }
 
 // room is how many more lines may be pulled. Lines that wait for a retry take no room until there are as many as slots,

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"millrace/broker"
+	"millrace/producer"
 	"millrace/proto"
 )
 
@@ -227,21 +228,14 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	return o, nil
 }
 
-// unserved says which model of a job no worker runs, and for which worker it waits; empty: each is run by one.
+// unserved says which model of a job no worker runs, and for which workers it waits; empty: each is run by one.
 func unserved(v *broker.JobView, ws []proto.Worker) string {
 	for _, m := range v.Job.Models {
-		served, waits := false, ""
-		for _, w := range ws {
-			switch {
-			case !slices.Contains(w.Models, m.Model):
-			case w.State == proto.EngineReady:
-				served = true
-			case waits == "" && w.Pending():
-				waits = fmt.Sprintf("model %s waits for %s (%s)", m.Model, w.ID, cmp.Or(w.Reason, w.State))
-			}
+		serves := func(w proto.Worker) bool {
+			return w.State == proto.EngineReady && slices.Contains(w.Models, m.Model)
 		}
-		if !served {
-			return cmp.Or(waits, "no worker serves model "+m.Model)
+		if !slices.ContainsFunc(ws, serves) {
+			return cmp.Or(producer.Waits(m.Model, ws), "no worker serves model "+m.Model)
 		}
 	}
 	return ""

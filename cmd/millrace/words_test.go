@@ -5,8 +5,27 @@ import (
 	"time"
 
 	"millrace/aggregator"
+	"millrace/broker"
 	"millrace/proto"
 )
+
+// TestUnserved: what status says of a job whose model nobody runs is what its owner says.
+func TestUnserved(t *testing.T) {
+	job := &broker.JobView{Job: proto.Job{Models: []proto.ModelLines{{Model: "m"}}}}
+	loads := proto.Worker{ID: "a", State: proto.EngineWaiting, Reason: "loading", Models: []string{"m"}}
+	hangs := proto.Worker{ID: "b", State: proto.EngineHung, Models: []string{"m"}}
+	other := proto.Worker{ID: "c", State: proto.EngineReady, Models: []string{"n"}}
+	ready := proto.Worker{ID: "d", State: proto.EngineReady, Models: []string{"m"}}
+	for want, ws := range map[string][]proto.Worker{
+		"":                         {loads, ready},
+		"no worker serves model m": {other},
+		"model m waits for a (loading), b (hung)": {other, loads, hangs},
+	} {
+		if got := unserved(job, ws); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
 
 func TestWords(t *testing.T) {
 	for got, want := range map[string]string{

@@ -10,8 +10,8 @@ import (
 func TestLimitBackPressure(t *testing.T) {
 	now := time.Now()
 	l := New(60)
-	for range 10 {
-		l.Refused(now) // a burst counts once
+	for i := range 10 {
+		l.Refused(now.Add(time.Duration(i) * 90 * time.Millisecond)) // a burst counts once
 	}
 	if got := l.Get(); got != 40 {
 		t.Errorf("limit %d", got)
@@ -23,9 +23,13 @@ func TestLimitBackPressure(t *testing.T) {
 	if got := l.Get(); got != 1 {
 		t.Errorf("limit %d after many", got)
 	}
-	for range 30 {
+	for i := range 30 {
 		now = now.Add(5 * time.Second)
 		l.Observe(Engine{}, 0, now)
+		l.Observe(Engine{}, 0, now.Add(4*time.Second)) // not before five are over
+		if got := l.Get(); i == 15 && (got < 30 || got >= 60) {
+			t.Errorf("limit %d after 80 seconds, a quarter more each five", got)
+		}
 	}
 	if got := l.Get(); got != 60 {
 		t.Errorf("limit %d after a while", got)

@@ -45,6 +45,26 @@ func TestGuessLost(t *testing.T) {
 	}
 }
 
+// TestGuessWaits: what waits in an engine that runs nothing at the moment is held and not lost; and what is guessed while the
+// KV cache is emptier than before counts little.
+func TestGuessWaits(t *testing.T) {
+	now := time.Now()
+	l := New(0)
+	look := func(g Gauges) {
+		now = now.Add(time.Second)
+		l.Observe(seen(0, g), 100, now)
+	}
+	look(Gauges{Held: 50000, Waiting: 50})
+	look(Gauges{Held: 100000 - 8*100, Running: 100, KVUsage: 0.25})
+	if l.kv != 400000 {
+		t.Errorf("KV cache of %.0f tokens, want 400000", l.kv)
+	}
+	look(Gauges{Held: 100000 - 8*100, Running: 100, KVUsage: 0.2})
+	if l.kv != 400000 {
+		t.Errorf("KV cache of %.0f tokens after a look at one that is emptier, want 400000", l.kv)
+	}
+}
+
 // TestGuessGivenUp: requests that a client gave up stay among those that are counted as held while others go on.
 func TestGuessGivenUp(t *testing.T) {
 	now := time.Now()

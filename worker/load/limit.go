@@ -222,7 +222,7 @@ func (l *Limit) Observe(st Engine, inFlight int, now time.Time) {
 	if n := st.Gauges.Engines; n != l.copies && n > 0 {
 		l.spread(st, true)
 		if l.ran == 0 {
-			l.seqs = l.most
+			l.uncap()
 		}
 	}
 	l.maxLen, l.idle = float64(st.MaxLen), inFlight == 0
@@ -305,14 +305,9 @@ func (l *Limit) meet(st Engine) {
 		return
 	}
 	same := now.kind == l.engine.kind && now.version == l.engine.version
-	was := l.engine
 	l.engine = now
 	l.slots = float64(cmp.Or(st.Slots, l.Sequences))
 	l.spread(st, same)
-	l.seqs, l.ran = l.most, 0
-	if was == (identity{}) {
-		return
-	}
 	l.kv, l.told, l.guesses, l.several = 0, false, guesses{}, several{}
 	l.forget()
 	if l.way == byClimb && same {
@@ -363,11 +358,15 @@ func (l *Limit) capacity(kv float64) {
 // forget starts anew with an engine whose counters start anew. What lines hold is still known.
 func (l *Limit) forget() {
 	l.graphs.restart()
-	l.looks, l.first, l.count, l.made, l.hold, l.seqs, l.ran, l.gain = nil, look{}, 0, 0, time.Time{}, l.most, 0, gain{size: 1}
+	l.uncap()
+	l.looks, l.first, l.count, l.made, l.hold, l.gain = nil, look{}, 0, 0, time.Time{}, gain{size: 1}
 	if l.ended.n >= fewLines && l.kv > 0 {
 		l.set(l.line().fits(fill * l.kv))
 	}
 }
+
+// uncap forgets how many sequences the engine was seen to run at most.
+func (l *Limit) uncap() { l.seqs, l.ran = l.most, 0 }
 
 // relax gives back what back-pressure took, a quarter every five seconds.
 func (l *Limit) relax(now time.Time) {

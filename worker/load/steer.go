@@ -46,7 +46,8 @@ func (l *Limit) steer(now look) {
 		}
 	}
 	if now.inFlight == 0 {
-		l.seqs, l.ran, l.count, l.made, now.answers = l.most, 0, 0, 0, 0
+		l.uncap()
+		l.count, l.made, now.answers = 0, 0, 0
 	}
 	if len(l.looks) == 0 || now.inFlight == 0 {
 		l.first = now
