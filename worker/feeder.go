@@ -52,7 +52,10 @@ func (f *feeder) nudge() {
 // run pulls until ctx ends. When it returns, nothing more is received.
 func (f *feeder) run(ctx context.Context) {
 	var taps []*queue
-	defer func() { closeTaps(taps) }()
+	defer func() {
+		closeTaps(taps)
+		f.share.end()
+	}()
 	for ctx.Err() == nil {
 		want := f.queues.sure()
 		if !f.open() {
@@ -108,7 +111,7 @@ func (f *feeder) feed(ctx context.Context, taps []*queue) time.Duration {
 		}
 	}
 	f.share.empty()
-	return f.stand(order, room, standing)
+	return f.stand(order, standing)
 }
 
 // room is how many lines may be pulled, and how many at least are worth it. Where few are left it looks how many.
@@ -163,8 +166,9 @@ func (f *feeder) pulled(ctx context.Context, q *queue) bool {
 }
 
 // stand leaves waiting pulls at the queues, as many as may be.
-func (f *feeder) stand(order []*queue, room, standing int) time.Duration {
-	most := max(len(proto.Lanes()), room/8)
+func (f *feeder) stand(order []*queue, standing int) time.Duration {
+	limit, here := f.slots.capacity()
+	most := max(len(proto.Lanes()), (limit-here)/8)
 	for _, q := range order {
 		out, _, _ := q.tap.state()
 		if out {

@@ -122,7 +122,7 @@ func (s *session) openWatchers() {
 		abort: func(cause error) { s.slots.abort(cause, all) }}
 	f := s.feeder
 	f.nc, f.queues, f.receive, f.rest, f.slots = s.nc, s.queues, s.receive, s.received, s.slots
-	f.share = &share{js: s.Conn.JS, id: s.id, began: s.began, longGap: s.longGap, peers: map[string]peer{}}
+	f.share = &share{js: s.Conn.JS, id: s.id, began: s.began, longGap: s.longGap, peers: map[string]peer{}, nudge: f.nudge}
 	f.prefix = apiPrefix(s.Conn.JS.Options())
 	f.crowded = func() bool { return s.outbox.crowded() || s.held.full() }
 	f.open = func() bool { return s.gate.quota() != 0 }

@@ -3,13 +3,13 @@ package worker
 import (
 	"context"
 	"fmt"
-	"maps"
 	"math"
 	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
@@ -27,7 +27,8 @@ import (
 // long, and so on up to longGap; from then on each look lets it take a quarter more, until it finds the queue empty.
 //
 // Who is there is read from the heartbeats in the bucket WORKERS, the more rarely the more there are: what is read, by
-// all of n workers, grows with n and not with its square. All of this is of the feeder alone.
+// all of n workers, grows with n and not with its square. Nobody waits for a reading but the first lines of a worker.
+// All of this is of the feeder alone, but for the reading itself.
 type share struct {
 	js    jetstream.JetStream
 	id    string
@@ -36,7 +37,12 @@ type share struct {
 	longGap time.Duration // see the constant
 
 	peers map[string]peer // other workers, by id, as they were read last
-	read  time.Time       // when that was
+	read  time.Time       // when that reading was begun
+	found chan census     // what one that is under way will find; nil: none is
+	tried bool            // one was ended
+	fails int             // in a row
+	over  chan struct{}   // closed when the last reading is over
+	nudge func()          // has the feeder look again
 
 	left   int           // lines, at the last look
 	last   time.Time     // of that look
@@ -49,11 +55,10 @@ type share struct {
 // peer is another worker as its last heartbeat told.
 type peer struct {
 	models []string
-	wants  bool      // lines: it is ready, or starts
-	starts bool      // its engine, or its queues, were not ready yet
-	full   bool      // it had nearly as much in flight as it may
-	most   int       // lines that it may have
-	at     time.Time // by the broker's clock
+	wants  bool // lines: it is ready, or starts
+	starts bool // its engine, or its queues, were not ready yet
+	full   bool // it had nearly as much in flight as it may
+	most   int  // lines that it may have
 }
 
 const (
@@ -69,47 +74,69 @@ const (
 	fresh       = 5 * time.Second        // for so long it is believed what a message said of its queue
 	mostModels  = 16                     // of a worker; with more of them it would ask too much
 	leftTimeout = 2 * time.Second        // of a question to the broker
+	readTimeout = 10 * time.Second       // of a reading
+	readAgain   = time.Minute            // at the latest, after readings that failed
 )
 
-// learn reads the heartbeats where that was long ago, and says whether a worker wants lines that did not at the last
-// reading. Where they cannot be read, nobody is known.
-func (s *share) learn(ctx context.Context, now time.Time, much bool) (anew bool) {
-	if now.Sub(s.read) < s.believed(now, much) {
+// census is what a reading of the heartbeats found.
+type census struct {
+	beats []jetstream.KeyValueEntry
+	err   error
+}
+
+// begin has the heartbeats read where that was long ago.
+func (s *share) begin(ctx context.Context, now time.Time, much bool) {
+	if s.found != nil || now.Sub(s.read) < s.believed(now, much) {
+		return
+	}
+	found, over := make(chan census, 1), make(chan struct{})
+	s.read, s.found, s.over = now, found, over
+	go func() {
+		defer close(over)
+		ctx, cancel := context.WithTimeout(ctx, readTimeout)
+		defer cancel()
+		beats, err := broker.Heartbeats(ctx, s.js)
+		found <- census{beats, err}
+		s.nudge()
+	}()
+}
+
+// learn takes in what a reading found that has ended, and says whether a worker wants lines that did not before. Where the
+// heartbeats cannot be read, nobody is known.
+func (s *share) learn() (anew bool) {
+	var r census
+	select {
+	case r = <-s.found:
+	default:
 		return false
 	}
-	s.read = now
-	anew, err := s.readAll(ctx)
-	if err != nil {
+	s.found, s.tried = nil, true
+	if r.err != nil {
+		s.fails++
 		clear(s.peers)
+		return false
+	}
+	s.fails = 0
+	var newest time.Time
+	for _, e := range r.beats {
+		if e.Created().After(newest) {
+			newest = e.Created()
+		}
+	}
+	was := s.peers
+	s.peers = make(map[string]peer, len(r.beats))
+	for _, e := range r.beats {
+		if newest.Sub(e.Created()) <= peerLife {
+			anew = s.hear(e.Key(), e.Value(), was[e.Key()]) || anew
+		}
 	}
 	return anew
 }
 
-func (s *share) readAll(ctx context.Context) (anew bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, leftTimeout)
-	defer cancel()
-	kv, err := s.js.KeyValue(ctx, proto.WorkersBucket)
-	if err != nil {
-		return false, fmt.Errorf("read heartbeats: %w", err)
-	}
-	w, err := kv.WatchAll(ctx)
-	if err != nil {
-		return false, fmt.Errorf("read heartbeats: %w", err)
-	}
-	defer func() { _ = w.Stop() }() // the broker ends it, too, when nobody listens
-	var newest time.Time
-	for {
-		select {
-		case <-ctx.Done():
-			return false, context.Cause(ctx)
-		case e := <-w.Updates():
-			if e == nil { // these were all
-				maps.DeleteFunc(s.peers, func(_ string, p peer) bool { return newest.Sub(p.at) > peerLife })
-				return anew, nil
-			}
-			anew = s.hear(e.Key(), e.Value(), e.Created()) || anew
-			newest = e.Created() // they come in their order
-		}
+// end waits until nothing is read any more.
+func (s *share) end() {
+	if s.over != nil {
+		<-s.over
 	}
 }
 
@@ -120,22 +147,20 @@ func (s *share) believed(now time.Time, much bool) time.Duration {
 	if much {
 		d *= readRarely
 	}
-	return min(d, max(n*n*readAtFirst, now.Sub(s.began)/8))
+	d = min(d, max(n*n*readAtFirst, now.Sub(s.began)/8))
+	if s.fails > 0 {
+		d = max(d, min(beatEvery<<min(s.fails, 10), readAgain))
+	}
+	return d
 }
 
-// hear takes in a heartbeat, empty if it was deleted, and says whether the worker wants lines and did not before. A reading
-// may pass over one that is written at that moment: then the last one counts.
-func (s *share) hear(id string, record []byte, at time.Time) (anew bool) {
+// hear takes in a heartbeat, and says whether the worker wants lines and did not before.
+func (s *share) hear(id string, record []byte, was peer) (anew bool) {
 	var w proto.Worker
-	switch {
-	case id == s.id:
-		return false
-	case len(record) == 0 || w.Decode(record) != nil:
-		delete(s.peers, id)
+	if id == s.id || w.Decode(record) != nil {
 		return false
 	}
-	was := s.peers[id]
-	is := peer{models: w.Models, starts: starts(&w), full: w.InFlight > 0 && 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit)), at: at}
+	is := peer{models: w.Models, starts: starts(&w), full: w.InFlight > 0 && 16*w.InFlight >= 15*w.Limit, most: ready(int(w.Limit))}
 	is.wants = is.starts || w.State == proto.EngineReady
 	s.peers[id] = is
 	return is.wants && !was.wants
@@ -223,8 +248,13 @@ func (s *share) look(ctx context.Context, now time.Time, taps []*queue, most, he
 		return leastShare
 	}
 	much := func() bool { return behind >= 2*(s.others(models)+1)*most }
-	anew := s.learn(ctx, now, much())
-	if s.others(models) == 0 || much() {
+	anew := s.learn()
+	s.begin(ctx, now, much())
+	switch {
+	case !s.tried && !much(): // who is there is known in a moment
+		s.next = now.Add(firstGap)
+		return leastShare
+	case s.others(models) == 0 || much():
 		return s.free()
 	}
 	left, mine, err := s.ask(ctx, models)

@@ -38,7 +38,7 @@ func sharing(t *testing.T, n int) (*rig, *share, []*queue) {
 	t.Helper()
 	r := newRig(t)
 	r.send(requests(n)...)
-	return r, &share{js: r.conn.JS, id: "me", longGap: longGap, peers: map[string]peer{}}, []*queue{{model: "m", lane: proto.LaneNormal}}
+	return r, &share{js: r.conn.JS, id: "me", longGap: longGap, peers: map[string]peer{}, nudge: func() {}}, []*queue{{model: "m", lane: proto.LaneNormal}}
 }
 
 // beats writes heartbeats.
@@ -61,7 +61,10 @@ func (r *rig) heartbeats() jetstream.KeyValue {
 
 // looks is what a look finds before which the heartbeats are read.
 func (s *share) looks(t *testing.T, taps []*queue, most int) int {
-	s.read = time.Time{}
+	s.end()
+	s.found, s.read, s.fails = nil, time.Time{}, 0
+	s.begin(t.Context(), time.Now(), false)
+	s.end()
 	return s.look(t.Context(), time.Now(), taps, most, 1)
 }
 
@@ -116,10 +119,6 @@ func TestShareForgets(t *testing.T) {
 	check("one of three", 34)
 	must(t, r.heartbeats().Delete(t.Context(), "a"))
 	check("one of two", 50)
-	p := s.peers["b"]
-	p.at = p.at.Add(-2 * peerLife)
-	s.peers["late"] = p // as a reading leaves it that passed over it, time and again
-	check("not heard for long", 50)
 	must(t, r.heartbeats().Delete(t.Context(), "b"))
 	check("alone", 0)
 	r.beats(readyWorker("b", 0))
@@ -128,6 +127,28 @@ func TestShareForgets(t *testing.T) {
 	check("nobody can tell", 0)
 	if !s.next.IsZero() {
 		t.Errorf("next look %v", s.next)
+	}
+}
+
+// TestShareUnknown: until it is known who is there a worker takes few lines; where that cannot be told it shares with nobody,
+// asks ever more rarely, and waits for no answer.
+func TestShareUnknown(t *testing.T) {
+	_, s, taps := sharing(t, 100)
+	must(t, s.js.DeleteKeyValue(t.Context(), proto.WorkersBucket))
+	now, readings := time.Now(), 0
+	s.nudge = func() { readings++ }
+	if got := s.look(t.Context(), now, taps, 200, 1); got != leastShare || s.next.IsZero() {
+		t.Errorf("%d lines before it is known who is there", got)
+	}
+	for end := now.Add(10 * time.Minute); now.Before(end); now = now.Add(time.Second) {
+		s.end()
+		if got := s.look(t.Context(), now, taps, 200, 1); got != 0 {
+			t.Fatalf("%d lines where nobody can tell", got)
+		}
+	}
+	s.end()
+	if readings < 10 || readings > 20 {
+		t.Errorf("%d readings in ten minutes", readings)
 	}
 }
 
@@ -160,7 +181,7 @@ func TestShareIdle(t *testing.T) {
 	if n, _, err := asked.Pending(); n > 0 || err != nil {
 		t.Errorf("asked %d times (%v)", n, err)
 	}
-	if got := s.look(t.Context(), time.Now(), taps, 200, 1); got != 50 {
+	if got := s.looks(t, taps, 200); got != 50 {
 		t.Errorf("%d lines when one has come, want 50", got)
 	}
 	must(t, asked.Unsubscribe())
@@ -185,22 +206,19 @@ func TestShareReads(t *testing.T) {
 		for i := range c.workers - 1 {
 			r.beats(readyWorker(strconv.Itoa(i), 0))
 		}
-		asked, err := r.conn.NC.SubscribeSync("$JS.API.CONSUMER.CREATE.KV_" + proto.WorkersBucket + ".>")
-		must(t, err)
+		got := 0
+		s.nudge = func() { got++ }
 		now := time.Now()
 		s.began = now.Add(-c.age)
 		taps[0].pending.Store(int64(c.behind))
 		for end := now.Add(time.Minute); now.Before(end); now = now.Add(100 * time.Millisecond) {
 			taps[0].heard.Store(int64(now.Sub(born)))
 			s.look(t.Context(), now, taps, 200, 1)
+			s.end()
 		}
-		must(t, r.conn.NC.Flush())
-		got, _, err := asked.Pending()
-		must(t, err)
 		if got < c.least || got > c.most || len(s.peers) != c.workers-1 {
 			t.Errorf("%+v: read %d times, know %d others", c, got, len(s.peers))
 		}
-		must(t, asked.Unsubscribe())
 	}
 }
 
@@ -223,7 +241,7 @@ func TestShareOfModels(t *testing.T) {
 	asked, err := r.conn.NC.SubscribeSync("$JS.API.>")
 	must(t, err)
 	must(t, r.conn.NC.Flush())
-	if got := s.looks(t, taps, 200); got != 0 {
+	if got := s.look(t.Context(), time.Now(), taps, 200, 1); got != 0 {
 		t.Errorf("%d lines of too many models to ask of", got)
 	}
 	must(t, r.conn.NC.Flush())
@@ -237,6 +255,8 @@ func TestShareOfModels(t *testing.T) {
 func TestShareGrows(t *testing.T) {
 	r, s, taps := sharing(t, 100)
 	r.beats(readyWorker("a", 0))
+	s.looks(t, taps, 90)
+	s.free()
 	now := time.Now()
 	looks := func(n int) (got []int) {
 		for range n {
@@ -262,6 +282,8 @@ func TestShareGrows(t *testing.T) {
 func TestShareOfMore(t *testing.T) {
 	r, s, taps := sharing(t, 100)
 	r.beats(readyWorker("a", 0))
+	s.looks(t, taps, 400)
+	s.free()
 	now := time.Now()
 	for range 10 {
 		s.look(t.Context(), now, taps, 400, 1)
