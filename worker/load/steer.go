@@ -24,6 +24,8 @@ const (
 	// requests that run tell how long prompts are from so many on
 	seenRunning = 4
 	mostGrowth  = 0.25 // of the limit, in the life of a line
+	// at first so many are in flight, or that many times what runs: an engine that runs few lets no more than these wait
+	leastAtOnce, mostAtOnce = 64, 3
 	// of an engine that runs so many at once and no more, that many times seqsMore, and seqsWait, are in flight
 	seqsMore, seqsWait = 1.02, 2
 	seenShort          = 0.94 // of what it runs, at least, a gauge shows that is read when some have just ended
@@ -107,12 +109,24 @@ func (l *Limit) begin(now look) {
 	b := l.beginning(now)
 	n := b.fits()
 	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
-	l.set(max(n-others, n/2)) // another worker does the same
+	n = max(n-others, n/2) // another worker does the same
+	if l.begun.n > 0 {
+		n = min(n, max(l.base, leastAtOnce, mostAtOnce*l.ranMost())) // it may run few, whatever room it has
+	}
+	l.set(n)
 	if l.begun.n == 0 {
 		l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of up to %.0f; none has come yet", l.kv, b.prompt)
 		return
 	}
 	l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of %.0f + up to %.0f; few have ended", l.kv, b.prompt, b.most)
+}
+
+// ranMost is how many sequences ran at most, in the looks that are kept.
+func (l *Limit) ranMost() (most float64) {
+	for _, k := range l.looks {
+		most = max(most, float64(k.g.Running))
+	}
+	return most
 }
 
 func (l *Limit) beginning(now look) beginning {
