@@ -210,17 +210,22 @@ func (d *doctor) buckets() {
 }
 
 func (d *doctor) workers() []proto.Worker {
-	ws, err := Workers(d.ctx, d.c.JS)
+	beats, err := Beats(d.ctx, d.c.JS)
 	if err != nil {
 		d.failed("workers", "look at the broker's log", err)
 		return nil
 	}
-	if len(ws) == 0 {
+	if len(beats) == 0 {
 		d.note("workers", "start one beside each engine: millrace worker --engine URL", "none")
 	}
-	for _, w := range ws {
+	var ws []proto.Worker
+	for _, b := range beats {
+		w := b.Seen()
+		ws = append(ws, w)
 		check := "worker " + w.ID
 		switch {
+		case w.State == StateSilent:
+			d.note(check, "if it was killed, start it again; else look at its machine, and at the network between that and the broker", "%s: %s", w.State, w.Reason)
 		case w.State == proto.EngineUnknown:
 			d.note(check, "run the same version of millrace everywhere", "%s", w.Reason)
 		case w.State == proto.EngineNoQueue, w.State == proto.EngineReady && w.Reason != "":

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"millrace/broker"
 	"millrace/proto"
@@ -96,7 +97,7 @@ func TestWorkersUnread(t *testing.T) {
 	if err := errors.Join(err1, err2); err != nil {
 		t.Fatal(err)
 	}
-	ws, err := broker.Workers(t.Context(), c.JS)
+	ws, err := broker.Beats(t.Context(), c.JS)
 	if err != nil || len(ws) != 2 || ws[1].ID != "good" || ws[1].State != proto.EngineReady ||
 		ws[0].ID != "bad" || ws[0].State != proto.EngineUnknown || !strings.Contains(ws[0].Reason, "cannot be read") {
 		t.Errorf("%+v, %v", ws, err)
@@ -105,5 +106,114 @@ func TestWorkersUnread(t *testing.T) {
 		if f.Check == "worker bad" && (f.Level != broker.LevelNote || !strings.Contains(f.Mend, "same version")) {
 			t.Errorf("%+v", f)
 		}
+	}
+}
+
+// later is JetStream at a broker whose clock is ahead of the one that its messages were stamped by.
+type later struct {
+	jetstream.JetStream
+	by time.Duration
+}
+
+func (l later) Stream(ctx context.Context, name string) (jetstream.Stream, error) {
+	s, err := l.JetStream.Stream(ctx, name)
+	return laterStream{s, l.by}, err
+}
+
+type laterStream struct {
+	jetstream.Stream
+	by time.Duration
+}
+
+func (l laterStream) CachedInfo() *jetstream.StreamInfo {
+	info := *l.Stream.CachedInfo()
+	info.TimeStamp = info.TimeStamp.Add(l.by)
+	return &info
+}
+
+// TestSilentWorker: of a worker that was not heard of for a while it is said whatever it last said, and its model is served by
+// nobody. What it had is told of only where it had something. It takes no bucket of jobs to list workers.
+func TestSilentWorker(t *testing.T) {
+	c := start(t, &broker.Server{})
+	d := broker.Declarer{JS: c.JS, Disk: 1 << 30, AckWait: 7 * time.Second}
+	if err := errors.Join(d.Base(t.Context()), d.Model(t.Context(), "m")); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := c.JS.KeyValue(t.Context(), proto.WorkersBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, held := range map[string]int64{"a": 0, "b": 8} {
+		v, err := (&proto.Worker{ID: id, State: proto.EngineReady, Models: []string{"m"}, Held: held}).Encode()
+		if err == nil {
+			_, err = kv.Put(t.Context(), id, v)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.JS.Publish(t.Context(), proto.RequestSubject("m", proto.LaneNormal, "job"), nil); err != nil {
+		t.Fatal(err)
+	}
+	found := func() map[string]broker.Finding {
+		out := map[string]broker.Finding{}
+		for _, f := range broker.Doctor(t.Context(), c) {
+			out[f.Check] = f
+		}
+		return out
+	}
+	if fs := found(); fs["worker a"].Level != broker.LevelOK || fs["model m"].Check != "" {
+		t.Errorf("of workers that are there: %+v", fs)
+	}
+	js := c.JS
+	c.JS = later{js, proto.WorkerSilent}
+	fs := found()
+	if a := fs["worker a"]; a.Level != broker.LevelNote || !strings.HasPrefix(a.Found, "silent: not heard of for ") || !strings.HasSuffix(a.Found, "; it may be gone") {
+		t.Errorf("%+v", a)
+	}
+	if b := fs["worker b"]; !strings.HasSuffix(b.Found, "; if it is gone, what it had (8 lines) is free again once --ack-wait is over") {
+		t.Errorf("%+v", b)
+	}
+	if m := fs["model m"]; m.Found != "no worker serves it; in its queue: 1 line" {
+		t.Errorf("%+v", m)
+	}
+	if err := js.DeleteKeyValue(t.Context(), proto.JobsBucket); err != nil {
+		t.Fatal(err)
+	}
+	beats, err := broker.Beats(t.Context(), js)
+	if err != nil || len(beats) != 2 || beats[0].Seen().State != proto.EngineReady {
+		t.Errorf("%+v, %v", beats, err)
+	}
+}
+
+// TestHandedOut: what workers hold of a queue, and for how long; a queue that nobody declared has handed out nothing.
+func TestHandedOut(t *testing.T) {
+	c := start(t, &broker.Server{})
+	d := broker.Declarer{JS: c.JS, Disk: 1 << 30, AckWait: time.Hour}
+	if err := errors.Join(d.Base(t.Context()), d.Model(t.Context(), "m"), d.Model(t.Context(), "other")); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if _, err := c.JS.Publish(t.Context(), proto.RequestSubject("m", proto.LaneNormal, "job"), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	con, err := c.JS.Consumer(t.Context(), proto.RequestStream("m"), string(proto.LaneNormal))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := con.Next(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	qs, err := broker.HandedOut(t.Context(), c.JS, []string{"m", "none"})
+	if err != nil || len(qs) != 2 || qs[0].Model != "m" || qs[0].HandedTo != 2 || qs[0].AckWait != time.Hour || qs[1].HandedTo != 0 {
+		t.Errorf("%+v, %v", qs, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if qs, err := broker.HandedOut(ctx, c.JS, []string{"m"}); err == nil {
+		t.Errorf("of a broker that did not answer: %+v", qs)
 	}
 }

@@ -314,7 +314,7 @@ func Beats(ctx context.Context, js jetstream.JetStream) ([]Beat, error) {
 	if err != nil {
 		return nil, err
 	}
-	now, err := Now(ctx, js)
+	now, err := nowBy(ctx, js, proto.WorkersBucket) // the one that may be read for sure
 	if err != nil {
 		return nil, err
 	}
@@ -330,14 +330,22 @@ func Beats(ctx context.Context, js jetstream.JetStream) ([]Beat, error) {
 	return out, nil
 }
 
-// Workers are those of Beats.
-func Workers(ctx context.Context, js jetstream.JetStream) ([]proto.Worker, error) {
-	beats, err := Beats(ctx, js)
-	var out []proto.Worker
-	for _, b := range beats {
-		out = append(out, b.Worker)
+// StateSilent is the state of a worker that may be gone, for people.
+const StateSilent = "silent"
+
+// Seen is the worker as people are shown it: whatever it last said, it is silent when that is proto.WorkerSilent ago.
+func (b *Beat) Seen() proto.Worker {
+	w := b.Worker
+	if b.Silent < proto.WorkerSilent {
+		return w
 	}
-	return out, err
+	w.State, w.Reason = StateSilent, fmt.Sprintf("not heard of for %s; ", b.Silent.Round(time.Second))
+	if w.Held > 0 {
+		w.Reason += fmt.Sprintf("if it is gone, what it had (%s) is free again once --ack-wait is over", proto.Count(w.Held, "line"))
+	} else {
+		w.Reason += "it may be gone"
+	}
+	return w
 }
 
 // Queue is the state of the requests for a model.
@@ -368,6 +376,20 @@ func Queues(ctx context.Context, js jetstream.JetStream) ([]Queue, error) {
 		return nil, explain("list streams", l.Err())
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].Model < out[j].Model })
+	return out, nil
+}
+
+// HandedOut looks at the queues of these models: only what they handed out, and for how long, is asked.
+func HandedOut(ctx context.Context, js jetstream.JetStream, models []string) ([]Queue, error) {
+	var out []Queue
+	for _, m := range models {
+		q := Queue{Model: m, Stream: proto.RequestStream(m)}
+		q.consumers(ctx, js)
+		if err := ctx.Err(); err != nil {
+			return nil, explain("look at the queue of "+m, err)
+		}
+		out = append(out, q)
+	}
 	return out, nil
 }
 

@@ -89,7 +89,7 @@ func TestWorkersWhileTheyWrite(t *testing.T) {
 		}
 	}()
 	for i := range 300 {
-		ws, err := broker.Workers(t.Context(), c.JS)
+		ws, err := broker.Beats(t.Context(), c.JS)
 		if err != nil || len(ws) != 1 {
 			t.Errorf("look %d: %d workers, %v", i, len(ws), err)
 			break

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestNotJSONL: an input that is something else is refused in one sentence at its beginning; one of which a line is JSON, or
-// begins so, has its lines told one by one.
+// TestNotJSONL: an input that is something else is refused in one sentence at its beginning; one of which a line is JSON or
+// may be, or of which many begin so, has its lines told one by one.
 func TestNotJSONL(t *testing.T) {
 	noise := strings.Repeat("PK\x03\x04\x00\x00\n\x8f{\x00z\n", 50)
 	prose := strings.Repeat("a word, and another\n", 100)
@@ -21,6 +21,8 @@ func TestNotJSONL(t *testing.T) {
 		"prose":              {prose, "none of its first 100 lines is a JSON object; give"},
 		"short":              {"a word\n", ""},
 		"one line is valid":  {prose[:len(prose)/2] + line("a", "m", "x") + "\n" + prose, ""},
+		"one is an object":   {"{\"a\":1}\n" + prose, ""},
+		"one is too long":    {"{" + strings.Repeat(" ", 9<<20) + "\n" + prose, ""},
 		"all begin as JSON":  {strings.Repeat("{\n", 200), ""},
 		"a NUL in one":       {"{\"custom_id\":\"\x00\"}\n", ""},
 		"a document of JSON": {"[\n" + strings.Repeat("  {\n", 150) + "]\n", ""},

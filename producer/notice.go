@@ -29,17 +29,16 @@ func (r *run) notice(ctx context.Context) {
 		}
 		cctx, cancel := context.WithTimeout(ctx, callTimeout)
 		beats, err := broker.Beats(cctx, r.o.Conn.JS)
-		var ws []proto.Worker
-		if err == nil {
-			ws = gone.look(beats, time.Now())
-			err = r.noteGone(cctx, gone, ws)
-		}
 		cancel()
 		if err != nil {
 			r.log.Debug("look at the workers", "error", err)
 			continue
 		}
+		ws := gone.look(beats, time.Now())
 		r.note(noteWorkers, r.staff(ws))
+		if err := r.noteGone(ctx, gone, ws); err != nil {
+			r.log.Debug("look at what is handed out", "error", err)
+		}
 	}
 }
 

@@ -80,7 +80,7 @@ func (p *problems) cut() {
 }
 
 // aliens counts what no line of JSONL is that somebody got wrong.
-type aliens struct{ lines, nul, valid int64 }
+type aliens struct{ lines, nul, objects int64 }
 
 // aliensFrom is how many lines at the beginning tell that an input is no JSONL.
 const aliensFrom = 100
@@ -89,13 +89,14 @@ func (a *aliens) add(p *parsed) {
 	switch {
 	case p.alien:
 		a.lines++
-	case p.wrong == "":
-		a.valid++
+	case p.object:
+		a.objects++
 	}
 	if p.nul {
 		a.nul++
 	}
 }
 
-// all says whether none of so many lines is valid and nearly all are aliens; by chance a few of a binary file look otherwise.
-func (a *aliens) all(of int64) bool { return a.valid == 0 && a.lines >= of-of/20 }
+// all says whether none of so many lines is a JSON object and nearly all are aliens; by chance a few of a binary file begin
+// as one.
+func (a *aliens) all(of int64) bool { return a.objects == 0 && a.lines >= of-of/20 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,7 @@ type parsed struct {
 	model  string
 	wrong  string // what is wrong with the line; empty: it is valid
 	alien  bool   // it does not even begin as a JSON object
+	object bool   // it is, or may be, a JSON object
 	nul    bool   // it has a NUL byte
 }
 
@@ -192,15 +194,17 @@ func (s *scan) parse(b *block) {
 	for _, sp := range b.spans {
 		if sp.to == 0 {
 			wrong := s.d.rules.tooLong(sp.size + s.d.rules.reserve)
-			b.parsed = append(b.parsed, parsed{hash: sp.hash, wrong: wrong})
+			b.parsed = append(b.parsed, parsed{hash: sp.hash, wrong: wrong, object: true})
 			continue
 		}
 		text := b.data[sp.from:sp.to]
 		l, id, wrong := s.d.rules.parse(text)
-		p := parsed{hash: xxhash.Sum64(text), id: id, prefix: l.PrefixKey, model: s.d.rules.model(&l), wrong: wrong}
+		p := parsed{hash: xxhash.Sum64(text), id: id, prefix: l.PrefixKey, model: s.d.rules.model(&l), wrong: wrong, object: true}
 		if wrong != "" {
 			p.nul = bytes.IndexByte(text, 0) >= 0
-			p.alien = !bytes.HasPrefix(bytes.TrimLeft(text, " \t\r\ufeff"), []byte("{"))
+			text = bytes.TrimLeft(text, " \t\r\ufeff")
+			p.alien = !bytes.HasPrefix(text, []byte("{"))
+			p.object = !p.alien && json.Valid(text)
 		}
 		b.parsed = append(b.parsed, p)
 	}

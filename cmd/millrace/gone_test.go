@@ -103,15 +103,15 @@ func TestWorkerGone(t *testing.T) {
 		status := f.start("status", "status")
 		status.wait()
 		said := status.out.String()
-		silent = strings.Contains(said, " silent ") && strings.Contains(said, "others get the ")
+		silent = strings.Contains(said, " silent ") && strings.Contains(said, "not heard of for ")
 		if !silent && strings.Contains(said, " is gone") {
 			t.Fatalf("it was never silent:\n%s", said)
 		}
 	}
 	p.says(" is gone, not heard of since ")
-	p.says("lines in hand: other workers get them by ")
+	p.says("lines in hand: free again by ")
 	status := f.start("status", "status")
-	if code := status.wait(); code != exitOK || !strings.Contains(status.out.String(), "lines in hand: other workers get them by ") {
+	if code := status.wait(); code != exitOK || !strings.Contains(status.out.String(), "lines in hand: free again by ") {
 		t.Errorf("status ended with %d and says:\n%s", code, status.out)
 	}
 }

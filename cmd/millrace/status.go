@@ -190,9 +190,6 @@ func (a *app) list(ctx context.Context, job string) (*brokers, []broker.JobView,
 	return b, jobs, err
 }
 
-// stateSilent is the state of a worker that may be gone.
-const stateSilent = "silent"
-
 // look makes the overview of jobs that were read.
 func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, error) {
 	o := &overview{Jobs: []jobRow{}, Workers: []workerRow{}, Queues: []queueRow{}}
@@ -202,12 +199,10 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 		if err != nil {
 			return err
 		}
-		for _, w := range beats {
-			if w.Silent >= proto.WorkerSilent {
-				w.State, w.Reason = stateSilent, fmt.Sprintf("not heard of for %s; if it is gone, others get the %s that it had once --ack-wait is over", span(w.Silent), count(w.Held, "line"))
-			}
-			ws[c] = append(ws[c], w.Worker)
-			o.Workers = append(o.Workers, rowOfWorker(&w.Worker))
+		for _, b := range beats {
+			w := b.Seen()
+			ws[c] = append(ws[c], w)
+			o.Workers = append(o.Workers, rowOfWorker(&w))
 		}
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
