@@ -27,7 +27,7 @@ type journal struct {
 	stage string
 	kv    int64 // tokens of the KV cache; 0: it did not say
 
-	graphs int64 // tokens of the largest CUDA graph; 0: it did not say, below 0: it has none
+	graphs int64 // as Server.Graphs; 0: it did not say
 }
 
 const (
@@ -146,7 +146,7 @@ func (j *journal) take(b []byte) {
 	}
 	if m := graphSize.FindSubmatch(b); m != nil { // far back in a long line
 		j.graphs = -1
-		if n, _ := strconv.ParseInt(string(m[1]), 10, 64); n > 0 {
+		if n, _ := strconv.ParseInt(string(m[1]), 10, 64); n > 0 && !speculates.Match(b) {
 			j.graphs = n
 		}
 	}
@@ -157,6 +157,9 @@ var kvSize = regexp.MustCompile(`KV cache size: ([\d,]+) tokens`)
 
 // graphSize is how vLLM says the tokens of its largest CUDA graph, among all of its settings (v1/engine/core.py).
 var graphSize = regexp.MustCompile(`'max_cudagraph_capture_size': (\d+)`)
+
+// speculates is what the same line says where a sequence has more than one token in a step (config/vllm.py).
+var speculates = regexp.MustCompile(`speculative_config=(?:[^N]|N[^o])`)
 
 // stages are what vLLM 0.26 to 0.32 says while it loads: v1/worker/gpu_model_runner.py, model_executor/model_loader,
 // compilation/backends.py, entrypoints/launchers.
@@ -169,8 +172,10 @@ var stages = []struct{ has, is string }{
 	{"Compiling a graph", "compiling"},
 	{"KV cache size", "KV cache is there"},
 	{"Capturing CUDA graphs", "capturing CUDA graphs"},
-	{"Starting vLLM", "about to answer"},
+	{"Starting vLLM", answers},
 }
+
+const answers = "about to answer"
 
 // last is when something new was said.
 func (j *journal) last() time.Time {

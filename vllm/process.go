@@ -250,9 +250,14 @@ func (o *otherModel) Error() string {
 		proto.Truncate(strings.Join(o.serves, ", "), 200), strings.Join(o.wanted, ", "), o.wanted[0], o.serves[0])
 }
 
-// ready says whether the server is well and lists the model; and if not, what it says to that. Empty: it answers nothing.
-// The error is an otherModel.
-func (p *process) ready(ctx context.Context) (bool, string, error) {
+// lists says the same of a port at which it may not be the server that answers.
+func (o *otherModel) lists() string {
+	return fmt.Sprintf("its port answers already, and lists %s, not %s", proto.Truncate(strings.Join(o.serves, ", "), 200), strings.Join(o.wanted, ", "))
+}
+
+// ready says whether the server is well and lists the model; and if not, what it says to that (empty: it answers nothing), or
+// what it lists.
+func (p *process) ready(ctx context.Context) (bool, string, *otherModel) {
 	if _, err := p.get(ctx, "/health"); err != nil {
 		return false, refused("/health", err), nil
 	}

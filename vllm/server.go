@@ -43,7 +43,7 @@ type Server struct {
 	ByBus    bool          // GPUs are numbered as nvidia-smi does it
 	Quiet    time.Duration // for how long a server that starts may say nothing new; 0: 15 min
 	Grace    time.Duration // from SIGTERM to SIGKILL; 0: 15 s
-	Restarts int           // until it is given up, counted anew when it has answered lines since, or was well for ten minutes
+	Restarts int           // until it is given up, that without what Tune asked for aside; counted anew when it has answered lines since, or was well for ten minutes
 
 	Answered atomic.Int64 // lines that it has answered; whoever sends them counts
 
@@ -205,6 +205,7 @@ func (s *Server) Run(live, patience context.Context) error {
 		}
 		if s.plainer(end) {
 			s.Log.Warn(end.why+"; it is tried without the larger CUDA graphs that we asked for", "engine", s.String(), "log", s.LogFile())
+			s.count(end.cause)
 			continue
 		}
 		pause, failed := t.judge(end, s)
@@ -252,6 +253,7 @@ type ending struct {
 	reason string        // name of the one in its log; empty: none that is known
 	final  bool          // a restart would not mend it
 	passes bool          // it may mend itself
+	itself bool          // its process ended, and nobody ended it
 	well   time.Duration // for how long it was up; 0: it never was
 }
 
@@ -366,10 +368,13 @@ func (w *watch) run(live, patience context.Context) ending {
 	}
 }
 
-// look asks a server that starts whether it is up, and says how far it is. The error is that of ready.
-func (w *watch) look(ctx context.Context) (bool, error) {
+// look asks a server that starts whether it is up, and says how far it is; or that it is up under other names.
+func (w *watch) look(ctx context.Context) (bool, *otherModel) {
 	took := time.Since(w.began)
 	ready, says, other := w.ready(ctx)
+	if other != nil && w.journal.phase() != answers { // so this may be another program
+		says, other = other.lists(), nil
+	}
 	if !ready {
 		w.says = says
 		w.set(false, proto.EngineWaiting, loading(took, w.journal.phase())+w.but())
@@ -400,6 +405,8 @@ func (w *watch) died() ending {
 	if e.well == 0 {
 		e.cause, e.why = CauseStartFailed, "engine does not start"
 	}
+	how, killed := w.how()
+	e.itself = !killed
 	if r, line := recognise(w.journal.tail()); r != nil {
 		e.why += ": " + r.say(line)
 		e.reason, e.final, e.passes = r.name, r.final, r.passes
@@ -407,7 +414,6 @@ func (w *watch) died() ending {
 			e.cause = r.cause
 		}
 	} else {
-		how, killed := w.how()
 		e.why += ": its process " + how
 		if killed {
 			e.cause = CauseKilled

@@ -346,6 +346,28 @@ func TestAnswersOther(t *testing.T) {
 	}
 }
 
+// TestForeign: another program that answers while the server loads is not taken for it, whatever it lists.
+func TestForeign(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, "mute")
+	r.start()
+	r.state(proto.EngineWaiting, "vLLM is starting") // until then the port must be free
+	ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(r.Port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(`{"data":[{"id":"x"}]}`)) })}
+	over := make(chan error, 1)
+	go func() { over <- srv.Serve(ln) }()
+	r.state(proto.EngineWaiting, "vLLM is starting", "lists x, not m")
+	if err := srv.Close(); err != nil {
+		t.Error(err)
+	}
+	<-over
+	r.write("seen", "")
+	r.up(1)
+}
+
 // TestAnswersNo: one that answers and is not well says what it answers while it starts.
 func TestAnswersNo(t *testing.T) {
 	t.Parallel()

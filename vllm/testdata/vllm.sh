@@ -18,7 +18,9 @@ sleep 100000 >/dev/null 2>&1 &
 core=$!
 echo "$$ $core ${CUDA_VISIBLE_DEVICES:-none} $port" >>"$LIFE/log"
 do=$(cat "$LIFE/$n" 2>/dev/null || cat "$LIFE/0" 2>/dev/null)
-printf "(EngineCore pid=%s) INFO 11-28 05:55:16 [core.py:116] Initializing a V1 LLM engine (v0.26.0) with config: model='m', %2100s 'max_cudagraph_capture_size': %s, 'x': 1}\n" $core '' "$graphs"
+spec=None
+case $do in speculates*) spec="SpeculativeConfig(method='ngram')" ;; esac # though no flag here says so
+printf "(EngineCore pid=%s) INFO 11-28 05:55:16 [core.py:116] Initializing a V1 LLM engine (v0.26.0) with config: model='m', speculative_config=%s, %2100s 'max_cudagraph_capture_size': %s, 'x': 1}\n" $core "$spec" '' "$graphs"
 echo "(EngineCore pid=$core) INFO 11-28 05:55:17 [gpu_model_runner.py:5040] Starting to load model $model..."
 echo "(EngineCore pid=$core) INFO 11-28 05:55:18 [kv_cache_utils.py:1301] GPU KV cache size: 473,807 tokens"
 case $do in
@@ -33,6 +35,9 @@ says\ *) # a log, and the end of it all
 fails*) exit 0 ;; # as vLLM does, and EngineCore stays
 killed*) kill -9 $$ ;;
 quiet*) exec sleep 100000 ;;
+mute*) # until somebody has looked at what answers at the port
+	until [ -e "$LIFE/seen" ]; do sleep 0.02; done
+	;;
 stubborn*) # SIGTERM does not end it
 	export STUBBORN=1
 	;;
@@ -46,4 +51,5 @@ orphans*) # one leaves the group, and its parent ends when it was seen
 esac
 faults={}
 case $do in *{*) faults="{${do#*\{}" ;; esac
+echo "(APIServer pid=$$) INFO 11-28 05:55:19 [api_server.py:580] Starting vLLM server on http://127.0.0.1:$port"
 exec $SIM "$port" "$name" "$faults"

@@ -18,6 +18,7 @@ import (
 type graphs struct {
 	size  float64 // sequences of the largest graph; 0: there is none that is known
 	told  bool    // somebody has read it from the engine
+	few   bool    // too few to keep the engine to
 	stage stage
 	seen  float64 // running or waiting sequences of other clients, at the last look
 	rate  float64 // work a second with size in flight
@@ -47,6 +48,7 @@ const (
 
 const (
 	vllmGraphs  = 512  // sequences
+	graphsLeast = 256  // that an engine is kept to; one that was told to have smaller graphs would do little else than measure
 	graphsTime  = 6    // generations of lines that size is measured for, before more are tried
 	graphsMore  = 1.25 // times size are tried
 	graphsEdge  = 0.95 // times what size makes: more that make less than that are beyond an edge
@@ -68,18 +70,21 @@ func (g *graphs) meet(kind string, same bool, told int64, copies float64) {
 	if !same || size != g.size {
 		*g = graphs{size: size}
 	}
-	g.told = told != 0
+	g.told, g.few = told != 0, told > 0 && told < graphsLeast
 	g.restart()
 }
 
 // restart forgets what was measured of the present stage.
 func (g *graphs) restart() { g.skip, g.from = 0, tally{} }
 
+// help says whether steps of n sequences may be faster for the graphs.
+func (g *graphs) help(n float64) bool { return g.size > 0 && (!g.few || n <= g.size) }
+
 // most returns how many sequences of ours the engine may have, of n that would fit.
 func (g *graphs) most(n float64) float64 {
 	most := g.size
 	switch {
-	case g.size == 0 || g.stage == graphsFree:
+	case g.size == 0 || g.few || g.stage == graphsFree:
 		return n
 	case g.stage == graphsTry:
 		most *= graphsMore

@@ -127,7 +127,7 @@ func (l *Limit) Burst() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n, output := l.base/l.width()*l.share, max(l.ended.output, 1)
-	if l.fixed > 0 || l.way != bySteering || l.graphs.size == 0 || n < burstFew || l.ended.n < burstFew {
+	if l.fixed > 0 || l.way != bySteering || !l.graphs.help(l.base) || n < burstFew || l.ended.n < burstFew {
 		return 1
 	}
 	size := l.graphs.size

@@ -223,6 +223,22 @@ func TestBurstGraphs(t *testing.T) {
 	}
 }
 
+// TestGraphsFew: an engine that says that its graphs are small is not kept to them; it gets lines in bursts where they hold it.
+func TestGraphsFew(t *testing.T) {
+	for _, c := range []struct {
+		told, copies int64
+		most         float64 // of 900 that would fit
+		burst        int     // of 64
+	}{{0, 1, 512, 3}, {512, 1, 512, 1}, {256, 1, 256, 1}, {255, 1, 900, 1}, {128, 1, 900, 3}, {16, 1, 900, 1}, {255, 2, 900, 1}, {256, 2, 512, 1}, {-1, 1, 900, 1}} {
+		l := New(0)
+		l.graphs.meet(proto.KindVLLM, false, c.told, float64(c.copies))
+		l.Sequences, l.way, l.base, l.ended = 64, bySteering, 64, mean{n: fewLines, prompt: 100, output: 64}
+		if most, burst := l.graphs.most(900), l.Burst(); most != c.most || burst != c.burst {
+			t.Errorf("%+v: %.0f sequences, bursts of %d", c, most, burst)
+		}
+	}
+}
+
 // TestSeveralStarts: an engine that is started anew again and again is one.
 func TestSeveralStarts(t *testing.T) {
 	var s several

@@ -277,7 +277,7 @@ func (l *Limit) runs(n float64) {
 // enoughFor is how many to have at an engine that runs n at once and no more. Those that wait in it begin when another one
 // ends, each in a step of its own; so where bursts are better, none do.
 func (l *Limit) enoughFor(n float64) float64 {
-	if l.graphs.size > 0 && n/l.width() >= burstFew {
+	if l.graphs.help(n) && n/l.width() >= burstFew {
 		return n
 	}
 	return n*seqsMore + seqsWait
