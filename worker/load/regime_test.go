@@ -169,6 +169,7 @@ type course struct {
 	rate           float64 // output tokens a second, without the pause
 	preemptions    float64 // a line
 	least, largest int     // limit in the last half, while there are lines
+	peak           int     // of all of it
 	looks          float64 // for 1,000 lines
 	why            string
 }
@@ -209,6 +210,7 @@ func (g *regime) run(t testing.TB, lines []ask, inFlight int, tells view) (c cou
 	c.rate = float64(load.Generated) / (v.Now() - idle).Seconds()
 	c.preemptions = float64(load.Preemptions) / float64(len(lines))
 	if last, ok := clients[len(clients)-1].(*controlled); ok {
+		c.peak = last.peak
 		c.least, c.largest, c.looks, c.why = last.least, last.largest, float64(last.looks)*1000/float64(len(lines)), last.limit.Reason()
 	}
 	return c
@@ -237,7 +239,7 @@ type controlled struct {
 	engine         *sim.Virtual
 	tells          view
 	least, largest int
-	looks          int
+	peak, looks    int
 }
 
 const bytesPerToken = 4
@@ -270,6 +272,7 @@ func (c *controlled) look(n int, done float64) time.Duration {
 	}
 	st := load.Engine{Kind: kind, Run: 1, MaxLen: int64(c.regime.engine.MaxModelLen), Graphs: c.regime.graphs, Gauges: g}
 	c.limit.Observe(st, n, time.Unix(0, 0).Add(c.engine.Now()))
+	c.peak = max(c.peak, c.limit.Get())
 	if done > 0.5 && done < 1 {
 		if c.least == 0 {
 			c.least = math.MaxInt
@@ -445,6 +448,19 @@ func TestPromptsFirst(t *testing.T) {
 		t.Logf("%s: %.3f of the best, limit in the last half %d to %d", c.name, got.rate/best.rate, got.least, got.largest)
 		if got.rate < 0.9*best.rate {
 			t.Errorf("%s: %.3f of the best; %s", c.name, got.rate/best.rate, got.why)
+		}
+	}
+}
+
+// TestFewAtOnce: an engine that runs few at once gets not many more of them, not even at first, whatever its KV cache would hold.
+func TestFewAtOnce(t *testing.T) {
+	for seqs, most := range map[int]int{32: 98, 100: 310} {
+		g := regime{engine: big(880_000), line: uniform(300, 50, 200)}
+		g.engine.MaxNumSeqs = seqs
+		lines := g.lines(40 * seqs)
+		best, got := g.run(t, lines, seqs+4, tellsAll), g.run(t, lines, 0, tellsAll)
+		if got.peak > most || got.largest > seqs+seqs/8 || got.rate < 0.95*best.rate {
+			t.Errorf("%d sequences: %d at most, %d in the last half, %.3f of the best; %s", seqs, got.peak, got.largest, got.rate/best.rate, got.why)
 		}
 	}
 }

@@ -25,7 +25,8 @@ const (
 	seenRunning = 4
 	mostGrowth  = 0.25 // of the limit, in the life of a line
 	// at first so many are in flight, or that many times what runs: an engine that runs few lets no more than these wait
-	leastAtOnce, mostAtOnce = 64, 3
+	leastAtOnce = 64.
+	mostAtOnce  = 3
 	// of an engine that runs so many at once and no more, that many times seqsMore, and seqsWait, are in flight
 	seqsMore, seqsWait = 1.02, 2
 	seenShort          = 0.94 // of what it runs, at least, a gauge shows that is read when some have just ended
@@ -66,8 +67,8 @@ func (l *Limit) steer(now look) {
 	switch {
 	case !l.steers:
 		enough := l.all >= l.enough()
-		l.begin(now) // the last time with what lines really held
-		l.steers = enough
+		more := l.begin(now) // the last time with what lines really held
+		l.steers = enough && !more
 	case now.at.Before(l.hold):
 	default:
 		l.grow(now, life)
@@ -104,21 +105,26 @@ func (l *Limit) trim(before time.Time) {
 	l.looks = slices.Delete(l.looks, 0, i)
 }
 
-// begin sets the limit from what the lines ask for and what is seen of those in flight.
-func (l *Limit) begin(now look) {
+// begin sets the limit from what the lines ask for and what is seen of those in flight. It says whether more are to come as
+// soon as these run.
+func (l *Limit) begin(now look) (more bool) {
 	b := l.beginning(now)
 	n := b.fits()
 	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
-	n = max(n-others, n/2) // another worker does the same
-	if l.begun.n > 0 {
-		n = min(n, max(l.base, leastAtOnce, mostAtOnce*l.ranMost())) // it may run few, whatever room it has
+	n = max(n-others, n/2)                                                    // another worker does the same
+	few := max(leastAtOnce*float64(max(l.copies, 1)), mostAtOnce*l.ranMost()) // it may run few, whatever room it has
+	all := float64(now.g.Running) >= 0.9*l.base
+	l.set(min(n, few))
+	fits := fmt.Sprintf("KV cache of %.0f tokens", l.kv)
+	if n > few {
+		fits += fmt.Sprintf(" would hold %.0f, %.0f are enough at first", n, few)
 	}
-	l.set(n)
 	if l.begun.n == 0 {
-		l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of up to %.0f; none has come yet", l.kv, b.prompt)
-		return
+		l.why = fmt.Sprintf("%s, lines of up to %.0f; none has come yet", fits, b.prompt)
+		return false
 	}
-	l.why = fmt.Sprintf("KV cache of %.0f tokens, lines of %.0f + up to %.0f; few have ended", l.kv, b.prompt, b.most)
+	l.why = fmt.Sprintf("%s, lines of %.0f + up to %.0f; few have ended", fits, b.prompt, b.most)
+	return n > few && all
 }
 
 // ranMost is how many sequences ran at most, in the looks that are kept.
