@@ -99,11 +99,11 @@ func TestTalkOfPast(t *testing.T) {
 	v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}, Note: "worker a is gone"}, Progress: proto.Progress{BusyUS: 39e6, OK: 390}}
 	talk.see(v)
 	v.Progress.OK, v.Progress.BusyUS = 400, 40e6
-	if talk.see(v); talk.speed.Load() == "" {
+	if talk.see(v); talk.told.Load() == (rates{}) {
 		t.Error("no rate while others go on")
 	}
 	talk.moved = talk.moved.Add(-paceLately)
-	if talk.see(v); talk.speed.Load() != "" {
-		t.Errorf("shows a rate of the past: %s", talk.speed.Load())
+	if talk.see(v); talk.told.Load() != (rates{}) {
+		t.Errorf("shows a rate of the past: %s", talk.told.Load())
 	}
 }
