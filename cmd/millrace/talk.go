@@ -128,9 +128,12 @@ func (t *talk) progress(now time.Time, speed string, stands bool) {
 	fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s%s%s\n", t.job.ID, ended, count(t.job.Lines, "line"), p.Failed, cut, speed, why)
 }
 
-// unsure says whether nobody seems to feed the job because its owner, this process most often, is about to; or because the
-// owner in this process, where the broker was away, is about to renew its lease.
+// unsure says whether nobody seems to feed the job, or it seems to be halted, because its owner, this process most often, is
+// about to feed it; or because the owner in this process, where the broker was away, is about to renew its lease.
 func (t *talk) unsure(v *broker.JobView) bool {
+	if v.State() == broker.StateHalted && v.Feed.Owner.ID == "" && t.self != "" && !t.fed {
+		return true
+	}
 	orphaned := v.State() == broker.StateOrphaned || v.State() == broker.StateWaiting
 	t.fed = t.fed || !orphaned
 	if orphaned && t.self != "" && v.Feed.Owner.ID == t.self {
