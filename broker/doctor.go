@@ -40,7 +40,8 @@ func Doctor(ctx context.Context, c *Conn) []Finding {
 	}
 	d.streams()
 	d.buckets()
-	d.work(d.workers())
+	ws := d.workers()
+	d.aggregator(ws, d.work(ws))
 	return d.out
 }
 
@@ -239,8 +240,8 @@ func (d *doctor) workers() []proto.Worker {
 	return ws
 }
 
-// work says which models nobody serves though lines wait for that.
-func (d *doctor) work(ws []proto.Worker) {
+// work says which models nobody serves though lines wait for that, and returns the jobs.
+func (d *doctor) work(ws []proto.Worker) []JobView {
 	jobs, err := Jobs(d.ctx, d.c.JS)
 	var queues []Queue
 	if err == nil {
@@ -248,7 +249,7 @@ func (d *doctor) work(ws []proto.Worker) {
 	}
 	if err != nil {
 		d.failed("jobs", "look at the broker's log", err)
-		return
+		return nil
 	}
 	wanted, queued := map[string][]string{}, map[string]int64{}
 	for i := range jobs {
@@ -273,6 +274,23 @@ func (d *doctor) work(ws []proto.Worker) {
 			found += "; wanted by job " + strings.Join(of, ", ")
 		}
 		d.note("model "+model, "start a worker beside an engine that serves it (millrace worker --engine URL), mend the worker that is for it, or cancel the job", "%s", found)
+	}
+	return jobs
+}
+
+// aggregator says whether one is there. None is needed as long as there are no workers and no job is to end.
+func (d *doctor) aggregator(ws []proto.Worker, jobs []JobView) {
+	const check, mend = "aggregator", "start one: millrace aggregate; until then no job ends, and no file is written"
+	unended := func(v JobView) bool { return v.Progress.State != proto.FoldDone }
+	switch err := Folding(d.ctx, d.c); {
+	case err == nil:
+		d.ok(check, "answers")
+	case !errors.Is(err, ErrNoAggregator):
+		d.failed(check, "look at the network between here and the broker", err)
+	case len(ws) > 0, slices.ContainsFunc(jobs, unended):
+		d.bad(check, mend, "none answers")
+	default:
+		d.note(check, mend, "none answers")
 	}
 }
 

@@ -23,6 +23,7 @@ type JobView struct {
 	Feed     proto.Feed
 	Progress proto.Progress
 	Silent   time.Duration // since the owner last wrote its record, on the broker's clock; 0 where there is none, or nothing to own
+	Unfolded bool          // who looked asked for an aggregator as well, and none answered
 }
 
 // States of a job, as people see it.
@@ -70,6 +71,9 @@ func (v *JobView) Note() string {
 	}
 	switch v.State() {
 	case StateOrphaned:
+		if v.Unfolded {
+			return ErrNoAggregator.Error() + "; " + v.left()
+		}
 		return v.left()
 	case StateWaiting:
 		return "handed over; an aggregator goes on with it, `millrace serve` or `millrace aggregate`"
@@ -86,7 +90,11 @@ func (v *JobView) left() string {
 	case rest > 0:
 		return fmt.Sprintf("its producer has left: the %s that it sent are run, %d more wait for the command that created it; run that again", proto.Count(sent, "line"), rest)
 	}
-	return "its producer has left, with all lines sent: they are run, and the job ends by itself; should some get lost, run the command that created it again"
+	ends := "by itself"
+	if v.Unfolded {
+		ends = "once an aggregator is there"
+	}
+	return fmt.Sprintf("its producer has left, with all lines sent: they are run, and the job ends %s; should some get lost, run the command that created it again", ends)
 }
 
 func (v *JobView) set(kind string, value []byte) error {

@@ -8,6 +8,14 @@ import (
 	"millrace/proto"
 )
 
+// TestLeftUnfolded: nor is it said that a job ends by itself which no aggregator is there for.
+func TestLeftUnfolded(t *testing.T) {
+	v := broker.JobView{Job: proto.Job{Lines: 10}, Feed: proto.Feed{Enqueued: 10}, Unfolded: true}
+	if got := v.Note(); !strings.HasPrefix(got, "no aggregator answers; start `millrace aggregate`; its producer has left, ") || strings.Contains(got, "ends by itself") {
+		t.Errorf("%q", got)
+	}
+}
+
 // TestLeft: of a job whose producer has left it is said whether it ends without it.
 func TestLeft(t *testing.T) {
 	for want, f := range map[string]proto.Feed{

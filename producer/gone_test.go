@@ -90,3 +90,11 @@ func TestGoneModels(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
+
+// TestNoticeAgain: what is said of the workers is looked at again soon; that of many, of which each is asked for, later.
+func TestNoticeAgain(t *testing.T) {
+	few, many := noticeAgain("no worker", 2), noticeAgain("no worker", 1000)
+	if few >= time.Second || many != noticeEvery || noticeAgain("", 2) != noticeEvery {
+		t.Errorf("%v, %v", few, many)
+	}
+}

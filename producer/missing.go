@@ -9,13 +9,12 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"millrace/broker"
 	"millrace/proto"
 )
 
 // missingRanges is how many ranges of missing lines are asked for at once: about 200 KB of answer.
 const missingRanges = 10_000
-
-var errNoAggregator = errors.New("no aggregator answers; start `millrace aggregate`")
 
 // ask asks the aggregator once which lines are missing.
 func (r *run) ask(ctx context.Context, from int64) (*proto.MissingAnswer, error) {
@@ -29,7 +28,7 @@ func (r *run) ask(ctx context.Context, from int64) (*proto.MissingAnswer, error)
 	m, err := r.o.Conn.NC.RequestWithContext(ctx, proto.SubjectMissing, b)
 	switch {
 	case errors.Is(err, nats.ErrNoResponders), errors.Is(err, context.DeadlineExceeded):
-		return nil, errNoAggregator
+		return nil, broker.ErrNoAggregator
 	case err != nil:
 		return nil, fmt.Errorf("ask the aggregator: %w", err)
 	}

@@ -13,17 +13,28 @@ import (
 )
 
 // noticeEvery is how often the workers are looked at, and noticeFirst when for the first time: workers that start
-// together with the job get as long to show up.
+// together with the job get as long to show up. As long as something is said of them it is noticeSoon, and noticeOne more
+// for each of them, of which each is asked for: what is not so any more should not stand for long.
 const (
 	noticeEvery = 3 * time.Second
 	noticeFirst = 2 * time.Second
+	noticeSoon  = 500 * time.Millisecond
+	noticeOne   = 20 * time.Millisecond
 )
+
+func noticeAgain(note string, workers int) time.Duration {
+	if note == "" {
+		return noticeEvery
+	}
+	return min(noticeSoon+time.Duration(workers)*noticeOne, noticeEvery)
+}
 
 // notice learns from the workers' heartbeats how much they run at once, and says when nobody runs a model, when a worker is
 // gone with lines, or nobody folds results.
 func (r *run) notice(ctx context.Context) {
 	gone := gone{}
-	for wait := noticeFirst; sleep(ctx, wait) == nil; wait = noticeEvery {
+	for wait := noticeFirst; sleep(ctx, wait) == nil; {
+		wait = noticeEvery
 		if _, err := r.ask(ctx, r.job.Lines); ctx.Err() == nil { // nothing lies behind the last line
 			r.note(noteAggregator, text(err))
 		}
@@ -35,9 +46,13 @@ func (r *run) notice(ctx context.Context) {
 			continue
 		}
 		ws := gone.look(beats, time.Now())
-		r.note(noteWorkers, r.staff(ws))
+		note := r.staff(ws)
+		r.note(noteWorkers, note)
 		if err := r.noteGone(ctx, gone, ws); err != nil {
 			r.log.Debug("look at what is handed out", "error", err)
+		}
+		if len(gone) == 0 { // that one is gone is sure at the second look, which should not be the same moment
+			wait = noticeAgain(note, len(ws))
 		}
 	}
 }
@@ -186,11 +201,22 @@ func (r *run) idleNote(models []string, ws []proto.Worker) string {
 	if len(ws) == 0 {
 		return s + "; no worker is there, start `millrace worker`"
 	}
-	var seen []string
+	var seen, others []string // it may be that the model's name is wrong in the job
 	for _, w := range ws {
-		seen = append(seen, workerNote(w))
+		if len(w.Models) > 0 && !slices.ContainsFunc(w.Models, func(m string) bool { return slices.Contains(models, m) }) {
+			others = append(others, workerNote(w))
+		} else {
+			seen = append(seen, workerNote(w))
+		}
 	}
-	return s + "; waiting; workers seen: " + few(seen, shown)
+	s += "; waiting"
+	if len(seen) > 0 {
+		s += "; workers seen: " + few(seen, shown)
+	}
+	if len(others) > 0 {
+		s += "; workers of other models: " + few(others, shown)
+	}
+	return s
 }
 
 func workerNote(w proto.Worker) string {

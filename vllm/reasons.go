@@ -16,11 +16,12 @@ import (
 type reason struct {
 	name   string
 	line   *regexp.Regexp
-	what   string // for people
-	hint   string // what to do
-	final  bool   // where the server never came up, a restart would not mend it
-	passes bool   // it may mend itself
-	cause  string // of the restart; empty: by how it ended
+	what   string         // for people
+	hint   string         // what to do
+	number *regexp.Regexp // finds a number to do it with, which takes the place of "N with fewer tokens" in hint; nil: there is none
+	final  bool           // where the server never came up, a restart would not mend it
+	passes bool           // it may mend itself
+	cause  string         // of the restart; empty: by how it ended
 }
 
 // reasons is searched from the top: a line that says more comes before one that follows from it. In brackets, who says
@@ -58,7 +59,8 @@ var reasons = []reason{
 		what: "--max-model-len is more than the model has", hint: "give less behind --", final: true},
 	{name: "context", // v1/core/kv_cache_utils.py; in 0.6 and 0.7 worker/worker.py: "larger than the maximum number of tokens that can be stored in KV cache"
 		line: rx(`max seq len.*(?:larger than the (?:maximum|available))`),
-		what: "the KV cache does not hold one request of the model's whole context", hint: "give -- --max-model-len N with fewer tokens, or a larger --gpu-memory-utilization", final: true},
+		what: "the KV cache does not hold one request of the model's whole context", hint: "give -- --max-model-len N with fewer tokens, or a larger --gpu-memory-utilization", final: true,
+		number: rx(`(?:estimated maximum model length is |that can be stored in KV cache \()([1-9]\d*)`)},
 	{name: "cache", // v1/core/kv_cache_utils.py
 		line: rx(`No available memory for the cache blocks`),
 		what: "the model leaves no GPU memory for the KV cache", hint: "give a larger -- --gpu-memory-utilization, a quantized model, or more GPUs with --tensor-parallel-size", final: true},
@@ -109,8 +111,14 @@ var prefix = regexp.MustCompile(`^(?:\([^()]*pid=\d+[^)]*\)\s*)?(?:(?:ERROR|WARN
 
 // say says the reason in one line, with vLLM's own words and what to do.
 func (r *reason) say(line string) string {
+	hint := r.hint
+	if r.number != nil {
+		if m := r.number.FindStringSubmatch(line); m != nil {
+			hint = strings.Replace(hint, "N with fewer tokens", m[1], 1)
+		}
+	}
 	line = strings.TrimSpace(prefix.ReplaceAllString(line, ""))
-	return fmt.Sprintf("%s (%s); %s", r.what, proto.Truncate(line, 200), r.hint)
+	return fmt.Sprintf("%s (%s); %s", r.what, proto.Truncate(line, 200), hint)
 }
 
 // portTaken is the error of a server whose port somebody else has.

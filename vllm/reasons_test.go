@@ -17,6 +17,7 @@ var published = []struct{ name, source, line string }{
 	{"memory in use", "vllm-project/vllm issue 25837", `(EngineCore_DP0 pid=17374) ERROR 09-28 15:47:24 [core.py:718] ValueError: Free memory on device (3.22/4.0 GiB) on startup is less than desired GPU memory utilization (0.9, 3.6 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.`},
 	{"memory in use", "pytorch/pytorch issue 175666", `ValueError: Free memory on device cuda:0 (19.77/22.05 GiB) on startup is less than desired GPU memory utilization (0.9, 19.84 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.`},
 	{"context", "vLLM 0.6, worker/worker.py", "ValueError: The model's max seq len (32768) is larger than the maximum number of tokens that can be stored in KV cache (22032). Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine."},
+	{"context", "vllm-project/vllm issue 25350", "ValueError: To serve at least one request with the models's max seq len (221000), (10.12 GiB KV cache is needed, which is larger than the available KV cache memory (5.59 GiB). Based on the available memory, the estimated maximum model length is 122080. Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine."},
 	{"gated", "huggingface_hub, as in hyperonym/basaran and kyegomez/NeoSapiens issue 3", `huggingface_hub.utils._errors.GatedRepoError: 401 Client Error. (Request ID: Root=1-661471eb)`},
 	{"gated", "transformers, as in zylon-ai/private-gpt issue 1985", `OSError: You are trying to access a gated repo.`},
 	{"model", "vast-ai/base-image issue 128", `huggingface_hub.errors.RepositoryNotFoundError: 401 Client Error. (Request ID: Root=1-69aa2f29)`},
@@ -76,6 +77,23 @@ func TestReasons(t *testing.T) {
 		if !seen[name] {
 			t.Errorf("no text for %q", name)
 		}
+	}
+}
+
+// TestReasonNamesLength: where vLLM says how long a context the KV cache holds, that is the one to give.
+func TestReasonNamesLength(t *testing.T) {
+	hints := map[string]string{"(221000)": "; give -- --max-model-len 122080, or a larger --gpu", "(32768)": "; give -- --max-model-len 22032, or a larger --gpu"}
+	for _, p := range published {
+		for seq, want := range hints {
+			if _, said, _ := vllm.Recognise([]string{p.line}); strings.Contains(p.line, "max seq len "+seq) && !strings.Contains(said, want) {
+				t.Errorf("%s: %s", p.source, said)
+			} else if strings.Contains(said, want) {
+				delete(hints, seq)
+			}
+		}
+	}
+	if len(hints) > 0 {
+		t.Errorf("not said: %v", hints)
 	}
 }
 

@@ -7,8 +7,22 @@ import (
 	"strings"
 	"testing"
 
+	"millrace/broker"
 	"millrace/proto"
 )
+
+// TestCheckOfBroker: who mistakes the broker for the engine is told so.
+func TestCheckOfBroker(t *testing.T) {
+	b := &broker.Server{Dir: t.TempDir(), Addr: "127.0.0.1:0"}
+	must(t, b.Start(t.Context()))
+	t.Cleanup(b.Stop)
+	e, err := NewHTTP(strings.Replace(b.URL(), "nats:", "http:", 1), "")
+	must(t, err)
+	t.Cleanup(e.Close)
+	if got := (&Worker{Engine: e}).Check(t.Context()).Trouble; !strings.Contains(got, "is a NATS broker, not an engine") || strings.Contains(got, "INFO") {
+		t.Error(got)
+	}
+}
 
 // TestCheck: what is found of an engine, and why a worker would not run lines on it.
 func TestCheck(t *testing.T) {

@@ -49,7 +49,8 @@ type gate struct {
 
 	mu          sync.Mutex
 	status      Status
-	slow        int // probes in a row that got no answer in time from a ready engine
+	was         Status // what it was found to be when it was last ready
+	slow        int    // probes in a row that got no answer in time from a ready engine
 	trip        *trip
 	deaths      int // trips by dead or unreached without an answer in between
 	draining    bool
@@ -212,8 +213,14 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 	} else {
 		g.slow = 0
 	}
-	if st.State != proto.EngineReady {
+	if st.State == proto.EngineReady {
+		g.was = st
+	} else {
 		g.lastBad = time.Now()
+		if g.keeper != nil { // one that we start is the same the next time
+			k := &g.was
+			st.Kind, st.Version, st.Slots, st.MaxLen, st.Simulated = k.Kind, k.Version, k.Slots, k.MaxLen, k.Simulated
+		}
 	}
 	g.status = st
 	g.clearByProbe(begun, st)
@@ -269,6 +276,8 @@ func unreachable(engine string, err error) string {
 			s += " One with TLS is https://" + rest
 		}
 		return s
+	case broken("malformed HTTP") && broken(`{\"server_id\":`): // how a broker greets, read as HTTP
+		return fmt.Sprintf("at %s is a NATS broker, not an engine; --nats names the broker, --engine the engine", engine)
 	case broken("does not look like a TLS handshake"), broken("server gave HTTP response to HTTPS client"):
 		return fmt.Sprintf("engine at %s has no TLS; name it http://%s", engine, strings.TrimPrefix(engine, "https://"))
 	case broken("failed to verify certificate"):

@@ -1,6 +1,9 @@
 package worker
 
 import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -81,6 +84,27 @@ func TestKeeperGivesUp(t *testing.T) {
 	r.settled(3)
 	if len(f.came) > 0 {
 		t.Error("it was asked")
+	}
+}
+
+// TestKeeperRemembers: of an engine that is given up it is still told what it was, and of a simulated one no GPUs.
+func TestKeeperRemembers(t *testing.T) {
+	smi(t, twoGPUs)
+	mux := http.NewServeMux()
+	for path, says := range map[string]string{"/health": "", "/v1/models": `{"data":[{"id":"m","max_model_len":512}]}`, "/version": `{"version":"0.32.0-sim"}`} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, says) })
+	}
+	srv := httptest.NewServer(mux)
+	t.Cleanup(srv.Close)
+	e, err := NewHTTP(srv.URL, "")
+	must(t, err)
+	t.Cleanup(e.Close)
+	r, h := newRig(t), newHands()
+	r.start(e, func(w *Worker) { w.Keeper, w.GPUs = h, new(GPUs) })
+	r.state(proto.EngineReady)
+	h.set(proto.EngineDegraded, "engine is given up")
+	if w := r.state(proto.EngineDegraded); w.GivenUp == "" || w.Kind != proto.KindVLLM || w.Version != "0.32.0-sim" || w.MaxLen != 512 || !w.Simulated || len(w.GPUs) > 0 {
+		t.Errorf("%+v", w)
 	}
 }
 

@@ -42,7 +42,7 @@ func (j *jobFlags) bindInput(cmd *cobra.Command) {
 func (j *jobFlags) bindJob(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&j.maxErrors, "max-errors", "", "halt the job when more than N lines (or P% of at least 100) have failed, counted anew when a halted job is started again; lines in flight still end (default: no limit)")
-	f.DurationVar(&j.timeout, "timeout", 0, "end the job after this long; what has not run ends as batch_expired (default: no limit)")
+	f.DurationVar(&j.timeout, "timeout", 0, "end the job this long after its first start, also where it was continued since; what has not run ends as batch_expired (default: no limit)")
 	f.StringVar(&j.failUnder, "fail-under", "", "exit with 4 when fewer than N lines (or less than P%) of the finished job are ok")
 	f.BoolVar(&j.again, "again", false, "a fresh run of all lines of a job that is finished or was halted")
 	f.DurationVar(&j.ackWait, "ack-wait", 0, "how long a request may go without a heartbeat before another worker gets it (default: as its queue has it, 1m)")

@@ -167,6 +167,22 @@ func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, err error) {
 	return all, err
 }
 
+// fold sets Unfolded of the jobs without a producer; the producers of the others note by themselves that no aggregator answers.
+func (b *brokers) fold(ctx context.Context, jobs []broker.JobView) {
+	none := map[*broker.Conn]bool{}
+	for i := range jobs {
+		v := &jobs[i]
+		c := b.at[v.Job.ID]
+		if c == nil || v.State() != broker.StateOrphaned {
+			continue
+		}
+		if _, asked := none[c]; !asked {
+			none[c] = errors.Is(broker.Folding(ctx, c), broker.ErrNoAggregator)
+		}
+		v.Unfolded = none[c]
+	}
+}
+
 // lookup finds the job whose id or name is what, or the only one whose id begins so, and the broker that has it. Where
 // no run has it, the broker at the usual place may. The error is an over where it is a run that no process has any more.
 func (a *app) lookup(ctx context.Context, what string) (*brokers, broker.JobView, error) {

@@ -23,7 +23,7 @@ func TestPace(t *testing.T) {
 	}
 	is := func(sec int, left int64, want string) {
 		t.Helper()
-		if got := p.say(at(sec), left); got != want {
+		if got := p.say(at(sec), left).String(); got != want {
 			t.Errorf("after %d s: %q, want %q", sec, got, want)
 		}
 	}
@@ -72,8 +72,8 @@ func TestPaceSettles(t *testing.T) {
 		for sec := range int64(70) {
 			now := begin.Add(time.Duration(sec) * time.Second)
 			p.Add(now, progress(sec, c.lines(sec)), false)
-			if says := strings.Contains(p.say(now, 1<<50), "876000h left"); says != (sec >= c.from) {
-				t.Errorf("%s: after %d s it says %q", name, sec, p.say(now, 1<<50))
+			if says := strings.Contains(p.say(now, 1<<50).String(), "876000h left"); says != (sec >= c.from) {
+				t.Errorf("%s: after %d s it says %q", name, sec, p.say(now, 1<<50).String())
 			}
 		}
 	}
@@ -88,13 +88,13 @@ func TestPaceOfAnotherRun(t *testing.T) {
 	folded := progress(0, 6000)             // and left
 	folded.BeforeLines, folded.BeforeTokens = 6000, 60000
 	for sec := range 10 {
-		if p.Add(at(sec), folded, false); p.say(at(sec), 100) != "" {
-			t.Errorf("after %d s %q", sec, p.say(at(sec), 100))
+		if p.Add(at(sec), folded, false); p.say(at(sec), 100).String() != "" {
+			t.Errorf("after %d s %q", sec, p.say(at(sec), 100).String())
 		}
 	}
 	folded.OK, folded.Usage.Completion, folded.BusyUS = 6020, 60200, 10e6
 	p.Add(at(10), folded, false)
-	if got, want := p.say(at(10), 100), ", 2.0 lines/s, 20 output tok/s in the last 10s"; got != want {
+	if got, want := p.say(at(10), 100).String(), ", 2.0 lines/s, 20 output tok/s in the last 10s"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }
@@ -106,7 +106,7 @@ func TestPaceOfOldAggregator(t *testing.T) {
 	for sec := range int64(11) {
 		p.Add(now.Add(time.Duration(sec)*time.Second), progress(0, 5*sec), false)
 	}
-	if got, want := p.say(now.Add(10*time.Second), 50), ", 5.0 lines/s, 50 output tok/s in the last 10s"; got != want {
+	if got, want := p.say(now.Add(10*time.Second), 50).String(), ", 5.0 lines/s, 50 output tok/s in the last 10s"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -203,6 +203,22 @@ func TestOrphaned(t *testing.T) {
 	f.until(func(v *broker.JobView) bool { return v.State() == broker.StateOrphaned })
 }
 
+// TestNobodyFoldsOrphan: of a job whose producer has left, status says first that no aggregator is there.
+func TestNobodyFoldsOrphan(t *testing.T) {
+	f := newFleet(t)
+	f.broker()
+	p := f.produce(writeInput(t, 10, nil))
+	f.until(func(v *broker.JobView) bool { return v.Feed.Enqueued == 10 })
+	p.kill()
+	f.until(func(v *broker.JobView) bool { return v.State() == broker.StateOrphaned })
+	for _, verb := range []string{"status", "jobs"} {
+		st := f.start(verb, verb)
+		if code := st.wait(); code != exitOK || !strings.Contains(st.out.String(), "no aggregator answers; start `millrace aggregate`; its producer has left") {
+			t.Errorf("%s ended with %d and printed\n%s", verb, code, st.out)
+		}
+	}
+}
+
 // TestCancelKeepsWhatWasDone: what ran stays, the rest ends as batch_cancelled, each line once.
 func TestCancelKeepsWhatWasDone(t *testing.T) {
 	f := newFleet(t)

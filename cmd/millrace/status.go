@@ -213,6 +213,7 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	if err != nil {
 		return nil, err
 	}
+	b.fold(ctx, jobs)
 	for i := range jobs {
 		r := rowOfJob(&jobs[i])
 		if r.Note == "" && r.State == broker.StateRunning {
@@ -305,6 +306,7 @@ func (a *app) jobsCommand() *cobra.Command {
 				return err
 			}
 			defer b.close()
+			b.fold(ctx, jobs)
 			for i := range jobs {
 				rows = append(rows, rowOfJob(&jobs[i]))
 			}

@@ -34,7 +34,7 @@ type talk struct {
 	start time.Time
 	fed   bool // it had an owner while we looked
 	pace  pace
-	speed atomic.Value // string, what the pace says; the bar reads it by itself
+	told  atomic.Value // rates; the bar reads them by itself
 }
 
 // sayEvery is how often a line tells how far a job is; standing that of one of which nothing new is to be told.
@@ -45,14 +45,24 @@ const (
 
 func (a *app) newTalk(job proto.Job) *talk {
 	t := &talk{a: a, job: job, start: time.Now(), said: time.Now()}
-	t.speed.Store("")
+	t.told.Store(rates{})
 	if terminal(a.std.err) {
 		t.bars = newBars(a.std.err)
 		t.bar = t.bars.AddBar(job.Lines, mpb.BarWidth(40),
-			mpb.PrependDecorators(decor.Name(job.ID+" ")),
-			mpb.AppendDecorators(decor.CountersNoUnit("%d/%d "), decor.Percentage(), decor.Any(func(decor.Statistics) string { return t.speed.Load().(string) })))
+			mpb.PrependDecorators(decor.Any(t.name)),
+			mpb.AppendDecorators(decor.Any(counters), decor.Any(func(s decor.Statistics) string { return t.told.Load().(rates).fit(s.AvailableWidth) })))
 	}
 	return t
+}
+
+// name is the job's id, cut where the rates would have no room beside it.
+func (t *talk) name(s decor.Statistics) string {
+	room := s.AvailableWidth - len(counters(s)) - len(t.told.Load().(rates).least()) - leastBar
+	return proto.Truncate(t.job.ID, max(room, 8))
+}
+
+func counters(s decor.Statistics) string {
+	return fmt.Sprintf("%d/%d %.0f %%", s.Current, s.Total, 100*float64(s.Current)/float64(max(s.Total, 1)))
 }
 
 // newBars draws on a terminal. One that does not know its size, as under script and in some CI, would have room for nothing;
@@ -84,11 +94,15 @@ func (t *talk) see(v broker.JobView) {
 	}
 	stands := t.note != "" && (ended == t.stood || now.Sub(t.moved) >= paceLately)
 	t.pace.Add(now, &v.Progress, stands)
-	speed := ""
+	var told rates
 	if !stands {
-		speed = t.pace.say(now, t.job.Lines-ended)
+		told = t.pace.say(now, t.job.Lines-ended)
 	}
-	t.speed.Store(speed)
+	speed := told.String()
+	if v.Progress.Failed > 0 {
+		told.failed = fmt.Sprintf(", %d failed", v.Progress.Failed)
+	}
+	t.told.Store(told)
 	if t.bar != nil {
 		t.bar.SetCurrent(min(ended, t.job.Lines))
 		return
@@ -114,9 +128,12 @@ func (t *talk) progress(now time.Time, speed string, stands bool) {
 	fmt.Fprintf(t.a.std.err, "%s: %d of %s, %d failed%s%s%s\n", t.job.ID, ended, count(t.job.Lines, "line"), p.Failed, cut, speed, why)
 }
 
-// unsure says whether nobody seems to feed the job because its owner, this process most often, is about to; or because the
-// owner in this process, where the broker was away, is about to renew its lease.
+// unsure says whether nobody seems to feed the job, or it seems to be halted, because its owner, this process most often, is
+// about to feed it; or because the owner in this process, where the broker was away, is about to renew its lease.
 func (t *talk) unsure(v *broker.JobView) bool {
+	if v.State() == broker.StateHalted && v.Feed.Owner.ID == "" && t.self != "" && !t.fed {
+		return true
+	}
 	orphaned := v.State() == broker.StateOrphaned || v.State() == broker.StateWaiting
 	t.fed = t.fed || !orphaned
 	if orphaned && t.self != "" && v.Feed.Owner.ID == t.self {

@@ -44,6 +44,25 @@ func TestTalkOfItself(t *testing.T) {
 	}
 }
 
+// TestTalkOfHalted: that a job was halted is not said by the process that is about to go on with it, and is by others, or when it is
+// halted anew.
+func TestTalkOfHalted(t *testing.T) {
+	for _, self := range []string{"o", ""} {
+		var said bytes.Buffer
+		talk := (&app{std: stdio{err: &said}}).newTalk(proto.Job{ID: "j", Lines: 1})
+		talk.self = self
+		halted := broker.JobView{Feed: proto.Feed{State: proto.FeedHalted, Note: "too many lines failed"}}
+		if talk.see(halted); (said.Len() > 0) != (self == "") {
+			t.Errorf("owner %q: says %q", self, said.String())
+		}
+		talk.see(broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}}})
+		said.Reset()
+		if talk.see(halted); said.String() != "j: too many lines failed\n" {
+			t.Errorf("owner %q, halted anew: says %q", self, said.String())
+		}
+	}
+}
+
 // TestTalkTakesBack: what was in the way is not left standing when it is gone.
 func TestTalkTakesBack(t *testing.T) {
 	var said bytes.Buffer
@@ -99,11 +118,11 @@ func TestTalkOfPast(t *testing.T) {
 	v := broker.JobView{Feed: proto.Feed{Owner: proto.Owner{ID: "o"}, Note: "worker a is gone"}, Progress: proto.Progress{BusyUS: 39e6, OK: 390}}
 	talk.see(v)
 	v.Progress.OK, v.Progress.BusyUS = 400, 40e6
-	if talk.see(v); talk.speed.Load() == "" {
+	if talk.see(v); talk.told.Load() == (rates{}) {
 		t.Error("no rate while others go on")
 	}
 	talk.moved = talk.moved.Add(-paceLately)
-	if talk.see(v); talk.speed.Load() != "" {
-		t.Errorf("shows a rate of the past: %s", talk.speed.Load())
+	if talk.see(v); talk.told.Load() != (rates{}) {
+		t.Errorf("shows a rate of the past: %s", talk.told.Load())
 	}
 }
