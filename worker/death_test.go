@@ -236,6 +236,9 @@ func TestSlots(t *testing.T) {
 		put(10+i, 1) // eight run, one waits
 	}
 	some := come(10, 11, 12, 13, 14, 15, 16, 17)
+	if got := s.doubted(); got != "few at a time of 1 line that an engine may have died of" {
+		t.Errorf("said %q", got)
+	}
 	for i := range int64(3) {
 		put(20+i, 2) // two run beside them
 	}

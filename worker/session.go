@@ -445,6 +445,9 @@ func (s *session) record() *proto.Worker {
 	if w.Hosted = s.Restarts != nil; w.Hosted {
 		w.Restarts, w.LastRestart = s.Restarts()
 	}
+	if d := s.slots.doubted(); d != "" {
+		w.LimitWhy += "; " + d
+	}
 	w.GPUs, w.OwnGPUs = s.gpus(st)
 	s.meter.tell(w, st.State == proto.EngineReady, time.Now())
 	return w

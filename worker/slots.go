@@ -2,6 +2,7 @@ package worker
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -132,6 +133,17 @@ func (s *slots) suspected() int {
 		n += s.suspects[r].waiting.len()
 	}
 	return n
+}
+
+// doubted says that lines which may have killed an engine wait for their turn; empty: none do.
+func (s *slots) doubted() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.suspected()
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf("few at a time of %s that an engine may have died of", proto.Count(int64(n), "line"))
 }
 
 // fill starts lines while there are slots. Called with mu held.

@@ -113,6 +113,9 @@ func (l *Limit) begin(now look) (more bool) {
 	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
 	n = max(n-others, n/2)                                                    // another worker does the same
 	few := max(leastAtOnce*float64(max(l.copies, 1)), mostAtOnce*l.ranMost()) // it may run few, whatever room it has
+	if l.slots > 0 {
+		few = n // how many it runs is known
+	}
 	all := float64(now.g.Running) >= 0.9*l.base
 	l.set(min(n, few))
 	fits := fmt.Sprintf("KV cache of %.0f tokens", l.kv)
