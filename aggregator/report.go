@@ -303,8 +303,11 @@ func (f *Figures) rates(duration, idle int64) {
 	}
 }
 
-// tooShort is how many median request times a steady window must last for its rate to mean something.
-const tooShort = 5
+// Median times of a request that a steady window must last for its rates to mean something, and what is left of it.
+const (
+	tooShort  = 5
+	tooLittle = 3
+)
 
 func (f *Figures) windows(work *timeline) {
 	w, plateau := work.steady()
@@ -314,8 +317,12 @@ func (f *Figures) windows(work *timeline) {
 		DrainSeconds:  seconds(work.end - w.to),
 		Plateau:       *round(plateau),
 	}
+	if f.P50MS == nil || seconds(w.to-w.from)*1e3 < tooShort**f.P50MS {
+		return
+	}
+	w = work.from(w, work.begin+int64(*f.P95MS*1e3))
 	s := float64(w.to-w.from) / 1e6
-	if f.P50MS == nil || s <= 0 || s*1e3 < tooShort**f.P50MS {
+	if s <= 0 || s*1e3 < tooLittle**f.P50MS {
 		return
 	}
 	f.Steady = &Steady{

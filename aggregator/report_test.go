@@ -111,6 +111,26 @@ func TestSteadyRate(t *testing.T) {
 	}
 }
 
+// An engine that runs 32 of 512 in flight makes what it makes: those that wait in it make nothing.
+func TestSteadyRateOfManyThatWait(t *testing.T) {
+	var r Report
+	const each, atOnce, inFlight, lines = int64(1_000_000), 32, 512, 4000
+	ends := func(i int64) int64 { return (i/atOnce + 1) * each }
+	for i := range int64(lines) {
+		res := good("j", i, 0)
+		res.Worker, res.StartUS = "w", 5_000_000
+		if i >= inFlight {
+			res.StartUS += ends(i - inFlight)
+		}
+		res.DurationUS = 5_000_000 + ends(i) - res.StartUS
+		res.Usage = proto.Usage{Counted: true, Prompt: 50, Completion: 200}
+		r.Add(res, time.Unix(1e9, 0).Add(time.Duration(res.StartUS+res.DurationUS)*time.Microsecond))
+	}
+	if s := r.Close(); s.Steady == nil || !near(s.Steady.OutputThroughput, 6400, 0.02) {
+		t.Errorf("%+v, %+v", s.Windows, s.Steady)
+	}
+}
+
 // A worker that starts again is another worker; its rate must not be added to the one before it.
 func TestModelRateOfWorkersOneAfterTheOther(t *testing.T) {
 	var r Report

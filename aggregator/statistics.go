@@ -67,9 +67,11 @@ type Windows struct {
 	DrainSeconds  float64 `json:"drain_s"`  // the rest
 }
 
-// Steady holds rates over the steady window alone. They are null where it is shorter than 5 times the median time of a
-// request: all of it is ramp and drain then. A request, with its tokens, counts evenly over the time it took; the
-// share of that time inside the window is its share here.
+// Steady holds rates over the steady window, less the time that 95 % of the requests took less than, from the first request
+// on. A request, with its tokens, counts evenly over the time it took; the share of that time inside is its share here. Where an
+// engine lets many wait, the first ones take less time than those that came with them, and before these have ended that would
+// count too much. The rates are null where the steady window is shorter than 5 times the median time of a request, or what is left
+// of it shorter than 3 times: all of it is ramp and drain then.
 type Steady struct {
 	Seconds           float64 `json:"duration"`
 	RequestThroughput float64 `json:"request_throughput"` // lines that ended, ok or not, per s

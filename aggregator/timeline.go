@@ -173,9 +173,23 @@ func (t *timeline) steady() (w window, plateau float64) {
 	for !high(t.buckets[last]) {
 		last--
 	}
+	return t.window(first, last), level / float64(t.width)
+}
+
+// window is what buckets hold from the first to the last.
+func (t *timeline) window(first, last int) (w window) {
 	for _, b := range t.buckets[first : last+1] {
 		w.work.add(b, 1)
 	}
 	w.from, w.to = max(t.start(first), t.begin), min(t.start(last+1), t.end)
-	return w, level / float64(t.width)
+	return w
+}
+
+// from is the part of a window that begins at a time or soon after it; empty if there is none.
+func (t *timeline) from(w window, at int64) window {
+	first, last := max(t.index(w.from), t.index(at-1)+1), t.index(w.to-1)
+	if first > last {
+		return window{}
+	}
+	return t.window(first, last)
 }
