@@ -9,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
-
 	"millrace/proto"
 )
 
@@ -117,15 +115,6 @@ func TestEngineGivenUp(t *testing.T) {
 	if len(e) != 1 || e[0].Worker != "w9" || e[0].GivenUp != "no memory" || e[0].Lines != 0 || *e[0].Restarts != 2 || len(e[0].GPUs) != 1 {
 		t.Errorf("%+v", e)
 	}
-}
-
-func (r *rig) workers() jetstream.KeyValue {
-	r.t.Helper()
-	kv, err := r.conn.JS.KeyValue(r.t.Context(), proto.WorkersBucket)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return kv
 }
 
 // say puts what a worker says of itself.

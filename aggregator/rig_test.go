@@ -129,9 +129,12 @@ func (r *rig) start(change ...func(*Aggregator)) *runner {
 	return n
 }
 
-func (r *rig) kv() jetstream.KeyValue {
+func (r *rig) kv() jetstream.KeyValue      { return r.bucket(proto.JobsBucket) }
+func (r *rig) workers() jetstream.KeyValue { return r.bucket(proto.WorkersBucket) }
+
+func (r *rig) bucket(name string) jetstream.KeyValue {
 	r.t.Helper()
-	kv, err := r.conn.JS.KeyValue(r.t.Context(), proto.JobsBucket)
+	kv, err := r.conn.JS.KeyValue(r.t.Context(), name)
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -266,7 +266,7 @@ func (d *doctor) work(ws []proto.Worker) []JobView {
 		}
 	}
 	for _, model := range slices.Sorted(maps.Keys(wanted)) {
-		if slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.State == proto.EngineReady && slices.Contains(w.Models, model) }) {
+		if slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.Serves(model) }) {
 			continue
 		}
 		found := fmt.Sprintf("no worker serves it; in its queue: %s", proto.Count(queued[model], "line"))
@@ -296,12 +296,8 @@ func (d *doctor) aggregator(ws []proto.Worker, jobs []JobView) {
 
 // open are the models of which a job has lines that have not ended.
 func (v *JobView) open() (models []string) {
-	ended := map[string]int64{}
-	for _, m := range v.Progress.Models {
-		ended[m.Model] = m.OK + m.Failed
-	}
 	for _, m := range v.Job.Models {
-		if ended[m.Model] < m.Lines {
+		if !v.Progress.Over(m.Model, m.Lines) {
 			models = append(models, m.Model)
 		}
 	}

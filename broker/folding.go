@@ -18,15 +18,28 @@ var ErrNoAggregator = errors.New("no aggregator answers; start `millrace aggrega
 // of another does not answer.
 const aggregatorTimeout = 2 * time.Second
 
+// AskMissing asks the aggregator which lines of a job are missing, and returns its answer as it came. The error is
+// ErrNoAggregator where there is none before ctx ends.
+func AskMissing(ctx context.Context, c *Conn, q *proto.MissingQuestion) ([]byte, error) {
+	b, err := q.Encode()
+	if err != nil {
+		return nil, err
+	}
+	m, err := c.NC.RequestWithContext(ctx, proto.SubjectMissing, b)
+	switch {
+	case errors.Is(err, nats.ErrNoResponders), errors.Is(err, context.DeadlineExceeded):
+		return nil, ErrNoAggregator
+	case err != nil:
+		return nil, fmt.Errorf("ask the aggregator: %w", err)
+	}
+	return m.Data, nil
+}
+
 // Folding asks whether an aggregator is there. The error is ErrNoAggregator where none answers.
 func Folding(ctx context.Context, c *Conn) error {
-	q, err := new(proto.MissingQuestion).Encode() // of no job
-	if err != nil {
-		return err
-	}
 	actx, cancel := context.WithTimeout(ctx, aggregatorTimeout)
 	defer cancel()
-	_, err = c.NC.RequestWithContext(actx, proto.SubjectMissing, q)
+	_, err := AskMissing(actx, c, new(proto.MissingQuestion)) // of no job
 	last := c.NC.LastError()
 	switch {
 	case err == nil:
@@ -35,8 +48,6 @@ func Folding(ctx context.Context, c *Conn) error {
 		return context.Cause(ctx)
 	case errors.Is(last, nats.ErrPermissionViolation): // what is not allowed is not answered
 		return fmt.Errorf("ask the aggregator: %w", last)
-	case errors.Is(err, nats.ErrNoResponders), errors.Is(err, context.DeadlineExceeded):
-		return ErrNoAggregator
 	}
-	return fmt.Errorf("ask the aggregator: %w", err)
+	return err
 }

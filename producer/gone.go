@@ -161,7 +161,7 @@ func (r *run) goneModels(g gone) (models []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, m := range r.job.Models {
-		if had[m.Model] && !r.over(m.Model, m.Lines) {
+		if had[m.Model] && !r.progress.Over(m.Model, m.Lines) {
 			models = append(models, m.Model)
 		}
 	}

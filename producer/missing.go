@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"millrace/broker"
@@ -19,21 +18,14 @@ const missingRanges = 10_000
 // ask asks the aggregator once which lines are missing.
 func (r *run) ask(ctx context.Context, from int64) (*proto.MissingAnswer, error) {
 	q := proto.MissingQuestion{Job: r.job.ID, From: from, Max: missingRanges}
-	b, err := q.Encode()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	b, err := broker.AskMissing(ctx, r.o.Conn, &q)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	m, err := r.o.Conn.NC.RequestWithContext(ctx, proto.SubjectMissing, b)
-	switch {
-	case errors.Is(err, nats.ErrNoResponders), errors.Is(err, context.DeadlineExceeded):
-		return nil, broker.ErrNoAggregator
-	case err != nil:
-		return nil, fmt.Errorf("ask the aggregator: %w", err)
-	}
 	a := new(proto.MissingAnswer)
-	if err := a.Decode(m.Data); err != nil {
+	if err := a.Decode(b); err != nil {
 		return nil, fmt.Errorf("read the aggregator's answer: %w", err)
 	}
 	if !a.Known {

@@ -77,7 +77,7 @@ func (r *run) staff(ws []proto.Worker) string {
 		ready, limit := serving(ws, q.model)
 		r.limits[i] = limit
 		switch {
-		case r.over(q.model, r.job.Models[i].Lines):
+		case r.progress.Over(q.model, r.job.Models[i].Lines):
 		case ready:
 			served = append(served, q.model)
 		case slices.ContainsFunc(ws, r.comes(q.model)):
@@ -151,22 +151,12 @@ func few(all []string, shown int) string {
 	return s
 }
 
-// over says whether all lines of a model have ended.
-func (r *run) over(model string, lines int64) bool {
-	for _, m := range r.progress.Models {
-		if m.Model == model {
-			return m.OK+m.Failed >= lines
-		}
-	}
-	return false
-}
-
 // serving says whether a model is being run, and how much of it at once.
 func serving(ws []proto.Worker, model string) (ready bool, limit int64) {
 	for _, w := range ws {
 		if slices.Contains(w.Models, model) {
 			limit += w.Limit
-			ready = ready || w.State == proto.EngineReady
+			ready = ready || w.Serves(model)
 		}
 	}
 	return ready, limit
@@ -177,8 +167,7 @@ func ailingNote(models []string, ws []proto.Worker) string {
 	const shown = 3
 	var notes []string
 	for _, w := range ws {
-		serves := func(model string) bool { return slices.Contains(w.Models, model) }
-		if w.State == proto.EngineReady && w.Reason != "" && slices.ContainsFunc(models, serves) {
+		if w.Reason != "" && slices.ContainsFunc(models, w.Serves) {
 			notes = append(notes, fmt.Sprintf("worker %s: %s", w.ID, proto.Truncate(w.Reason, 300)))
 		}
 	}

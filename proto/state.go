@@ -1,6 +1,9 @@
 package proto
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // Job is what is known of a job before its first line runs. It does not change. Key: job.<id>.
 type Job struct {
@@ -185,6 +188,11 @@ type Progress struct {
 	BeforeTokens int64
 }
 
+// Over says whether all lines of a model have ended, of which the job has so many.
+func (p *Progress) Over(model string, lines int64) bool {
+	return slices.ContainsFunc(p.Models, func(m ModelProgress) bool { return m.Model == model && m.OK+m.Failed >= lines })
+}
+
 // ContextCut counts the answers that were cut, of all models; see Result.
 func (p *Progress) ContextCut() (n int64) {
 	for i := range p.Models {
@@ -348,6 +356,11 @@ const (
 	EngineDraining = "draining" // the worker is stopping
 	EngineUnknown  = "unknown"  // for a reader: what its worker says cannot be read; no worker says it
 )
+
+// Serves says whether it runs lines of a model now.
+func (w *Worker) Serves(model string) bool {
+	return w.State == EngineReady && slices.Contains(w.Models, model)
+}
 
 // Pending says that it runs no lines now, and may do so yet.
 func (w *Worker) Pending() bool {

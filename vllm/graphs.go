@@ -49,13 +49,14 @@ func (f Flags) begin(beginnings []string) bool {
 }
 
 // Tune lets the server have larger CUDA graphs than vLLM takes by itself, where its one GPU has so many bytes and is fast
-// for the model, as the files of its weights on this machine say. It is called before Run.
-func (s *Server) Tune(memory int64) {
+// for the model, as the files of its weights on this machine say. It is called before Run, and asks for the memory only where
+// nothing else speaks against it.
+func (s *Server) Tune(memory func() int64) {
 	each, err := s.Flags.GPUs()
-	if err != nil || each != 1 || memory < bigCard || s.Flags.begin(ofGraphs) {
+	if err != nil || each != 1 || s.Flags.begin(ofGraphs) {
 		return
 	}
-	if bytes, known := s.weights(); known && bytes*smallModel <= memory {
+	if bytes, known := s.weights(); known && memory() >= max(bigCard, bytes*smallModel) {
 		s.extra = Flags{"--compilation-config", graphSizes()}
 	}
 }

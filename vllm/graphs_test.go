@@ -14,6 +14,8 @@ import (
 
 const h100 = 81559 << 20 // bytes
 
+func card() int64 { return h100 }
+
 // TestTune: larger graphs are asked for on a big card alone, for one model that is small, and where the user says nothing of them.
 func TestTune(t *testing.T) {
 	model := t.TempDir()
@@ -60,7 +62,7 @@ func TestTune(t *testing.T) {
 		{model, h100, vllm.Flags{"--spec-model", "m"}, false}, {model, h100, vllm.Flags{"--performance-mode", "interactivity"}, false},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(c.memory)
+		s.Tune(func() int64 { return c.memory })
 		line := s.CommandLine()
 		at := slices.Index(line, "--compilation-config")
 		if at >= 0 != c.want || c.want && (line[at+1] != s.Shown()[len(s.Shown())-1] || !strings.HasSuffix(line[at+1], ",1920,2048]}") || !strings.Contains(line[at+1], "[1,2,4,8,16,24,32,40,48,56,64,80,96,")) {
@@ -86,7 +88,7 @@ func TestTuneHub(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := &vllm.Server{Model: "a/small", Port: 1}
-		if s.Tune(h100); len(s.Shown()) == 0 {
+		if s.Tune(card); len(s.Shown()) == 0 {
 			t.Errorf("%s: not found", c.variable)
 		}
 	}
@@ -111,7 +113,7 @@ func TestGraphs(t *testing.T) {
 		r := newRig(t, c.plan)
 		restarts := r.counted()
 		r.Flags, r.Restarts = append(c.flags, random...), 0
-		r.Tune(h100)
+		r.Tune(card)
 		r.start().up(c.starts)
 		if n, ours := r.Graphs(), slices.Contains(r.Shown(), "--compilation-config"); n != c.graphs || ours != (n == 2048) || len(r.lives()) != c.starts {
 			t.Errorf("%+v: graphs of %d tokens, shown %q, %d starts", c, n, r.Shown(), len(r.lives()))
@@ -148,7 +150,7 @@ func TestPlainerNot(t *testing.T) {
 		r := newRig(t, c.plan)
 		r.Flags, r.Restarts = random, 0
 		c.set(r)
-		r.Tune(h100)
+		r.Tune(card)
 		if f := r.start().fails(); len(r.lives()) > 1 || !slices.Contains(r.Shown(), "--compilation-config") {
 			t.Errorf("%s: %+v, %d starts, shown %q", name, f, len(r.lives()), r.Shown())
 		}
@@ -163,7 +165,7 @@ func TestPlainer(t *testing.T) {
 	}
 	r := newRig(t, "says "+says)
 	r.Flags = random
-	r.Tune(h100)
+	r.Tune(card)
 	if f := r.start().fails(); !f.Final || len(r.lives()) != 1 {
 		t.Errorf("%+v, %d starts", f, len(r.lives()))
 	}

@@ -64,7 +64,7 @@ func (s *Server) launch() (*process, error) {
 	p := &process{cmd: cmd, over: make(chan struct{}), reap: make(chan struct{}), reaped: make(chan struct{}), said: said, read: make(chan struct{}),
 		journal: j, models: s.Flags.names(s.Model), base: s.String(), key: s.Key,
 		client: &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}}
-	j.note(strings.Join(slices.Concat(line[:len(line)-len(s.flags().given())-4], s.Shown(), line[len(line)-4:]), " "))
+	j.note(strings.Join(s.commandLine(s.Shown()), " "))
 	err = p.start()
 	out.Close()
 	if err != nil {

@@ -130,12 +130,15 @@ func (s *Server) KVTokens() int64 {
 }
 
 // CommandLine is what the server is started with.
-func (s *Server) CommandLine() []string {
+func (s *Server) CommandLine() []string { return s.commandLine(s.flags().given()) }
+
+// commandLine is a command line with such flags.
+func (s *Server) commandLine(flags []string) []string {
 	command := s.Command
 	if len(command) == 0 {
 		command = []string{"vllm"}
 	}
-	return slices.Concat(command, []string{"serve", s.Model}, s.flags().given(),
+	return slices.Concat(command, []string{"serve", s.Model}, flags,
 		[]string{"--host", "127.0.0.1", "--port", strconv.Itoa(s.Port)})
 }
 

@@ -346,24 +346,33 @@ func TestAnswersOther(t *testing.T) {
 	}
 }
 
+// answer has another program answer at the port of a server that starts, until the function is called that it returns.
+func (r *rig) answer(do http.HandlerFunc) (leave func()) {
+	r.t.Helper()
+	r.state(proto.EngineWaiting, "vLLM is starting") // until then the port must be free
+	ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(r.Port))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	srv := &http.Server{Handler: do}
+	over := make(chan error, 1)
+	go func() { over <- srv.Serve(ln) }()
+	return func() {
+		if err := srv.Close(); err != nil {
+			r.t.Error(err)
+		}
+		<-over
+	}
+}
+
 // TestForeign: another program that answers while the server loads is not taken for it, whatever it lists.
 func TestForeign(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, "mute")
 	r.start()
-	r.state(proto.EngineWaiting, "vLLM is starting") // until then the port must be free
-	ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(r.Port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(`{"data":[{"id":"x"}]}`)) })}
-	over := make(chan error, 1)
-	go func() { over <- srv.Serve(ln) }()
+	leave := r.answer(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte(`{"data":[{"id":"x"}]}`)) })
 	r.state(proto.EngineWaiting, "vLLM is starting", "lists x, not m")
-	if err := srv.Close(); err != nil {
-		t.Error(err)
-	}
-	<-over
+	leave()
 	r.write("seen", "")
 	r.up(1)
 }
@@ -373,19 +382,9 @@ func TestAnswersNo(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, "quiet")
 	r.start()
-	r.state(proto.EngineWaiting, "vLLM is starting") // until then the port must be free
-	ln, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(r.Port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) })}
-	over := make(chan error, 1)
-	go func() { over <- srv.Serve(ln) }()
+	leave := r.answer(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) })
 	r.state(proto.EngineWaiting, "vLLM is starting", "; its /health says 503 Service Unavailable")
-	if err := srv.Close(); err != nil {
-		t.Error(err)
-	}
-	<-over
+	leave()
 }
 
 // TestOrphan: what a killed millrace left is ended; what is not ours is not.

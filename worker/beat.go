@@ -97,6 +97,6 @@ func (b *beat) others(ctx context.Context, model string) bool {
 	beats, err := broker.Heartbeats(ctx, b.js)
 	return err != nil || slices.ContainsFunc(beats, func(e jetstream.KeyValueEntry) bool {
 		var w proto.Worker
-		return e.Key() != b.id && w.Decode(e.Value()) == nil && w.State == proto.EngineReady && slices.Contains(w.Models, model)
+		return e.Key() != b.id && w.Decode(e.Value()) == nil && w.Serves(model)
 	})
 }

@@ -368,11 +368,10 @@ func (s *session) adjust() {
 func (s *session) found(st Status) {
 	st.Gauges.KVTokens = s.capacity(st)
 	now := time.Now()
-	e := st.Engine
 	if s.Graphs != nil {
-		e.Graphs = s.Graphs()
+		st.Graphs = s.Graphs()
 	}
-	s.limit.Observe(e, s.slots.inFlight(), now)
+	s.limit.Observe(st.Engine, s.slots.inFlight(), now)
 	s.meter.look(st.Gauges, now)
 	models := s.Models
 	if models == nil {

@@ -227,10 +227,7 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 // unserved says which model of a job no worker runs, and for which workers it waits; empty: each is run by one.
 func unserved(v *broker.JobView, ws []proto.Worker) string {
 	for _, m := range v.Job.Models {
-		serves := func(w proto.Worker) bool {
-			return w.State == proto.EngineReady && slices.Contains(w.Models, m.Model)
-		}
-		if !slices.ContainsFunc(ws, serves) {
+		if !slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.Serves(m.Model) }) {
 			return cmp.Or(producer.Waits(m.Model, ws), "no worker serves model "+m.Model)
 		}
 	}

@@ -144,7 +144,9 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	}
 	live, end := context.WithCancel(context.Background())
 	h.end = end
-	memory := vllm.Memory((&vllm.Server{GPUs: slices.Concat(e.vllm.groups...), ByBus: e.vllm.byBus}).Devices())
+	memory := sync.OnceValue(func() int64 { // of the smallest: the servers are all alike
+		return vllm.Memory((&vllm.Server{GPUs: slices.Concat(e.vllm.groups...), ByBus: e.vllm.byBus}).Devices())
+	})
 	for i, s := range h.servers {
 		s.Command, s.Model, s.Flags, s.GPUs, s.Key, s.Host = commandOf(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i], key, self.Host
 		s.ByBus, s.Quiet, s.Restarts, s.Log, s.Restarted = e.vllm.byBus, e.vllm.quiet, e.vllm.restarts, a.log, restarted
