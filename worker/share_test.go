@@ -292,6 +292,8 @@ func TestShareOfMore(t *testing.T) {
 	if s.extra == 0 {
 		t.Fatal("nothing was taken that nobody else came for")
 	}
+	s.end()
+	s.learn()
 	kept := *s
 	if got := s.look(t.Context(), now, taps, 10, 1); got < 10 || !s.looked(now.Add(firstGap/2)) {
 		t.Errorf("%d lines where 10 can be taken, next look %v", got, s.next)
@@ -299,6 +301,7 @@ func TestShareOfMore(t *testing.T) {
 	if got := s.look(t.Context(), now, taps, 400, 1); got != 50 {
 		t.Errorf("%d lines of 100 when more can be taken", got)
 	}
+	s.end() // a reading that a look has begun
 	*s = kept
 	r.send(requests(300)...)
 	if got := s.look(t.Context(), now, taps, 400, 1); got != 200 {
