@@ -2,6 +2,7 @@ package worker
 
 import (
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -88,5 +89,30 @@ func TestCheck(t *testing.T) {
 	f := newFake(t)
 	if got := (&Worker{Engine: f.engine(), Concurrency: 5, Models: []string{"x"}}).Check(t.Context()); got.Limit != 5 || got.Models[0] != "x" || got.GPUs != nil {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestCheckOfGreeting: what speaks before it is asked is no engine, whether its greeting or the request is quicker.
+func TestCheckOfGreeting(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = c.Write([]byte("SSH-2.0-OpenSSH_9.2\r\n"))
+			_ = c.Close()
+		}
+	}()
+	t.Cleanup(func() { _ = l.Close(); <-done })
+	e, err := NewHTTP("http://"+l.Addr().String(), "")
+	must(t, err)
+	t.Cleanup(e.Close)
+	if got := (&Worker{Engine: e}).Check(t.Context()).Trouble; !strings.Contains(got, `is no HTTP server: it speaks first and says "SSH-2.0-OpenSSH_9.2\r\n"; check --engine`) {
+		t.Error(got)
 	}
 }

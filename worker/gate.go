@@ -276,8 +276,10 @@ func unreachable(engine string, err error) string {
 			s += " One with TLS is https://" + rest
 		}
 		return s
-	case broken("malformed HTTP") && broken(`{\"server_id\":`): // how a broker greets, read as HTTP
+	case broken(speaksFirst + `"INFO {\"server_id\":`):
 		return fmt.Sprintf("at %s is a NATS broker, not an engine; --nats names the broker, --engine the engine", engine)
+	case broken(speaksFirst):
+		return fmt.Sprintf("what listens at %s %s; check --engine", engine, said)
 	case broken("does not look like a TLS handshake"), broken("server gave HTTP response to HTTPS client"):
 		return fmt.Sprintf("engine at %s has no TLS; name it http://%s", engine, strings.TrimPrefix(engine, "https://"))
 	case broken("failed to verify certificate"):

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -30,7 +32,7 @@ func (h *HTTP) Probe(ctx context.Context) (Status, error) {
 func (h *HTTP) probe(ctx context.Context) (Status, error) {
 	health, err := h.get(ctx, "/health")
 	if err != nil {
-		return Status{}, err
+		return Status{}, h.greeted(ctx, err)
 	}
 	if st, ok := h.notWell(health); !ok {
 		return st, nil
@@ -75,6 +77,34 @@ func (h *HTTP) asleep(ctx context.Context) bool {
 	_ = json.Unmarshal(a.Body, &v, lenient) // what is something else says nothing of sleep
 	return a.Status == http.StatusOK && v.Asleep
 }
+
+// speaksFirst stands in the error of a probe of what greets before it is asked, which no HTTP server does. The greeting
+// follows.
+const speaksFirst = "is no HTTP server: it speaks first and says "
+
+// greeted asks, where a connection was made and no answer came, whether what listens there speaks first. The transport's
+// error depends on whether the greeting or the request was quicker.
+func (h *HTTP) greeted(ctx context.Context, err error) error {
+	var dial *net.OpError
+	if ctx.Err() != nil || errors.As(err, &dial) && dial.Op == "dial" || h.direct == nil {
+		return err
+	}
+	conn, derr := h.direct.dialer.DialContext(ctx, "tcp", h.direct.addr)
+	if derr != nil {
+		return err
+	}
+	defer conn.Close()
+	_ = conn.SetReadDeadline(time.Now().Add(greetingTimeout))
+	said := make([]byte, 80)
+	n, _ := conn.Read(said)
+	if n == 0 {
+		return err
+	}
+	return fmt.Errorf("%s%q", speaksFirst, said[:n])
+}
+
+// greetingTimeout is how long a server that may speak first is listened to.
+const greetingTimeout = time.Second
 
 func (h *HTTP) get(ctx context.Context, path string) (Answer, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, h.base+path, nil)
