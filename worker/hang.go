@@ -1,8 +1,9 @@
 package worker
 
 import (
-	"millrace/worker/load"
 	"time"
+
+	"millrace/worker/load"
 )
 
 // hangWatch finds an engine that has requests and makes nothing of them. Such an engine looks well: /health says

@@ -3,8 +3,9 @@ package load
 import (
 	"fmt"
 	"math"
-	"millrace/proto"
 	"time"
+
+	"millrace/proto"
 )
 
 // graphs keeps an engine to as many sequences as its largest CUDA graph holds, where more are slower.
