@@ -25,11 +25,11 @@ func TestFlags(t *testing.T) {
 		t.Errorf("names %q", got)
 	}
 	s := vllm.Server{Model: "m", Flags: f, Port: 9001}
-	want := "vllm serve m -tp 2 --pipeline_parallel_size=3 --served-model-name a b --enforce-eager --host 127.0.0.1 --port 9001"
+	want := "vllm serve m -tp 2 --pipeline_parallel_size=3 --served-model-name a b --enforce-eager --disable-uvicorn-access-log --host 127.0.0.1 --port 9001"
 	if got := strings.Join(s.CommandLine(), " "); got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
-	if got := (vllm.Flags{"--port=9000", "-x"}); strings.Join((&vllm.Server{Model: "m", Flags: got, Port: 1}).CommandLine(), " ") != "vllm serve m -x --host 127.0.0.1 --port 1" {
+	if got := (vllm.Flags{"--port=9000", "-x"}); strings.Join((&vllm.Server{Model: "m", Flags: got, Port: 1}).CommandLine(), " ") != "vllm serve m -x --disable-uvicorn-access-log --host 127.0.0.1 --port 1" {
 		t.Error("--port=9000 is given twice")
 	}
 	if got := (vllm.Flags{"--max-model-len", "9"}).Names("org/m"); !reflect.DeepEqual(got, []string{"org/m"}) {

@@ -138,7 +138,7 @@ func (s *Server) commandLine(flags []string) []string {
 	if len(command) == 0 {
 		command = []string{"vllm"}
 	}
-	return slices.Concat(command, []string{"serve", s.Model}, flags,
+	return slices.Concat(command, []string{"serve", s.Model}, flags, s.withoutAccessLog(),
 		[]string{"--host", "127.0.0.1", "--port", strconv.Itoa(s.Port)})
 }
 

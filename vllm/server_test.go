@@ -329,7 +329,7 @@ func TestOtherModel(t *testing.T) {
 	r := newRig(t, "serve")
 	r.Flags = vllm.Flags{"--served-model-name", "n"}
 	r.start().up(1)
-	if s := strings.Join(r.CommandLine(), " "); !strings.HasSuffix(s, "serve m --served-model-name n --host 127.0.0.1 --port "+strconv.Itoa(r.Port)) {
+	if s := strings.Join(r.CommandLine(), " "); !strings.HasSuffix(s, "serve m --served-model-name n --disable-uvicorn-access-log --host 127.0.0.1 --port "+strconv.Itoa(r.Port)) {
 		t.Errorf("started with %s", s)
 	}
 }
@@ -438,7 +438,7 @@ func TestLog(t *testing.T) {
 	r.start().up(1)
 	r.stop()
 	now, err := os.ReadFile(r.LogFile())
-	if err != nil || !strings.Contains(string(now), "Starting to load model m") || !strings.Contains(string(now), "serve m --host") {
+	if err != nil || !strings.Contains(string(now), "Starting to load model m") || !strings.Contains(string(now), "serve m --disable-uvicorn-access-log --host") {
 		t.Errorf("the log is %.300s, %v", now, err)
 	}
 	if before, err := os.Stat(r.LogFile() + ".1"); err != nil || before.Size() != vllm.JournalSize-1 {

@@ -1,0 +1,57 @@
+package vllm
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// weights is how many bytes the files of the model's weights have on this machine, and whether that is known: else there are
+// none yet, or they are elsewhere. 0: they are random, as for a benchmark, of a size that no file says.
+func (s *Server) weights() (bytes int64, known bool) {
+	if format, _ := s.Flags.last("--load-format"); format == "dummy" {
+		return 0, true
+	}
+	if info, err := os.Stat(s.Model); err == nil && !info.IsDir() {
+		return info.Size(), true
+	} else if err == nil {
+		bytes = weightsIn(s.Model)
+		_, err = os.Stat(filepath.Join(s.Model, "config.json"))
+		return bytes, bytes > 0 || err == nil
+	}
+	hub, ok := s.Flags.last("--download-dir")
+	if !ok {
+		hub = hubCache()
+	}
+	dirs, _ := filepath.Glob(filepath.Join(hub, "models--"+strings.ReplaceAll(s.Model, "/", "--"), "snapshots", "*")) // a name that is no pattern has none
+	for _, dir := range dirs {
+		bytes = max(bytes, weightsIn(dir))
+	}
+	return bytes, bytes > 0
+}
+
+// hubCache is where huggingface_hub keeps models that have a name (constants.py, file_download.py).
+func hubCache() string {
+	home, _ := os.UserHomeDir() // without one there is nothing in it
+	for _, c := range []struct{ variable, below string }{{"HF_HUB_CACHE", ""}, {"HUGGINGFACE_HUB_CACHE", ""}, {"HF_HOME", "hub"}, {"XDG_CACHE_HOME", "huggingface/hub"}} {
+		if dir := os.Getenv(c.variable); dir != "" {
+			return filepath.Join(dir, c.below)
+		}
+	}
+	return filepath.Join(home, ".cache", "huggingface", "hub")
+}
+
+// weightsIn is how many bytes the files of weights in a folder have.
+func weightsIn(dir string) (bytes int64) {
+	files, _ := os.ReadDir(dir) // nothing is known of what cannot be read
+	for _, f := range files {
+		if !slices.Contains([]string{".safetensors", ".bin", ".pt", ".gguf"}, filepath.Ext(f.Name())) {
+			continue
+		}
+		if info, err := os.Stat(filepath.Join(dir, f.Name())); err == nil { // a link leads to it
+			bytes += info.Size()
+		}
+	}
+	return bytes
+}
