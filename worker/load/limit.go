@@ -127,17 +127,23 @@ func (l *Limit) Burst() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n, output := l.base/l.width()*l.share, max(l.ended.output, 1)
-	if l.fixed > 0 || l.way != bySteering || !l.graphs.help(l.base) || n < burstFew || l.ended.n < burstFew {
+	if l.fixed > 0 || l.way != bySteering || n < burstFew || l.ended.n < burstFew || !l.gathers(l.base) {
 		return 1
+	}
+	return max(2, int(n*min(math.Sqrt(burstWorth/output), burstMost)))
+}
+
+// gathers says whether lines should begin together where n sequences run: the graphs hold them, and not the prompts that come
+// into a step where lines begin one by one.
+func (l *Limit) gathers(n float64) bool {
+	if !l.graphs.help(n) || n/l.width() < burstFew {
+		return false
 	}
 	size := l.graphs.size
 	if most := cmp.Or(l.ran, float64(l.Sequences)); most > 0 && !l.graphs.told {
 		size = min(size, 2*most) // see vllmGraphs
 	}
-	if l.base+l.ended.prompt*max(1, l.base/output) <= size {
-		return 1
-	}
-	return max(2, int(n*min(math.Sqrt(burstWorth/output), burstMost)))
+	return l.ended.n == 0 || n+l.ended.prompt*max(1, n/max(l.ended.output, 1)) > size
 }
 
 // Tokens is the capacity of the KV cache, told or guessed; 0: unknown.
@@ -160,7 +166,7 @@ func (l *Limit) Reason() string {
 		return "no line is in flight; that many were right before"
 	case l.way == bySteering && l.ran > 0 && l.base >= l.seqs:
 		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
-	case l.way == bySteering && l.Sequences > 0 && l.base >= l.enoughFor(l.slots):
+	case l.way == bySteering && l.Sequences > 0 && l.base >= l.slots:
 		return fmt.Sprintf("engine runs no more than %d at once, by its flags", l.Sequences)
 	case l.way == bySteering && l.base >= l.graphs.most(l.base+1):
 		return l.graphs.why()
@@ -323,7 +329,7 @@ func (l *Limit) spread(st Engine, same bool) {
 	n := float64(max(l.copies, 1))
 	l.graphs.meet(st.Kind, same, st.Graphs, n)
 	if l.most = mostSeqs * n; l.slots > 0 {
-		l.most = l.slots*seqsMore + seqsWait
+		l.most = l.slots*(1+1./seqsShort) + seqsWait
 	}
 }
 

@@ -148,9 +148,9 @@ func TestLimitIdle(t *testing.T) {
 
 // TestLimitCrowded: an engine that runs fewer lines at once than its KV cache holds is known by what it lets wait, long
 // before as many have ended as are in flight; one that runs all that it gets gets more. vLLM gets no line that would wait,
-// so that is seen only where lines become others.
+// so that is seen only where lines become others. Of others as many more as end in a step, of 20 in these, and two.
 func TestLimitCrowded(t *testing.T) {
-	for kind, want := range map[string]int{proto.KindOther: 67, proto.KindVLLM: 64} {
+	for kind, want := range map[string]int{proto.KindOther: 69, proto.KindVLLM: 64} {
 		now := time.Now()
 		l := New(0)
 		made, most, size := int64(0), int64(64), int64(20)
@@ -178,7 +178,7 @@ func TestLimitCrowded(t *testing.T) {
 		st.Kind = kind
 		told.Observe(st, 0, now)
 		told.Expects(100, Wish{20, 1})
-		if got, why := told.Get(), told.Reason(); got != want || why != "engine runs no more than 64 at once, by its flags" {
+		if got, why := told.Get(), told.Reason(); got != min(want, 67) || why != "engine runs no more than 64 at once, by its flags" {
 			t.Errorf("%s: limit %d by its flags: %s", kind, got, why)
 		}
 		for range 3 {

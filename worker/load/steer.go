@@ -28,8 +28,10 @@ const (
 	leastAtOnce = 64.
 	mostAtOnce  = 3
 	// of an engine that runs so many at once and no more, that many times seqsMore, and seqsWait, are in flight
-	seqsMore, seqsWait = 1.02, 2
-	seenShort          = 0.94 // of what it runs, at least, a gauge shows that is read when some have just ended
+	seqsMore, seqsWait = 1.02, 2.
+	seqsShort          = 10   // or, where outputs are short, as many more as end in a step, but for shorter ones than that
+	seenShort          = 0.94 // of what it runs, at least, a gauge shows that is read when some have just ended, of long outputs
+	seenLeast          = 0.8  // and of short ones
 )
 
 // look is what a probe saw.
@@ -244,17 +246,17 @@ func (l *Limit) grow(now look, life time.Duration) {
 			by = max(by, max(l.gain.size, 0.5)*min(0.97/w.use-1, mostGrowth*min(max(lives, 1), 4)))
 		}
 		next := l.base * (1 + by*min(dt, 1))
-		if next > l.seqs && w.whole && w.waiting < 1 && w.running > 0.9*w.inFlight && l.mayRunMore() {
+		if next > l.seqs && w.whole && w.waiting < 1 && w.running > 0.9*w.inFlight && l.mayRunMore(w.most) {
 			l.seqs, l.ran = min(next, l.most), 0 // it runs all that it gets
 		}
 		l.set(next)
 	}
 }
 
-// crowded finds how many an engine runs at once that lets lines wait though its KV cache has much room: as many ran at
-// each look for as long as it takes to answer that many. 0: it does not look so. The life of a line would be too long a time
-// to tell by, since it waits for most of it.
-func (l *Limit) crowded() float64 {
+// crowded finds how many an engine runs at once that lets lines wait though its KV cache has much room: about as many ran at
+// each look for as long as it takes to answer that many. 0: it does not look so; else the most that was seen. The life of a
+// line would be too long a time to tell by, since it waits for most of it.
+func (l *Limit) crowded() (most float64) {
 	n := len(l.looks)
 	if n == 0 {
 		return 0
@@ -263,39 +265,56 @@ func (l *Limit) crowded() float64 {
 	r := float64(now.g.Running)
 	for i := n - 1; i >= 0 && r >= minLimit; i-- {
 		k := l.looks[i]
-		if k.g.KVUsage > 0.5 || float64(k.g.Waiting) <= 0.2*r+1 || math.Abs(float64(k.g.Running)-r) > 0.02*r {
+		running := float64(k.g.Running)
+		if k.g.KVUsage > 0.5 || float64(k.g.Waiting) <= 0.2*r+1 || math.Abs(running-r) > (0.02+l.wavers(r))*r {
 			return 0
 		}
+		most = max(most, running)
 		if n-i >= 3 && float64(now.answers-k.answers) >= r {
-			return r
+			return most
 		}
 	}
 	return 0
 }
 
+// wavers is by what share a gauge of n running sequences goes up and down, twice the standard deviation, since it is read
+// when a step has ended: of outputs of c tokens n/c have ended in it, and those that follow them have not begun.
+func (l *Limit) wavers(n float64) float64 { return 2 / math.Sqrt(n*max(l.line().output, 1)) }
+
 // runs takes note of how many sequences the engine runs at once, whatever room there is, where at most n were seen. The
 // usual ones are powers of two.
 func (l *Limit) runs(n float64) {
-	if usual := math.Exp2(math.Ceil(math.Log2(n))); n >= seenShort*usual {
+	short := min(seenShort, max(1-1/max(l.line().output, 1)-l.wavers(n), seenLeast))
+	if usual := math.Exp2(math.Ceil(math.Log2(n))); n >= short*usual {
 		n = usual
 	}
-	l.seqs, l.ran, l.ranLine = l.enoughFor(n), n, l.line().tokens()
+	l.ran, l.ranLine = n, l.line().tokens()
+	l.seqs = l.enoughFor(n)
 	l.set(l.base)
 }
 
-// enoughFor is how many to have at an engine that runs n at once and no more. Those that wait in it begin when another one
-// ends, each in a step of its own; so where bursts are better, none do.
+// enoughFor is how many to have at an engine that runs n at once and no more. Those that wait in it take the place of others in
+// the next step; whoever is only sent then comes a step later. But they begin as others end, one by one; so where they should
+// begin together, none wait.
 func (l *Limit) enoughFor(n float64) float64 {
-	if l.graphs.help(n) && n/l.width() >= burstFew {
+	if l.gathers(n) {
 		return n
 	}
-	return n*seqsMore + seqsWait
+	more := seqsMore
+	if l.ended.n > 0 {
+		more = max(more, 1+1/max(l.ended.output, seqsShort))
+	}
+	return n*more + seqsWait
 }
 
-// mayRunMore says whether an engine that runs all that it gets may run more than was seen once. Where none wait in it,
-// that would show only when it gets more: so not while lines are what they were then.
-func (l *Limit) mayRunMore() bool {
-	return l.ran == 0 || l.enoughFor(l.ran) > l.ran || apart(l.line().tokens(), l.ranLine, otherLines)
+// mayRunMore says whether an engine that runs all that it gets, most at once, may run more than was seen once. Where some are to
+// wait in it, it has run more than that. Where none are, that would show only when it gets more: so not while lines are what
+// they were then.
+func (l *Limit) mayRunMore(most float64) bool {
+	if l.ran == 0 || l.enoughFor(l.ran) > l.ran {
+		return most > l.ran
+	}
+	return apart(l.line().tokens(), l.ranLine, otherLines)
 }
 
 // ahead lowers the limit when the lines to come are much larger than those that it was found with.
