@@ -11,6 +11,8 @@ import (
 // may be, or of which many begin so, has its lines told one by one.
 func TestNotJSONL(t *testing.T) {
 	noise := strings.Repeat("PK\x03\x04\x00\x00\n\x8f{\x00z\n", 50)
+	const pretty = "{\n  \"custom_id\": \"a\",\n  \"body\": {}\n}"
+	const array, several = "it is a JSON array; give a file with one JSON object a line, which `jq -c '.[]' FILE > FILE.jsonl` makes of it", "its first JSON object goes over several lines; give a file with one JSON object a line, which `jq -c . FILE > FILE.jsonl` makes"
 	prose := strings.Repeat("a word, and another\n", 100)
 	for name, c := range map[string]struct {
 		text, want string // of the error; empty: it is an *InvalidInput
@@ -25,7 +27,15 @@ func TestNotJSONL(t *testing.T) {
 		"one is too long":    {"{" + strings.Repeat(" ", 9<<20) + "\n" + prose, ""},
 		"all begin as JSON":  {strings.Repeat("{\n", 200), ""},
 		"a NUL in one":       {"{\"custom_id\":\"\x00\"}\n", ""},
-		"a document of JSON": {"[\n" + strings.Repeat("  {\n", 150) + "]\n", ""},
+		"a document of JSON": {"[\n" + strings.Repeat("  {\n", 150) + "]\n", ""}, // a broken one
+		"an array":           {"[\n" + strings.Repeat(line("a", "m", "x")+",\n", 3) + line("b", "m", "x") + "\n]\n", array},
+		"an array on a line": {"\ufeff [" + line("a", "m", "x") + "," + line("b", "m", "x") + "]\n", array},
+		"a pretty array":     {"\t[\n" + pretty + ",\n" + pretty + "]\n", array},
+		"a pretty object":    {pretty + "\n", several},
+		"pretty objects":     {"\ufeff" + strings.Repeat(pretty+"\r\n", 50), several},
+		"an array later":     {line("a", "m", "x") + "\n[\n" + pretty + "]\n", ""},
+		"an array of others": {"[1,\n2]\n", ""},
+		"one that is cut":    {pretty[:len(pretty)-1], ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			in := Input{Path: file(t, c.text), Dir: t.TempDir()}

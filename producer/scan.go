@@ -98,6 +98,11 @@ func newScan(in Input, src *source) (*scan, error) {
 func (s *scan) run(ctx context.Context) error {
 	defer s.dups.close()
 	defer s.order.close()
+	if !s.d.in.SkipInvalid {
+		if err := s.document(); err != nil {
+			return err
+		}
+	}
 	if err := s.lines(ctx); err != nil {
 		return err
 	}
