@@ -237,6 +237,9 @@ func (d *doctor) workers() []proto.Worker {
 			d.ok(check, "%s serves %s, %d in flight of %d", w.Engine, strings.Join(w.Models, ", "), w.InFlight, w.Limit)
 		}
 	}
+	for _, e := range Shared(beats) {
+		d.note("engine "+e.Engine, mendShared, "workers %s run on it: one of them is enough", strings.Join(e.Workers, ", "))
+	}
 	return ws
 }
 

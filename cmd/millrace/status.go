@@ -20,10 +20,11 @@ import (
 
 // overview is what `status --json` prints.
 type overview struct {
-	Jobs    []jobRow    `json:"jobs"`
-	Workers []workerRow `json:"workers"`
-	Queues  []queueRow  `json:"queues"`
-	Kept    []keptRow   `json:"kept,omitempty"` // only where there is nobody to ask: runs on this machine that no process has
+	Jobs    []jobRow              `json:"jobs"`
+	Workers []workerRow           `json:"workers"`
+	Queues  []queueRow            `json:"queues"`
+	Shared  []broker.SharedEngine `json:"shared_engines,omitempty"` // that several workers run lines on
+	Kept    []keptRow             `json:"kept,omitempty"`           // only where there is nobody to ask: runs on this machine that no process has
 }
 
 type jobRow struct {
@@ -154,7 +155,7 @@ func (a *app) status(ctx context.Context, job string, clear bool) (runs bool, er
 	defer cancel()
 	b, jobs, err := a.list(cctx, job)
 	if rows, nobody := keptRows(err); nobody && a.json {
-		return false, cmp.Or(a.printJSON(overview{[]jobRow{}, []workerRow{}, []queueRow{}, rows}), err)
+		return false, cmp.Or(a.printJSON(overview{Jobs: []jobRow{}, Workers: []workerRow{}, Queues: []queueRow{}, Kept: rows}), err)
 	}
 	if err != nil {
 		return false, err
@@ -204,6 +205,7 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 			ws[c] = append(ws[c], w)
 			o.Workers = append(o.Workers, rowOfWorker(&w))
 		}
+		o.Shared = append(o.Shared, broker.Shared(beats)...)
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
 			o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
@@ -246,6 +248,9 @@ func (o *overview) print(w io.Writer, detail bool) error {
 	}
 	if err := printWorkers(w, o.Workers); err != nil {
 		return err
+	}
+	for i := range o.Shared {
+		fmt.Fprintln(w, plain(o.Shared[i].String()))
 	}
 	fmt.Fprintln(tw, "\nQUEUE\tWAITING\tHANDED OUT\tSIZE\tOF AT MOST")
 	for _, q := range o.Queues {
