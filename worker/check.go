@@ -33,7 +33,7 @@ func (w *Worker) Check(ctx context.Context) *Finding {
 		f.Models = w.Models
 	}
 	if err != nil {
-		f.State, f.Trouble = proto.EngineWaiting, unreachable(w.Engine.String(), err)
+		f.State, f.Trouble = proto.EngineWaiting, unreachable(w.Engine.String(), err, false)
 	}
 	if w.GPUs != nil && here(w.Engine.String()) {
 		_ = w.GPUs.look(ctx) // then nothing is known of them

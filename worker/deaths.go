@@ -16,7 +16,7 @@ func (s *session) unreached(o *outcome) {
 	if o.answer.Status != 0 { // it answers, but takes nothing in
 		s.gate.close(tripDead, proto.EngineWaiting, "engine is stopping: "+o.message)
 	} else {
-		s.gate.close(tripUnreached, proto.EngineWaiting, unreachable(s.Engine.String(), errors.New(o.message)))
+		s.gate.close(tripUnreached, proto.EngineWaiting, unreachable(s.Engine.String(), errors.New(o.message), s.gate.wasReady()))
 	}
 	s.giveBack(o.line, 0, "engine")
 }
@@ -78,6 +78,7 @@ func (s *session) broken(o *outcome) {
 				s.giveBack(o.line, 0, "connection")
 				return
 			}
+			s.gate.note(o)
 			s.blame(o)
 			s.retry(o)
 			return

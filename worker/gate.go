@@ -206,7 +206,7 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 			g.mu.Unlock()
 			return
 		}
-		st = Status{State: proto.EngineWaiting, Reason: unreachable(g.engine.String(), err)}
+		st = Status{State: proto.EngineWaiting, Reason: unreachable(g.engine.String(), err, g.loaded > 0)}
 		if g.keeper != nil { // it is what it was, and not loading
 			st.Reason = fmt.Sprintf("engine at %s does not answer: %s", g.engine, plain(err.Error()))
 		}
@@ -217,6 +217,7 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 		g.was = st
 	} else {
 		g.lastBad = time.Now()
+		g.health = health{}  // what it failed last was its death
 		if g.keeper != nil { // one that we start is the same the next time
 			k := &g.was
 			st.Kind, st.Version, st.Slots, st.MaxLen, st.Simulated = k.Kind, k.Version, k.Slots, k.MaxLen, k.Simulated
@@ -261,16 +262,23 @@ func (g *gate) tolerate(err error) bool {
 	return g.slow < slowProbes
 }
 
-func unreachable(engine string, err error) string {
+// unreachable says what is wrong with an engine that cannot be asked, and was well before or never.
+func unreachable(engine string, err error, was bool) string {
+	if errors.Is(err, context.DeadlineExceeded) && was {
+		return fmt.Sprintf("engine at %s does not answer any more", engine)
+	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Sprintf("engine at %s does not answer; still loading?", engine)
 	}
 	said := plain(err.Error())
 	broken := func(how string) bool { return strings.Contains(said, how) }
+	reset := broken("connection reset") || broken("broken pipe") || strings.HasSuffix(said, "EOF") // it is chance which of them
 	switch {
+	case broken("connection refused") && was, reset && was:
+		return fmt.Sprintf("engine at %s does not answer any more; it died or was stopped", engine)
 	case broken("connection refused"):
 		return fmt.Sprintf("engine at %s refuses connections; still loading?", engine)
-	case broken("connection reset"), broken("broken pipe"), strings.HasSuffix(said, "EOF"): // it is chance which of them
+	case reset:
 		s := fmt.Sprintf("engine at %s breaks connections before it answers; still loading, or not an engine?", engine)
 		if rest, plain := strings.CutPrefix(engine, "http://"); plain {
 			s += " One with TLS is https://" + rest
@@ -447,6 +455,13 @@ func (g *gate) answered(within time.Duration) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return !g.lastOK.IsZero() && time.Since(g.lastOK) < within
+}
+
+// wasReady says whether the engine has been ready, ever.
+func (g *gate) wasReady() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.loaded > 0
 }
 
 // serves says whether the engine lists a model.

@@ -91,7 +91,9 @@ func (s *session) interrupted(l *line, cause error) {
 
 // settle does what follows from an attempt.
 func (s *session) settle(o *outcome) {
-	s.gate.note(o)
+	if o.class != classBroken { // it may be the engine's death, see there
+		s.gate.note(o)
+	}
 	if o.class != classDone {
 		s.meter.failed(o.said())
 	}

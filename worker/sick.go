@@ -99,8 +99,9 @@ func (o *outcome) how() (string, bool) {
 	return fmt.Sprintf("HTTP %d", o.answer.Status), true
 }
 
-// note tells the gate how a request went. At the beginning, what fails at once comes before what is answered: nothing is said
-// before the requests that the engine had then have come back, and some time has passed.
+// note tells the gate how a request went. What fails by an engine's death is said otherwise, and tells nothing of the engine that
+// comes after it. At the beginning, what fails at once comes before what is answered: nothing is said before the requests that
+// the engine had then have come back, and some time has passed.
 func (g *gate) note(o *outcome) {
 	how, counts := o.how()
 	if !counts {
@@ -108,7 +109,7 @@ func (g *gate) note(o *outcome) {
 	}
 	now := time.Now()
 	g.mu.Lock()
-	due := g.health.count(how, now)
+	due := g.status.State == proto.EngineReady && g.health.count(how, now)
 	began := g.health.began
 	g.mu.Unlock()
 	if !due || now.Sub(began) < min(refusedWell, g.retry) || g.inside(began) {

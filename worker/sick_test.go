@@ -1,8 +1,11 @@
 package worker
 
 import (
+	"errors"
 	"log/slog"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -180,5 +183,86 @@ func TestRefusedByChance(t *testing.T) {
 	}
 	if n != 29 {
 		t.Errorf("it was given back %d times", n)
+	}
+}
+
+// TestDeathIsNoSickness: of an engine that died it is said that it did, and not that it fails many requests: not while it still
+// looks well, nor when it is back.
+func TestDeathIsNoSickness(t *testing.T) {
+	r, m, addr := newRig(t), newMortal(t), freeAddr(t)
+	serve := func() *httptest.Server {
+		ln, err := net.Listen("tcp", addr)
+		must(t, err)
+		s := &httptest.Server{Listener: ln, Config: &http.Server{Handler: m.f}}
+		s.Start()
+		t.Cleanup(s.Close)
+		return s
+	}
+	first := serve()
+	m.f.set(func() { // on a connection that was used before it may be chance
+		m.f.work = func(w http.ResponseWriter, _ *http.Request, _ string) {
+			w.Header().Set("Connection", "close")
+			say(w, 200, okBody)
+		}
+	})
+	e, err := NewHTTP("http://"+addr, "")
+	must(t, err)
+	t.Cleanup(e.Close)
+	const n = 30
+	var log said
+	r.send(requests(sickLeast)...)
+	r.start(e, func(w *Worker) {
+		w.Concurrency, w.RetryEvery, w.grace = n, time.Millisecond, patient
+		w.Log = slog.New(slog.NewTextHandler(&log, nil))
+	})
+	r.wait(sickLeast)
+	m.mu.Lock()
+	m.held = n
+	m.mu.Unlock()
+	m.f.set(func() { m.f.work = m.work })
+	for i := range n {
+		r.send(request(sickLeast + i))
+	}
+	r.until("all lines are held", func() bool { return m.toHold() == 0 })
+	m.f.set(func() { m.f.work = blocks }) // it takes no more
+	m.mu.Lock()
+	close(m.dead)
+	m.mu.Unlock()
+	r.until("all connections have broken", func() bool {
+		ws := r.workers()
+		return len(ws) == 1 && strings.Contains(ws[0].LastError, "connection broke") && ws[0].InFlight == 0
+	})
+	first.Close()
+	r.reason(proto.EngineWaiting, "does not answer any more; it died or was stopped")
+	m.f.set(func() { m.f.work = m.f.ok })
+	serve()
+	exactly(t, r.wait(sickLeast+n), sickLeast+n)
+	r.state(proto.EngineReady)
+	if log.times("engine fails many requests") > 0 {
+		t.Errorf("it is said: %s", log.out.String())
+	}
+}
+
+// TestDeadGateForgets: what was refused when the engine had died, before a probe found that, tells nothing of it when it is back.
+func TestDeadGateForgets(t *testing.T) {
+	g := aloneGate(t)
+	g.stall, g.busy, g.found = time.Minute, func() int { return 0 }, func(Status) {}
+	ready := g.status
+	at := time.Now()
+	note := func(c class, n int) {
+		for range n {
+			g.note(&outcome{line: &line{}, verdict: verdict{class: c}})
+		}
+	}
+	note(classUnreached, 2*sickLeast)
+	g.take(at, Status{}, errors.New("dial tcp: connect: connection refused"))
+	note(classUnreached, 2*sickLeast)
+	g.take(at, ready, nil)
+	if n, _ := g.health.share(); n > 0 || g.health.text != "" {
+		t.Errorf("of %d requests: %q", n, g.health.text)
+	}
+	note(classUnreached, 1)
+	if n, _ := g.health.share(); n != 1 {
+		t.Error("nothing counts any more")
 	}
 }
