@@ -203,7 +203,7 @@ func (r *Report) whole(when *spans) (duration, idle int64) {
 	first, last := when.all[0].from, when.all[len(when.all)-1].to
 	begin, idle = min(begin, first), when.idle()
 	for _, edge := range []int64{first - begin, end - last} {
-		if edge >= longPause {
+		if edge >= handOver { // it is between no two requests of a worker
 			idle += edge
 		}
 	}

@@ -230,6 +230,30 @@ func TestEndedLinesAreIdleTime(t *testing.T) {
 	}
 }
 
+// A job that was interrupted, and whose time was over when it went on, was idle in between, however short that was; what its
+// owner ends right after the last answer takes no time from it.
+func TestPauseBeforeExpiryIsIdle(t *testing.T) {
+	for pause, idle := range map[time.Duration]float64{20 * time.Second: 20, time.Hour: 3600, time.Second: 1, 900 * time.Millisecond: 0} {
+		var r Report
+		plan(&r, "w1", time.Unix(1e9, 0), 100)
+		want := r.Close()
+		_, last := r.Times()
+		for i := range int64(50) {
+			r.Add(&proto.Result{Job: "j", Index: 5000 + i, Code: proto.CodeExpired, Model: testModel}, last.Add(pause))
+		}
+		got := r.Close()
+		if !near(got.Duration, want.Duration+pause.Seconds(), 0.001) || !near(got.Idle, idle, 0.001) {
+			t.Errorf("pause of %s: %v s, %v s of them idle", pause, got.Duration, got.Idle)
+		}
+		if idle > 0 && !near(*got.OutputThroughput, *want.OutputThroughput, 0.001) {
+			t.Errorf("pause of %s: %v tokens/s, want %v", pause, *got.OutputThroughput, *want.OutputThroughput)
+		}
+		if *got.Steady != *want.Steady {
+			t.Errorf("pause of %s: steady %+v, want %+v", pause, *got.Steady, *want.Steady)
+		}
+	}
+}
+
 // A job whose first results came late, as from a worker that lost its broker, begins with its first request: what was idle
 // is a part of its duration.
 func TestLateResultsAreIdleInside(t *testing.T) {
