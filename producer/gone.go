@@ -19,6 +19,8 @@ type goneWorker struct {
 	since        time.Time     // when that was, on the clock here
 	sure         bool          // it was seen to be silent twice: once may be a broker that was away itself
 	wait         time.Duration // AckWait of its queues, the longest
+	said         bool          // that it is gone
+	over         bool          // what it had was seen to be with others: it is not said anew
 }
 
 // beatLag is how much longer a worker may have lived than its last heartbeat tells, until the next one was due.
@@ -26,6 +28,10 @@ const beatLag = 2 * time.Second
 
 // again is when what the worker had is handed out again, at the latest.
 func (w *goneWorker) again() time.Time { return w.since.Add(w.wait + beatLag) }
+
+// mayBeBack says whether a part of it may be with others by now: the worker asked for more time every third of AckWait. Before
+// that a look at what others have tells nothing, since their heartbeats are older than it.
+func (w *goneWorker) mayBeBack(now time.Time) bool { return !now.Before(w.since.Add(2 * w.wait / 3)) }
 
 // look takes in what the workers last said, and returns those that are there.
 func (g gone) look(beats []broker.Beat, now time.Time) (ws []proto.Worker) {
@@ -67,7 +73,7 @@ func (g gone) took(b *broker.Beat, now time.Time) {
 }
 
 // note says what workers that are gone had of queues, and when it is handed out again at the latest; empty: nothing is held
-// by them any more.
+// by them any more. Of each it is said once, without a break, however what the others have goes up and down meanwhile.
 func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) string {
 	var handed int64
 	for _, q := range qs {
@@ -77,8 +83,9 @@ func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) stri
 	var who []string
 	var held int64
 	since, back := now, time.Time{}
+	said, mayBeBack := false, true
 	for id, w := range g {
-		if !w.sure || !concerns(qs, w.Models) {
+		if !w.sure || w.over || !concerns(qs, w.Models) {
 			continue
 		}
 		w.wait = longest(qs, w.Models)
@@ -86,6 +93,7 @@ func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) stri
 			continue
 		}
 		who, held = append(who, id), held+w.Held
+		said, mayBeBack = said || w.said, mayBeBack && w.mayBeBack(now)
 		if w.since.Before(since) {
 			since = w.since
 		}
@@ -93,7 +101,12 @@ func (g gone) note(qs []broker.Queue, living []proto.Worker, now time.Time) stri
 			back = w.again()
 		}
 	}
-	if len(who) == 0 || handed == 0 || handed-others < held/2 { // what the others have is not known to the line
+	none := handed == 0 || handed-others < held/2 && (mayBeBack || !said) // what the others have is not known to the line
+	for _, id := range who {
+		g[id].over = none && (g[id].said || handed == 0)
+		g[id].said = !none
+	}
+	if len(who) == 0 || none {
 		return ""
 	}
 	had, then := "about "+proto.Count(held, "line"), "other workers get them by %s"

@@ -34,7 +34,7 @@ func TestGone(t *testing.T) {
 	is(40, 10, 0, "workers a, b are gone, not heard of since 15:00:00, with 10 lines in hand: free again by 15:01:31 UTC, for a worker that serves the model", twice(g, beat("b", 11, 8), at(40))...)
 	is(43, 18, 1, lost, beat("b", 1, 8)) // that one was only held up
 	is(45, 12, 1, "", beat("b", 1, 8))   // most of what the other one had is with others by now
-	is(61, 18, 1, lost, beat("b", 1, 8))
+	is(61, 18, 1, "", beat("b", 1, 8))   // which is not said anew
 	is(62, 18, 1, "", beat("b", 1, 8))
 	if len(g) != 0 {
 		t.Errorf("%d are remembered whose lines are with others", len(g))
@@ -66,6 +66,31 @@ func TestGone(t *testing.T) {
 	// It is forgotten once that is over, though nobody asked the queues meanwhile.
 	if g.look([]broker.Beat{both}, at(200)); len(g) != 0 {
 		t.Errorf("%d are remembered for ever", len(g))
+	}
+}
+
+// TestGoneOnce: that a worker is gone is said without a break, though what others have, which their heartbeats tell late, goes up
+// and down.
+func TestGoneOnce(t *testing.T) {
+	begin := time.Date(2026, 1, 2, 15, 0, 0, 0, time.UTC)
+	g, last, turns := gone{}, "", 0
+	for sec := 9; sec <= 70; sec += 3 {
+		now := begin.Add(time.Duration(sec) * time.Second)
+		beats := []broker.Beat{{Worker: proto.Worker{ID: "b", UptimeUS: 1e12, Held: int64(sec % 2 * 10), Models: []string{"m"}, State: proto.EngineReady}, Silent: time.Second}}
+		if sec < 15 {
+			beats = append(beats, broker.Beat{Worker: proto.Worker{ID: "a", Host: "a", UptimeUS: 1e12, Held: 4, Models: []string{"m"}, State: proto.EngineReady}, Silent: time.Duration(sec) * time.Second})
+		}
+		note := g.note([]broker.Queue{{Model: "m", HandedTo: int64(4 + (sec+1)%2*10), AckWait: time.Minute}}, g.look(beats, now), now)
+		if (note == "") != (last == "") {
+			turns++
+		}
+		last = note
+		if early := sec >= 15 && sec < 40; early && note == "" {
+			t.Errorf("after %d s nothing is said", sec)
+		}
+	}
+	if turns != 2 || last != "" {
+		t.Errorf("it comes and goes: %d, at last %q", turns, last)
 	}
 }
 
