@@ -126,12 +126,12 @@ func (d *direct) do(ctx context.Context, p *prefix, r *proto.Request) (Answer, e
 	}
 }
 
-// since is when the engine of a connection that has brought an answer may last have become another one. What became of other
-// connections before this one was made may show only during its first request.
+// since is when the engine of a connection that has brought an answer may last have become another one: at the latest when it
+// was made, since what became of the others may not have been read yet, or during its first request.
 func (d *direct) since(c *conn) time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !c.used {
+	if !c.used && d.engine.After(c.engine) {
 		c.engine = d.engine
 	}
 	return c.engine
@@ -185,7 +185,9 @@ func (d *direct) dialled(nc net.Conn, err error) *conn {
 		return nil
 	}
 	d.live++
-	return newConn(nc)
+	c := newConn(nc)
+	c.engine = time.Now()
+	return c
 }
 
 // take returns the idle connection that was used last, of those that are still good, or nil.

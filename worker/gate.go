@@ -66,17 +66,16 @@ type gate struct {
 	doubts      []*doubt
 	refusals    refusals
 	hang        hangWatch
-	answers     int                  // answers that were no sign of trouble
-	down        time.Time            // the engine is not up since then, and has answered nothing
-	downAnswers int                  // answers until down
-	everOK      bool                 // a line has succeeded, ever
-	lastOK      time.Time            // when one has succeeded
-	listed      map[string]time.Time // by model: start of the last probe that found it ready and the model listed
-	relisted    map[string]time.Time // by model: when it was listed that was not before
-	names       map[string]string    // by model: by which other name it answers
-	mended      time.Time            // when one has succeeded while the engine was degraded
-	last        time.Time            // start of the last probe that found the engine ready
-	idle        lack                 // why there is nothing to pull from, though the engine lists models; zero: there is
+	answers     int                // answers that were no sign of trouble
+	down        time.Time          // the engine is not up since then, and has answered nothing
+	downAnswers int                // answers until down
+	everOK      bool               // a line has succeeded, ever
+	lastOK      time.Time          // when one has succeeded
+	listed      map[string]listing // by model
+	names       map[string]string  // by model: by which other name it answers
+	mended      time.Time          // when one has succeeded while the engine was degraded
+	last        time.Time          // start of the last probe that found the engine ready
+	idle        lack               // why there is nothing to pull from, though the engine lists models; zero: there is
 }
 
 // lack is a state of a ready engine that gets no lines, and why.

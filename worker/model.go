@@ -27,8 +27,7 @@ func (s *session) confirm(o *outcome) {
 	switch {
 	case s.stopped.Err() != nil:
 		s.giveBack(o.line, 0, "stopped")
-	case st.State == proto.EngineReady && st.serves(o.queue.model):
-		s.gate.known(o)
+	case st.State == proto.EngineReady && st.serves(o.queue.model) && s.gate.known(o):
 		s.finished(o)
 	default:
 		if st.State == proto.EngineReady {
@@ -69,7 +68,7 @@ func (s *session) sayForeign(o *outcome, st Status) {
 	s.foreign = what
 	s.mu.Unlock()
 	if !told {
-		s.Log.Warn("engine serves other models now; answers that may be theirs are not used", "engine", s.Engine.String(), "model", o.queue.model, "serves", st.Models)
+		s.Log.Warn("engine served other models meanwhile; answers that may be theirs are not used", "engine", s.Engine.String(), "model", o.queue.model, "serves", st.Models)
 	}
 }
 
@@ -80,19 +79,34 @@ func (s *session) sayForeign(o *outcome, st Status) {
 func (g *gate) vouches(o *outcome) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	at, ok := g.listed[o.queue.model]
+	at := g.listed[o.queue.model].begun
 	_, lists := g.listed[o.model]
-	return ok && at.After(o.answer.Since) && (!g.last.After(at) || o.started.Before(at)) &&
+	return at.After(o.answer.Since) && (!g.last.After(at) || o.started.Before(at)) && !g.anothers(o) &&
 		(o.model == "" || lists || g.names[o.queue.model] == o.model)
+}
+
+// anothers says whether an answer names a model that was at the engine's address once and is no more, where the model of its
+// line has come back since the line began: it was away, and what is there now tells nothing of the answer. Called with mu held.
+func (g *gate) anothers(o *outcome) bool {
+	l, ok := g.listed[o.model]
+	return ok && o.model != o.queue.model && l.begun.Before(g.last) && g.listed[o.queue.model].anew.After(o.started)
+}
+
+// listing is when an engine listed a model.
+type listing struct {
+	begun time.Time // start of the last probe that found it ready and the model listed
+	anew  time.Time // end of the last probe that found it where the one before had not
 }
 
 // list takes note of the models of a ready engine that a probe has found, which began at a time. Called with mu held.
 func (g *gate) list(models []string, begun time.Time) {
 	for _, m := range models {
-		if at, ok := g.listed[m]; !ok || at.Before(g.last) {
-			g.relisted[m] = time.Now()
+		l, ok := g.listed[m]
+		if !ok || l.begun.Before(g.last) {
+			l.anew = time.Now()
 		}
-		g.listed[m] = begun
+		l.begun = begun
+		g.listed[m] = l
 	}
 	g.last = begun
 }
@@ -101,15 +115,18 @@ func (g *gate) list(models []string, begun time.Time) {
 func (g *gate) back(model string, t time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.relisted[model].After(t)
+	return g.listed[model].anew.After(t)
 }
 
-// known takes note of the name by which an engine answers for a model.
-func (g *gate) known(o *outcome) {
+// known takes note of the name by which an engine answers for a model. False: the name is that of another one.
+func (g *gate) known(o *outcome) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.anothers(o) {
+		return false
+	}
 	if _, lists := g.listed[o.model]; lists || o.model == "" {
-		return
+		return true
 	}
 	if was := g.names[o.queue.model]; was != o.model {
 		g.log.Info("engine answers by another name", "engine", g.engine.String(), "model", o.queue.model, "name", o.model, "before", was)
@@ -118,4 +135,5 @@ func (g *gate) known(o *outcome) {
 		g.names = map[string]string{}
 	}
 	g.names[o.queue.model] = o.model
+	return true
 }

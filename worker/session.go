@@ -116,7 +116,7 @@ func (s *session) openWatchers() {
 	s.control = newControl(s.Conn.JS, s.Log)
 	s.control.changed, s.control.missing = s.controlled, missing
 	s.beat = &beat{js: s.Conn.JS, log: s.Log, id: s.id, record: s.record, missing: missing, kick: make(chan struct{}, 1)}
-	s.gate = &gate{listed: map[string]time.Time{}, relisted: map[string]time.Time{}, engine: s.Engine, keeper: s.Keeper, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, pace: s.limit.Pace, retry: s.RetryEvery,
+	s.gate = &gate{listed: map[string]listing{}, engine: s.Engine, keeper: s.Keeper, log: s.Log, stall: s.StallTimeout, every: s.ProbeEvery, pace: s.limit.Pace, retry: s.RetryEvery,
 		kick: make(chan struct{}, 1), turn: make(chan struct{}), started: s.began,
 		found: s.found, opened: s.adjust, busy: s.slots.inFlight, inside: s.slots.older, others: s.others,
 		abort: func(cause error) { s.slots.abort(cause, all) }}
