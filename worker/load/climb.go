@@ -22,7 +22,8 @@ type climb struct {
 	step       float64 // by which it goes up at first; above fineStep it knows little
 	factor     float64 // from best to n; 0: the first number
 	settled    bool
-	few        int // looks in a row that found fewer than n
+	few        int     // looks in a row that found fewer than n
+	ended      float64 // sequences, since the last look
 
 	trial trial
 }
@@ -48,6 +49,7 @@ const (
 // finished takes in n sequences that were answered, and their work.
 func (c *climb) finished(n, work float64, now time.Time) {
 	w := &c.trial
+	c.ended += n
 	switch {
 	case c.n == 0 || w.want == 0:
 	case w.skip > 0:
@@ -61,9 +63,10 @@ func (c *climb) finished(n, work float64, now time.Time) {
 // look moves n where the measurement is complete. inFlight is how many sequences there are.
 func (c *climb) look(inFlight float64) {
 	w := &c.trial
-	if c.few++; inFlight >= 0.9*math.Floor(c.n) {
+	if c.few++; inFlight >= 0.9*math.Floor(c.n) || c.ended >= c.n { // as many may have been there, and be over
 		c.few = 0
 	}
+	c.ended = 0
 	switch {
 	case w.want == 0, c.few > 1: // what comes shows nothing of n; one such look is between two generations
 		c.measure()

@@ -57,18 +57,19 @@ type Limit struct {
 	climb   climb
 	graphs  graphs
 
-	begun  mean // of sequences that were taken
-	ended  mean // of sequences that were answered
-	looks  []look
-	first  look      // since the start of the engine, or ours, or since nothing was in flight
-	hold   time.Time // no change of base until then
-	gain   gain
-	count  int     // sequences that were answered since first
-	made   float64 // tokens in these
-	all    int     // answers, ever
-	steers bool    // so many lines have ended that it need not compute any more
-	idle   bool    // nothing was in flight at the last look, and no line has come since
-	early  int     // looks since then, before any line has ended
+	begun   mean // of sequences that were taken
+	ended   mean // of sequences that were answered
+	looks   []look
+	first   look      // since the start of the engine, or ours, or since nothing was in flight
+	hold    time.Time // no change of base until then
+	gain    gain
+	count   int     // sequences that were answered since first
+	made    float64 // tokens in these
+	all     int     // answers, ever
+	steers  bool    // so many lines have ended that it need not compute any more
+	gathers bool    // lines should begin together
+	idle    bool    // nothing was in flight at the last look, and no line has come since
+	early   int     // looks since then, before any line has ended
 }
 
 // way is how the limit is found.
@@ -100,6 +101,8 @@ const (
 	burstWorth  = 0.2  // 2e / 4
 	burstMost   = 0.05 // of the slots
 	burstFew    = 40   // lines, in flight and ended, at least, for bursts
+	burstStays  = 0.8  // of what the graphs hold: less in a step, and lines begin one by one again
+	briefLines  = 1.5  // output tokens: lines of fewer, such as embeddings, are over before an engine tells that they run
 )
 
 func New(fixed int) *Limit {
@@ -127,23 +130,31 @@ func (l *Limit) Burst() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n, output := l.base/l.width()*l.share, max(l.ended.output, 1)
-	if l.fixed > 0 || l.way != bySteering || n < burstFew || l.ended.n < burstFew || !l.gathers(l.base) {
+	if l.fixed > 0 || l.way != bySteering || n < burstFew || l.ended.n < burstFew || !l.gathers {
 		return 1
 	}
 	return max(2, int(n*min(math.Sqrt(burstWorth/output), burstMost)))
 }
 
-// gathers says whether lines should begin together where n sequences run: the graphs hold them, and not the prompts that come
-// into a step where lines begin one by one.
-func (l *Limit) gathers(n float64) bool {
+// gather finds whether lines should begin together: where so many run, the graphs help, and do not hold the prompts that come
+// into a step where lines begin one by one. Of short outputs more end in each step than would begin together.
+func (l *Limit) gather(n float64) {
 	if !l.graphs.help(n) || n/l.width() < burstFew {
-		return false
+		l.gathers = false
+		return
+	}
+	if l.ended.n == 0 {
+		l.gathers = true
+		return
 	}
 	size := l.graphs.size
 	if most := cmp.Or(l.ran, float64(l.Sequences)); most > 0 && !l.graphs.told {
 		size = min(size, 2*most) // see vllmGraphs
 	}
-	return l.ended.n == 0 || n+l.ended.prompt*max(1, n/max(l.ended.output, 1)) > size
+	if l.gathers {
+		size *= burstStays
+	}
+	l.gathers = l.ended.output*burstMost >= 1 && n+l.ended.prompt*max(1, n/l.ended.output) > size
 }
 
 // Tokens is the capacity of the KV cache, told or guessed; 0: unknown.
@@ -253,6 +264,8 @@ func (l *Limit) Observe(st Engine, inFlight int, now time.Time) {
 // follow moves the limit the way that the engine allows.
 func (l *Limit) follow(st Engine, now look) {
 	switch {
+	case l.kv > 0 && now.g.Known && l.ended.n >= fewLines && l.ended.output < briefLines:
+		l.climbOn(now, l.base, 2)
 	case l.kv > 0 && now.g.Known:
 		l.way = bySteering
 		l.steer(now)
@@ -288,6 +301,8 @@ func (l *Limit) climbOn(now look, start, step float64) {
 	l.base = l.climb.n
 	tells := "engine tells no KV capacity"
 	switch {
+	case l.kv > 0 && now.g.Known:
+		tells = "lines are over at once"
 	case l.several.sure:
 		tells = "several engines at one address"
 	case l.kv > 0 && l.engine.kind == proto.KindSGLang:
@@ -329,7 +344,7 @@ func (l *Limit) spread(st Engine, same bool) {
 	n := float64(max(l.copies, 1))
 	l.graphs.meet(st.Kind, same, st.Graphs, n)
 	if l.most = mostSeqs * n; l.slots > 0 {
-		l.most = l.slots*(1+1./seqsShort) + seqsWait
+		l.most = l.slots*(1+seqsTurn) + seqsWait
 	}
 }
 
@@ -366,8 +381,9 @@ func (l *Limit) forget() {
 	l.graphs.restart()
 	l.uncap()
 	l.looks, l.first, l.count, l.made, l.hold, l.gain = nil, look{}, 0, 0, time.Time{}, gain{size: 1}
+	l.all, l.steers = 0, false // it may run fewer now than it did, so it begins as it did at first
 	if l.ended.n >= fewLines && l.kv > 0 {
-		l.set(l.line().fits(fill * l.kv))
+		l.set(min(l.line().fits(fill*l.kv), l.few()))
 	}
 }
 

@@ -31,6 +31,7 @@ type regime struct {
 	others int   // requests of another client that are always there
 	shared int   // workers that share the engine; 0: one
 	graphs int64 // tokens of its largest CUDA graph, as its log says; 0: nobody knows
+	told   int64 // sequences that it runs at once, by its flags; 0: nobody knows
 }
 
 // view is what an engine tells of itself.
@@ -187,7 +188,9 @@ func (g *regime) run(t testing.TB, lines []ask, inFlight int, tells view) (c cou
 			clients = append(clients, &always{inFlight / max(g.shared, 1)})
 			continue
 		}
-		clients = append(clients, &controlled{limit: load.New(0), regime: g, engine: v, tells: tells})
+		limit := load.New(0)
+		limit.Sequences = g.told
+		clients = append(clients, &controlled{limit: limit, regime: g, engine: v, tells: tells})
 	}
 	parts := [][]ask{lines}
 	if g.pause {
@@ -392,86 +395,6 @@ func TestRegimes(t *testing.T) {
 		graphs := g.engine.GraphTokens > 0 // an edge that is only looked for where an engine tells its load
 		if less[0] < 0.94 || less[1] < 0.92 && !g.prefix && !graphs || less[1] < 0.7 || less[2] < 0.86 && !graphs || less[2] < 0.82 {
 			t.Errorf("%s, %d fit: %.3f of the best for engines that tell less", g.name, g.fit, less)
-		}
-	}
-}
-
-// TestGraphs: an engine that is slower in steps of more than 512 tokens is kept to as many sequences; where lines end one by
-// one, those that follow them begin together, and that makes more than any fixed number.
-func TestGraphs(t *testing.T) {
-	for _, c := range []struct {
-		name         string
-		line         func(*rand.Rand, int, int) ask
-		engine       sim.Config
-		kv, seqs     int
-		others, best int     // of another client; fixed number in flight
-		of           float64 // of what that makes
-		least, most  int     // limit at the end
-	}{
-		{"788 + 308", fixed(788, 308), graphed(0), 880_000, 1024, 0, 500, 0.95, 512, 640},
-		{"788 + 50 to 600", uniform(788, 50, 600), graphed(0), 880_000, 1024, 0, 899, 1.04, 512, 640},
-		{"788 + 50 to 600, 128 sequences at most", uniform(788, 50, 600), graphed(0), 880_000, 128, 0, 132, 1.08, 128, 128},
-		{"300 + long tail, KV cache for 650", longTail(300, 150, 1, 3000), graphed(0), 359_646, 1024, 0, 512, 1.04, 512, 512},
-		{"60 + 20 to 280, 64 sequences at most", uniform(60, 20, 280), graphed(0), 880_000, 64, 0, 67, 0.97, 64, 67},
-		{"600 + 10 to 30, 256 sequences at most", uniform(600, 10, 30), graphed(0), 880_000, 256, 0, 263, 0.97, 250, 263},
-		{"100 + 50 to 600, another client", uniform(100, 50, 600), card(0, 1024, 8192, 3000, 30, 2), 880_000, 1024, 50, 974, 0.93, 700, 1024},
-		{"788 + 308, large graphs", fixed(788, 308), largeGraphs(0), 880_000, 1024, 0, 807, 0.97, 790, 850},
-		{"788 + 50 to 600, large graphs", uniform(788, 50, 600), largeGraphs(0), 880_000, 1024, 0, 899, 0.97, 800, 1024},
-	} {
-		g := regime{name: c.name, engine: c.engine, line: c.line, others: c.others}
-		if g.engine.GraphTokens > 512 {
-			g.graphs = int64(g.engine.GraphTokens)
-		}
-		g.engine.KVTokens, g.engine.MaxNumSeqs = c.kv, c.seqs
-		lines := g.lines(12000)
-		best, got := g.run(t, lines, c.best, tellsAll), g.run(t, lines, 0, tellsAll)
-		t.Logf("%s: %.3f of the best, limit in the last half %d to %d; %s", c.name, got.rate/best.rate, got.least, got.largest, got.why)
-		if got.rate < c.of*best.rate || got.least < c.least || got.largest > c.most {
-			t.Errorf("%s: %.3f of the best, %d to %d; %s", c.name, got.rate/best.rate, got.least, got.largest, got.why)
-		}
-	}
-}
-
-// TestPromptsFirst: lines that are almost all prompt keep few running, whatever is in flight; that says nothing of those that
-// come after them.
-func TestPromptsFirst(t *testing.T) {
-	prompts, outputs := fixed(1500, 5), fixed(100, 400)
-	for _, c := range []struct {
-		name string
-		line func(*rand.Rand, int, int) ask
-		best int // fixed number in flight
-	}{{"1,500 + 5, then 100 + 400", half(prompts, outputs), 890}, {"the same in turns", turns(1500, prompts, outputs), 956}} {
-		g := regime{name: c.name, engine: big(432 * 1100), line: c.line}
-		g.engine.MaxModelLen = 4096
-		lines := g.lines(6000)
-		best, got := g.run(t, lines, c.best, tellsAll), g.run(t, lines, 0, tellsAll)
-		t.Logf("%s: %.3f of the best, limit in the last half %d to %d", c.name, got.rate/best.rate, got.least, got.largest)
-		if got.rate < 0.9*best.rate {
-			t.Errorf("%s: %.3f of the best; %s", c.name, got.rate/best.rate, got.why)
-		}
-	}
-}
-
-// TestFewAtOnce: an engine that runs few at once gets not many more of them, not even at first, whatever its KV cache would hold;
-// nor fewer, though some of them have just ended whenever it tells how many run.
-func TestFewAtOnce(t *testing.T) {
-	slow := big(880_000)
-	slow.StepTime = 100 * time.Millisecond
-	for _, c := range []struct {
-		seqs, least, most int
-		engine            sim.Config
-		line              func(*rand.Rand, int, int) ask
-	}{
-		{32, 32, 98, big(880_000), uniform(300, 50, 200)}, {100, 100, 310, big(880_000), uniform(300, 50, 200)},
-		{64, 64, 194, slow, uniform(10, 10, 30)}, {100, 96, 310, slow, uniform(10, 10, 30)}, {128, 128, 388, slow, uniform(10, 5, 15)},
-	} {
-		g := regime{engine: c.engine, line: c.line}
-		g.engine.MaxNumSeqs = c.seqs
-		lines := g.lines(40 * c.seqs)
-		best, got := g.run(t, lines, c.seqs+4, tellsAll), g.run(t, lines, 0, tellsAll)
-		t.Logf("%d sequences: %d at most, %d to %d in the last half, %.3f of the best; %s", c.seqs, got.peak, got.least, got.largest, got.rate/best.rate, got.why)
-		if got.peak > c.most || got.least < c.least || got.largest > c.seqs+c.seqs/8 || got.rate < 0.97*best.rate {
-			t.Errorf("%d sequences: %d at most, %d to %d in the last half, %.3f of the best; %s", c.seqs, got.peak, got.least, got.largest, got.rate/best.rate, got.why)
 		}
 	}
 }

@@ -217,6 +217,7 @@ func TestBurstGraphs(t *testing.T) {
 		l := New(0)
 		l.Sequences, l.way, l.base = c.sequences, bySteering, 64
 		l.graphs.size, l.graphs.told, l.ended = 512, c.told, mean{n: fewLines, prompt: 100, output: 300}
+		l.gather(64)
 		if got := l.Burst(); got != c.want {
 			t.Errorf("%+v: bursts of %d", c, got)
 		}
@@ -233,8 +234,25 @@ func TestGraphsFew(t *testing.T) {
 		l := New(0)
 		l.graphs.meet(proto.KindVLLM, false, c.told, float64(c.copies))
 		l.Sequences, l.way, l.base, l.ended = 64, bySteering, 64, mean{n: fewLines, prompt: 100, output: 64}
+		l.gather(64)
 		if most, burst := l.graphs.most(900), l.Burst(); most != c.most || burst != c.burst {
 			t.Errorf("%+v: %.0f sequences, bursts of %d", c, most, burst)
+		}
+	}
+}
+
+// TestGathers: where a prompt just fits into the graphs beside those that run, lines begin together or one by one, and do not change
+// between the two at each look; short outputs never begin together, since more of them than would begin together end in a step.
+func TestGathers(t *testing.T) {
+	l := New(0)
+	l.graphs.meet(proto.KindVLLM, false, 256, 1)
+	for i, c := range []struct {
+		prompt, output float64
+		want           bool
+	}{{140, 300, true}, {120, 300, true}, {70, 300, false}, {120, 300, false}, {140, 300, true}, {300, 19, false}, {300, 21, true}} {
+		l.ended = mean{n: fewLines, prompt: c.prompt, output: c.output}
+		if l.gather(128); l.gathers != c.want {
+			t.Errorf("%d: %.0f + %.0f: %v", i, c.prompt, c.output, l.gathers)
 		}
 	}
 }

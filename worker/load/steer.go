@@ -29,7 +29,8 @@ const (
 	mostAtOnce  = 3
 	// of an engine that runs so many at once and no more, that many times seqsMore, and seqsWait, are in flight
 	seqsMore, seqsWait = 1.02, 2.
-	seqsShort          = 10   // or, where outputs are short, as many more as end in a step, but for shorter ones than that
+	seqsSteps          = 2.   // or, of short outputs, as many more as end in so many steps
+	seqsTurn           = 0.5  // but no more than that share
 	seenShort          = 0.94 // of what it runs, at least, a gauge shows that is read when some have just ended, of long outputs
 	seenLeast          = 0.8  // and of short ones
 )
@@ -63,6 +64,7 @@ func (l *Limit) steer(now look) {
 	l.looks = append(l.looks, now)
 	life := max(time.Duration(l.ended.took*float64(time.Second)), 2*time.Second)
 	l.trim(now.at.Add(-life))
+	l.gather(cmp.Or(l.slots, l.base))
 	if n := l.crowded(); n > 0 {
 		l.runs(n)
 	}
@@ -112,12 +114,12 @@ func (l *Limit) trim(before time.Time) {
 func (l *Limit) begin(now look) (more bool) {
 	b := l.beginning(now)
 	n := b.fits()
-	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
-	n = max(n-others, n/2)                                                    // another worker does the same
-	few := max(leastAtOnce*float64(max(l.copies, 1)), mostAtOnce*l.ranMost()) // it may run few, whatever room it has
-	if l.slots > 0 {
-		few = n // how many it runs is known
+	if l.ended.n >= fewLines { // of before the engine's last start
+		n = max(n, l.line().fits(b.kv))
 	}
+	others := max(0, float64(now.g.Running+now.g.Waiting)-now.inFlight)
+	n = max(n-others, n/2) // another worker does the same
+	few := l.few()
 	all := float64(now.g.Running) >= 0.9*l.base
 	l.set(min(n, few))
 	fits := fmt.Sprintf("KV cache of %.0f tokens", l.kv)
@@ -129,7 +131,15 @@ func (l *Limit) begin(now look) (more bool) {
 		return false
 	}
 	l.why = fmt.Sprintf("%s, lines of %.0f + up to %.0f; few have ended", fits, b.prompt, b.most)
-	return n > few && all
+	return min(n, l.seqs) > few && all
+}
+
+// few is how many are enough until more are seen to run: the engine may run few, whatever room it has.
+func (l *Limit) few() float64 {
+	if l.slots > 0 { // that is known
+		return math.Inf(1)
+	}
+	return max(leastAtOnce*float64(max(l.copies, 1)), mostAtOnce*l.ranMost())
 }
 
 // ranMost is how many sequences ran at most, in the looks that are kept.
@@ -279,14 +289,24 @@ func (l *Limit) crowded() (most float64) {
 
 // wavers is by what share a gauge of n running sequences goes up and down, twice the standard deviation, since it is read
 // when a step has ended: of outputs of c tokens n/c have ended in it, and those that follow them have not begun.
-func (l *Limit) wavers(n float64) float64 { return 2 / math.Sqrt(n*max(l.line().output, 1)) }
+func (l *Limit) wavers(n float64) float64 {
+	if l.ended.output < 1 {
+		return 0
+	}
+	return 2 / math.Sqrt(n*l.ended.output)
+}
 
 // runs takes note of how many sequences the engine runs at once, whatever room there is, where at most n were seen. The
-// usual ones are powers of two.
+// usual ones are powers of two. Where its flags say it, they are right.
 func (l *Limit) runs(n float64) {
-	short := min(seenShort, max(1-1/max(l.line().output, 1)-l.wavers(n), seenLeast))
-	if usual := math.Exp2(math.Ceil(math.Log2(n))); n >= short*usual {
+	if l.slots > 0 {
+		return
+	}
+	shown := max(1-1/max(l.ended.output, 1), seenLeast) // the rest has just ended
+	if usual := math.Exp2(math.Ceil(math.Log2(n))); n >= min(seenShort, max(shown-l.wavers(n), seenLeast))*usual {
 		n = usual
+	} else {
+		n /= shown
 	}
 	l.ran, l.ranLine = n, l.line().tokens()
 	l.seqs = l.enoughFor(n)
@@ -294,15 +314,15 @@ func (l *Limit) runs(n float64) {
 }
 
 // enoughFor is how many to have at an engine that runs n at once and no more. Those that wait in it take the place of others in
-// the next step; whoever is only sent then comes a step later. But they begin as others end, one by one; so where they should
-// begin together, none wait.
+// the next step; whoever is sent only then comes a step or two later, which is much of a short output. But they begin as others
+// end, one by one; so where they should begin together, none wait.
 func (l *Limit) enoughFor(n float64) float64 {
-	if l.gathers(n) {
+	if l.gathers {
 		return n
 	}
 	more := seqsMore
 	if l.ended.n > 0 {
-		more = max(more, 1+1/max(l.ended.output, seqsShort))
+		more = max(more, 1+min(seqsSteps/max(l.ended.output, 1), seqsTurn))
 	}
 	return n*more + seqsWait
 }
