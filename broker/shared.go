@@ -27,6 +27,9 @@ func (e *SharedEngine) String() string {
 func Shared(beats []Beat) (out []SharedEngine) {
 	told := map[string]bool{}
 	for i := range beats {
+		if told[beats[i].ID] {
+			continue
+		}
 		e := SharedEngine{beats[i].Engine, []string{beats[i].ID}}
 		for j := range beats[i+1:] {
 			if b := &beats[i+1+j]; !told[b.ID] && beats[i].shares(b) {

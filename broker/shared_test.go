@@ -55,6 +55,7 @@ func TestShared(t *testing.T) {
 		"one process a container":   {[]broker.Beat{beat("a1", "h", here), beat("a2", "h", here)}, ""},
 		"one name, other GPUs":      {[]broker.Beat{beat("a", "h", here, gpus("x", "y")), beat("b", "h", here, gpus("z"))}, ""},
 		"the engine's GPUs":         {[]broker.Beat{beat("a", "h", here, gpus("x", "y"), hosted), beat("b", "h", here, gpus("z", "y"))}, here + " a b"},
+		"one without GPUs":          {[]broker.Beat{beat("a", "h", here, gpus("x")), beat("b", "h", here), beat("c", "h", here, gpus("y"))}, here + " a b"},
 		"an engine each":            {[]broker.Beat{beat("a", "h", here, hosted), beat("b", "h", here, hosted)}, ""},
 		"one whose engine is given up": {[]broker.Beat{beat("a", "h", here, func(b *broker.Beat) { b.GivenUp = "it died" }),
 			beat("b", "h", here)}, ""},
