@@ -128,6 +128,19 @@ func (f Flags) Shown() []string {
 	return out
 }
 
+// brief is a list of them for people, without values that are long.
+func (f Flags) brief() string {
+	var out []string
+	for _, word := range f {
+		if strings.HasPrefix(word, "--") {
+			out = append(out, word)
+		} else if len(word) < 20 {
+			out[len(out)-1] += " " + word
+		}
+	}
+	return strings.Join(out, ", ")
+}
+
 // GPUs is how many GPUs one engine takes: those over which its layers and its copies are spread.
 func (f Flags) GPUs() (int, error) {
 	n := 1

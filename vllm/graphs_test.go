@@ -93,6 +93,28 @@ func TestPlainer(t *testing.T) {
 	}
 }
 
+// TestPlainerSays: what is given up is said by name.
+func TestPlainerSays(t *testing.T) {
+	says, err := filepath.Abs("testdata/reasons/cache.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		flags vllm.Flags
+		cores int
+		want  string
+	}{{nil, 1, "(--compilation-config)"}, {nil, 6, "(--compilation-config, --api-server-count 2)"}, {vllm.Flags{"--enforce-eager"}, 6, "(--api-server-count 2)"}} {
+		r := newRig(t, "not-with-our-graphs "+says)
+		r.Flags, r.Restarts = append(c.flags, random...), 0
+		r.Tune(card, c.cores)
+		r.start().up(2)
+		if want := "it is tried without what millrace asked for by itself " + c.want; !strings.Contains(r.said.String(), want) {
+			t.Errorf("%+v: %q is not in %s", c, want, r.said)
+		}
+		r.stop()
+	}
+}
+
 // TestMemory: it is that of the smallest of the GPUs that are asked for.
 func TestMemory(t *testing.T) {
 	bin := t.TempDir()

@@ -206,8 +206,8 @@ func (s *Server) Run(live, patience context.Context) error {
 			s.set(false, proto.EngineWaiting, "engine is stopped")
 			return nil
 		}
-		if s.plainer(end) {
-			s.Log.Warn(end.why+"; it is tried without the larger CUDA graphs that we asked for", "engine", s.String(), "log", s.LogFile())
+		if ours := s.plainer(end); ours != nil {
+			s.Log.Warn(fmt.Sprintf("%s; it is tried without what millrace asked for by itself (%s)", end.why, ours.brief()), "engine", s.String(), "log", s.LogFile())
 			s.count(end.cause)
 			continue
 		}

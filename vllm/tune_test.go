@@ -42,6 +42,7 @@ func TestTune(t *testing.T) {
 		{model, h100, vllm.Flags{"--speculative-config={}"}, false}, {model, h100, vllm.Flags{"--speculative-config.method", "ngram"}, false},
 		{model, h100, vllm.Flags{"-sc", "{}"}, false}, {model, h100, vllm.Flags{"--spec-method", "ngram"}, false}, {model, h100, vllm.Flags{"--spec_tokens=3"}, false},
 		{model, h100, vllm.Flags{"--spec-model", "m"}, false}, {model, h100, vllm.Flags{"--performance-mode", "interactivity"}, false},
+		{model, h100, vllm.Flags{"--compil", "{}"}, false}, {model, h100, vllm.Flags{"--compilation_c={}"}, false}, {model, h100, vllm.Flags{"--compilation-c.mode", "3"}, false}, {model, h100, vllm.Flags{"--compi", "3"}, true},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
 		s.Tune(func() int64 { return c.memory }, 1)
@@ -54,27 +55,41 @@ func TestTune(t *testing.T) {
 }
 
 // TestTuneFrontends: a very small model gets a second process that speaks HTTP, where there are cores for it and nothing asks for
-// one process.
+// one process, as a model that takes images or sound does.
 func TestTuneFrontends(t *testing.T) {
 	tiny, small := t.TempDir(), t.TempDir()
 	weigh(t, tiny, 3)
 	weigh(t, small, 5)
+	sees, hears, reads, hub := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	t.Setenv("HF_HUB_CACHE", hub)
+	seer, reader := filepath.Join(hub, "models--a--seer", "snapshots", "1f"), filepath.Join(hub, "models--a--reader", "snapshots", "1f")
+	for dir, config := range map[string]string{sees: `{"vision_config": {}}`, seer: `{"vision_config": {}}`, hears: `{"thinker_config": {"audio_config": {}}}`, reads: `{"vocab_size": 1}`, reader: `{}`} {
+		weigh(t, dir, 3)
+		if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, c := range []struct {
 		model  string
 		memory int64
 		cores  int
 		flags  vllm.Flags
-		env    string
+		env    string // name and value
 		want   bool
 	}{
 		{tiny, h100, 6, nil, "", true}, {tiny, h100, 6, vllm.Flags{"--enforce-eager", "--max-num-seqs", "1024"}, "", true}, {tiny, h100, 5, nil, "", false},
 		{small, h100, 16, nil, "", false}, {small, 141 << 30, 16, nil, "", true}, {tiny, 64 << 30, 16, nil, "", false}, {tiny, 0, 16, nil, "", false}, {t.TempDir(), h100, 16, nil, "", false},
 		{tiny, h100, 16, vllm.Flags{"--api_server_count=1"}, "", false}, {tiny, h100, 16, vllm.Flags{"-asc", "4"}, "", false}, {tiny, h100, 16, vllm.Flags{"--data-parallel-size", "1"}, "", false},
 		{tiny, h100, 16, vllm.Flags{"-tp", "2"}, "", false}, {tiny, h100, 16, vllm.Flags{"--enable-lora"}, "", false}, {tiny, h100, 16, vllm.Flags{"--mm-processor-cache-type", "shm"}, "", false},
-		{tiny, h100, 16, nil, "VLLM_USE_RUST_FRONTEND", false}, {tiny, h100, 16, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING", false},
+		{tiny, h100, 16, vllm.Flags{"--api-se", "1"}, "", false}, {tiny, h100, 16, vllm.Flags{"--api_server=1"}, "", false}, {tiny, h100, 16, vllm.Flags{"--enable-prefix-caching"}, "", true},
+		{tiny, h100, 16, nil, "VLLM_USE_RUST_FRONTEND=1", false}, {tiny, h100, 16, nil, "VLLM_USE_RUST_FRONTEND=0", true}, {tiny, h100, 16, nil, "VLLM_RUST_FRONTEND_PATH=/x", false},
+		{tiny, h100, 16, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", false}, {tiny, h100, 16, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=true", false},
+		{sees, h100, 16, nil, "", false}, {hears, h100, 16, nil, "", false}, {reads, h100, 16, nil, "", true}, {"a/seer", h100, 16, nil, "", false}, {"a/reader", h100, 16, nil, "", true},
+		{sees, h100, 16, vllm.Flags{"--load-format", "dummy"}, "", false},
 	} {
+		name, value, _ := strings.Cut(c.env, "=")
 		if c.env != "" {
-			t.Setenv(c.env, "1")
+			t.Setenv(name, value)
 		}
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
 		s.Tune(func() int64 { return c.memory }, c.cores)
@@ -82,7 +97,7 @@ func TestTuneFrontends(t *testing.T) {
 			t.Errorf("%+v: %s", c, shown)
 		}
 		if c.env != "" {
-			t.Setenv(c.env, "")
+			t.Setenv(name, "")
 		}
 	}
 }
@@ -95,6 +110,7 @@ func TestNoAccessLog(t *testing.T) {
 	}{
 		{nil, true}, {vllm.Flags{"--max-num-seqs", "8"}, true}, {vllm.Flags{"--no-disable-uvicorn-access-log"}, false},
 		{vllm.Flags{"--uvicorn_log_level=debug"}, false}, {vllm.Flags{"--disable-access-log-for-endpoints", "/health"}, false},
+		{vllm.Flags{"--no-disable-uv"}, false}, {vllm.Flags{"--disable-uvicorn"}, false}, {vllm.Flags{"--disable-log-stats"}, true},
 	} {
 		s := &vllm.Server{Model: "m", Flags: c.flags, Port: 1}
 		if line := s.CommandLine(); slices.Contains(line, "--disable-uvicorn-access-log") != c.want || len(s.Shown()) != len(c.flags) {

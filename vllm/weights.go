@@ -17,18 +17,33 @@ func (s *Server) weights() (bytes int64, known bool) {
 		return info.Size(), true
 	} else if err == nil {
 		bytes = weightsIn(s.Model)
-		_, err = os.Stat(filepath.Join(s.Model, "config.json"))
+		_, err = os.Stat(filepath.Join(s.Model, config))
 		return bytes, bytes > 0 || err == nil
 	}
+	for _, dir := range s.snapshots() {
+		bytes = max(bytes, weightsIn(dir))
+	}
+	return bytes, bytes > 0
+}
+
+const config = "config.json" // of a model
+
+// snapshots are the folders of a model that has a name.
+func (s *Server) snapshots() []string {
 	hub, ok := s.Flags.last("--download-dir")
 	if !ok {
 		hub = hubCache()
 	}
 	dirs, _ := filepath.Glob(filepath.Join(hub, "models--"+strings.ReplaceAll(s.Model, "/", "--"), "snapshots", "*")) // a name that is no pattern has none
-	for _, dir := range dirs {
-		bytes = max(bytes, weightsIn(dir))
-	}
-	return bytes, bytes > 0
+	return dirs
+}
+
+// sees says whether the model takes images or sound, as its files on this machine say.
+func (s *Server) sees() bool {
+	return slices.ContainsFunc(append(s.snapshots(), s.Model), func(dir string) bool {
+		text, _ := os.ReadFile(filepath.Join(dir, config)) // where there is none nothing is known of that
+		return strings.Contains(string(text), `"vision_config"`) || strings.Contains(string(text), `"audio_config"`)
+	})
 }
 
 // hubCache is where huggingface_hub keeps models that have a name (constants.py, file_download.py).
