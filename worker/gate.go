@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"millrace/proto"
@@ -216,7 +217,9 @@ func (g *gate) take(begun time.Time, st Status, err error) {
 		g.was = st
 	} else {
 		g.lastBad = time.Now()
-		g.health = health{}  // what it failed last was its death
+		if st.Gone || errors.Is(err, syscall.ECONNREFUSED) {
+			g.health = health{} // what it failed last was its death; one that is ill for a moment stays what it is
+		}
 		if g.keeper != nil { // one that we start is the same the next time
 			k := &g.was
 			st.Kind, st.Version, st.Slots, st.MaxLen, st.Simulated = k.Kind, k.Version, k.Slots, k.MaxLen, k.Simulated

@@ -109,7 +109,7 @@ func (g *gate) note(o *outcome) {
 	}
 	now := time.Now()
 	g.mu.Lock()
-	due := g.status.State == proto.EngineReady && g.health.count(how, now)
+	due := g.status.State == proto.EngineReady && !g.dying() && g.health.count(how, now)
 	began := g.health.began
 	g.mu.Unlock()
 	if !due || now.Sub(began) < min(refusedWell, g.retry) || g.inside(began) {

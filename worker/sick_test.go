@@ -2,12 +2,14 @@ package worker
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -59,6 +61,31 @@ func TestSick(t *testing.T) {
 	if n := log.times("engine fails many requests"); n < 1 || n > 3 { // more than once only where that lasts
 		t.Errorf("logged %d times", n)
 	}
+}
+
+// TestSickConnections: of an engine that breaks most of its answers off, and is well otherwise, it is said.
+func TestSickConnections(t *testing.T) {
+	r, f := newRig(t), newFake(t)
+	const n = 200
+	var calls atomic.Int64
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, q *http.Request, body string) {
+			if calls.Add(1)%3 == 0 {
+				f.ok(w, q, body)
+				return
+			}
+			w.Header().Set("Content-Length", "100") // one that broke before its answer may have been idle
+			_, _ = w.Write([]byte("{"))
+			panic(http.ErrAbortHandler)
+		}
+	})
+	r.send(requests(n)...)
+	r.start(f.engine(), func(w *Worker) {
+		w.Concurrency, w.RetryEvery, w.grace, w.MaxAttempts = 4, time.Millisecond, 5*time.Millisecond, 1000
+	})
+	r.reason(proto.EngineReady, "(connection broke: ")
+	f.set(func() { f.work = f.ok })
+	exactly(t, r.wait(n), n)
 }
 
 // TestHealth: when a word on an engine is due, and what it is.
@@ -255,7 +282,7 @@ func TestDeadGateForgets(t *testing.T) {
 		}
 	}
 	note(classUnreached, 2*sickLeast)
-	g.take(at, Status{}, errors.New("dial tcp: connect: connection refused"))
+	g.take(at, Status{}, fmt.Errorf("dial tcp: %w", syscall.ECONNREFUSED))
 	note(classUnreached, 2*sickLeast)
 	g.take(at, ready, nil)
 	if n, _ := g.health.share(); n > 0 || g.health.text != "" {
@@ -264,5 +291,32 @@ func TestDeadGateForgets(t *testing.T) {
 	note(classUnreached, 1)
 	if n, _ := g.health.share(); n != 1 {
 		t.Error("nothing counts any more")
+	}
+	for _, kind := range []tripKind{tripDead, tripUnreached} {
+		note(classRetry, sickLeast)
+		g.close(kind, proto.EngineWaiting, "engine died")
+		note(classRetry, sickLeast)
+		if n, _ := g.health.share(); n > 0 {
+			t.Errorf("%d requests of a death, of kind %d, count", n, kind)
+		}
+		g.trip = nil
+	}
+}
+
+// TestFlaky: of an engine that fails its requests it is said also where a probe now and then does not find it ready.
+func TestFlaky(t *testing.T) {
+	g := aloneGate(t)
+	g.stall, g.retry, g.busy, g.found = time.Minute, 0, func() int { return 0 }, func(Status) {}
+	ready := g.status
+	for range 3 {
+		for range sickLeast - 1 {
+			g.note(&outcome{line: &line{}, verdict: verdict{class: classRetry}, answer: Answer{Status: 500}})
+		}
+		g.take(time.Now(), Status{State: proto.EngineWaiting, Ill: true, Reason: "/health says 503"}, nil)
+		g.take(time.Now(), Status{}, errors.New("read: connection reset by peer"))
+		g.take(time.Now(), ready, nil)
+	}
+	if want := "answered 0 of the last 20 requests well (HTTP 500: 20)"; !strings.Contains(g.health.text, want) {
+		t.Errorf("it is said that %q, want %q", g.health.text, want)
 	}
 }

@@ -54,10 +54,15 @@ func (g *gate) closeLocked(kind tripKind, state, reason string) bool {
 	}
 	g.trip = &trip{kind: kind, state: state, reason: reason, at: now, until: now.Add(g.pause(kind))}
 	if kind == tripDead || kind == tripUnreached {
-		g.lastDeath = now
+		g.lastDeath, g.health = now, health{}
 	}
 	g.heard() // the trip says now why nothing moves
 	return true
+}
+
+// dying says whether lines found the engine dead, or nobody there, and nothing has shown yet that it is back. Called with mu held.
+func (g *gate) dying() bool {
+	return g.trip != nil && (g.trip.kind == tripDead || g.trip.kind == tripUnreached)
 }
 
 // pause is how long the gate stays closed at least. Called with mu held.
