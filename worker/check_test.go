@@ -92,27 +92,36 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestCheckOfGreeting: what speaks before it is asked is no engine, whether its greeting or the request is quicker.
+// TestCheckOfGreeting: what speaks before it is asked is no engine, whether its greeting or the request is quicker. What may be
+// random in it is not said.
 func TestCheckOfGreeting(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
+	for greeting, want := range map[string]string{
+		"SSH-2.0-OpenSSH_9.2\r\n":                    ` and says "SSH-2.0-OpenSSH_9.2"; check --engine`,
+		"220 \"mail\" 'of' `mine`\r\n":               ` and says "220 mail of mine"; check --engine`,
+		"J\x00\x00\x00\n8.0.36\x00\x08\"salt\" \x00": ` and says "J"; check --engine`,
+		"\xff\xfb\x01":                               `; check --engine`,
+		"hello, " + strings.Repeat("and so on, ", 9): ` and says "hello, and so on, and so on, and so on, "; check --engine`,
+	} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		must(t, err)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = c.Write([]byte(greeting))
+				_ = c.Close()
 			}
-			_, _ = c.Write([]byte("SSH-2.0-OpenSSH_9.2\r\n"))
-			_ = c.Close()
+		}()
+		t.Cleanup(func() { _ = l.Close(); <-done })
+		e, err := NewHTTP("http://"+l.Addr().String(), "")
+		must(t, err)
+		t.Cleanup(e.Close)
+		if got := (&Worker{Engine: e}).Check(t.Context()).Trouble; !strings.Contains(got, "is no HTTP server: it speaks first"+want) {
+			t.Errorf("%q: %s", greeting, got)
 		}
-	}()
-	t.Cleanup(func() { _ = l.Close(); <-done })
-	e, err := NewHTTP("http://"+l.Addr().String(), "")
-	must(t, err)
-	t.Cleanup(e.Close)
-	if got := (&Worker{Engine: e}).Check(t.Context()).Trouble; !strings.Contains(got, `is no HTTP server: it speaks first and says "SSH-2.0-OpenSSH_9.2\r\n"; check --engine`) {
-		t.Error(got)
 	}
 }

@@ -277,7 +277,7 @@ func unreachable(engine string, err error, was bool) string {
 	reset := broken("connection reset") || broken("broken pipe") || strings.HasSuffix(said, "EOF") // it is chance which of them
 	switch {
 	case broken("connection refused") && was, reset && was:
-		return fmt.Sprintf("engine at %s does not answer any more; it died or was stopped", engine)
+		return fmt.Sprintf("engine at %s does not answer any more; it died or was stopped, or is starting again", engine)
 	case broken("connection refused"):
 		return fmt.Sprintf("engine at %s refuses connections; still loading?", engine)
 	case reset:
@@ -286,7 +286,7 @@ func unreachable(engine string, err error, was bool) string {
 			s += " One with TLS is https://" + rest
 		}
 		return s
-	case broken(speaksFirst + `"INFO {\"server_id\":`):
+	case broken(speaksFirst + ` and says "INFO {server_id:`):
 		return fmt.Sprintf("at %s is a NATS broker, not an engine; --nats names the broker, --engine the engine", engine)
 	case broken(speaksFirst):
 		return fmt.Sprintf("what listens at %s %s; check --engine", engine, said)

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -79,8 +80,8 @@ func (h *HTTP) asleep(ctx context.Context) bool {
 }
 
 // speaksFirst stands in the error of a probe of what greets before it is asked, which no HTTP server does. The greeting
-// follows.
-const speaksFirst = "is no HTTP server: it speaks first and says "
+// may follow.
+const speaksFirst = "is no HTTP server: it speaks first"
 
 // greeted asks, where a connection was made and no answer came, whether what listens there speaks first. The transport's
 // error depends on whether the greeting or the request was quicker.
@@ -95,16 +96,34 @@ func (h *HTTP) greeted(ctx context.Context, err error) error {
 	}
 	defer conn.Close()
 	_ = conn.SetReadDeadline(time.Now().Add(greetingTimeout))
-	said := make([]byte, 80)
+	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
+	said := make([]byte, 40)
 	n, _ := conn.Read(said)
-	if n == 0 {
+	switch text := printable(said[:n]); {
+	case n == 0:
 		return err
+	case text == "":
+		return errors.New(speaksFirst)
+	default:
+		return fmt.Errorf(`%s and says "%s"`, speaksFirst, text)
 	}
-	return fmt.Errorf("%s%q", speaksFirst, said[:n])
 }
 
-// greetingTimeout is how long a server that may speak first is listened to.
-const greetingTimeout = time.Second
+// greetingTimeout is how long a server that may speak first is listened to: at each probe, as at one that only breaks connections.
+const greetingTimeout = 300 * time.Millisecond
+
+// printable is the beginning of a greeting, without quotes, as far as it is text: what follows may be random.
+func printable(said []byte) string {
+	if end := bytes.IndexFunc(said, func(r rune) bool { return r < ' ' || r > '~' }); end >= 0 {
+		said = said[:end]
+	}
+	return strings.Map(func(r rune) rune {
+		if strings.ContainsRune("\"'`", r) {
+			return -1
+		}
+		return r
+	}, string(said))
+}
 
 func (h *HTTP) get(ctx context.Context, path string) (Answer, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, h.base+path, nil)

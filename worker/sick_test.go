@@ -260,7 +260,7 @@ func TestDeathIsNoSickness(t *testing.T) {
 		return len(ws) == 1 && strings.Contains(ws[0].LastError, "connection broke") && ws[0].InFlight == 0
 	})
 	first.Close()
-	r.reason(proto.EngineWaiting, "does not answer any more; it died or was stopped")
+	r.reason(proto.EngineWaiting, "does not answer any more; it died or was stopped, or is starting again")
 	m.f.set(func() { m.f.work = m.f.ok })
 	serve()
 	exactly(t, r.wait(sickLeast+n), sickLeast+n)
