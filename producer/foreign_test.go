@@ -12,7 +12,7 @@ import (
 func TestNotJSONL(t *testing.T) {
 	noise := strings.Repeat("PK\x03\x04\x00\x00\n\x8f{\x00z\n", 50)
 	const pretty = "{\n  \"custom_id\": \"a\",\n  \"body\": {}\n}"
-	const array, several = "it is a JSON array; give a file with one JSON object a line, which `jq -c '.[]' FILE > FILE.jsonl` makes of it", "its first JSON object goes over several lines; give a file with one JSON object a line, which `jq -c . FILE > FILE.jsonl` makes"
+	const array, several = "it is a JSON array; give a file with one JSON object a line, which `jq -c '.[]' FILE > FILE.jsonl` makes of it", "its JSON objects go over several lines; give a file with one JSON object a line, which `jq -c . FILE > FILE.jsonl` makes"
 	prose := strings.Repeat("a word, and another\n", 100)
 	for name, c := range map[string]struct {
 		text, want string // of the error; empty: it is an *InvalidInput
@@ -33,6 +33,8 @@ func TestNotJSONL(t *testing.T) {
 		"a pretty array":     {"\t[\n" + pretty + ",\n" + pretty + "]\n", array},
 		"a pretty object":    {pretty + "\n", several},
 		"pretty objects":     {"\ufeff" + strings.Repeat(pretty+"\r\n", 50), several},
+		"one over two lines": {strings.Replace(line("a", "m", "x"), ",", ",\n", 1) + "\n" + line("b", "m", "x") + "\n" + line("c", "m", "x") + "\n", ""},
+		"one, then no JSON":  {pretty + "\n" + "a word\n", ""},
 		"an array later":     {line("a", "m", "x") + "\n[\n" + pretty + "]\n", ""},
 		"an array of others": {"[1,\n2]\n", ""},
 		"one that is cut":    {pretty[:len(pretty)-1], ""},
@@ -57,5 +59,26 @@ func TestNotJSONL(t *testing.T) {
 			}
 			d.Close()
 		})
+	}
+}
+
+// TestNotJSONLUnpacked: what makes lines of an input is said as it fits the way in which that comes.
+func TestNotJSONLUnpacked(t *testing.T) {
+	const pretty = "{\n \"custom_id\": \"a\"\n}\n"
+	for _, c := range []struct {
+		stdin      bool
+		text, want string
+	}{
+		{false, pretty, "`jq -c . FILE > FILE.jsonl`"}, {false, string(pack(t, "gz", pretty)), "`gzip -dc FILE | jq -c . > FILE.jsonl`"},
+		{false, string(pack(t, "zst", "["+pretty+"]")), "`zstd -dc FILE | jq -c '.[]' > FILE.jsonl`"},
+		{true, pretty, "`jq -c .`"}, {true, string(pack(t, "gz", pretty)), "`gzip -dc | jq -c .`"},
+	} {
+		in := Input{Path: "-", Stdin: strings.NewReader(c.text), Dir: t.TempDir()}
+		if !c.stdin {
+			in.Path = file(t, c.text)
+		}
+		if _, err := Scan(t.Context(), in, nil); err == nil || !strings.HasSuffix(err.Error(), ", which "+c.want+" makes of it") {
+			t.Errorf("error %v, want %q", err, c.want)
+		}
 	}
 }

@@ -24,6 +24,9 @@ type source struct {
 	kept bool   // the copy has its name, in a folder of its own
 	once bool   // the input is gone when it has been read; its copy is all there is
 	done bool   // the copy is not needed any more
+
+	piped  bool   // it is standard input
+	packed string // how the input is compressed; empty: it is not
 }
 
 // open finds out what the input is, and lays it down as plain lines where it cannot be read twice.
@@ -31,7 +34,7 @@ func (in *Input) open(ctx context.Context) (*source, error) {
 	src := &source{name: in.Path, base: baseName(in.Path)}
 	r := in.Stdin
 	if in.Path == "-" {
-		src.name, src.base, src.once = "standard input", "stdin", true
+		src.name, src.base, src.once, src.piped = "standard input", "stdin", true, true
 	} else {
 		f, err := os.Open(in.Path)
 		if err != nil {
@@ -101,7 +104,7 @@ func (src *source) lay(ctx context.Context, in *Input, r io.Reader) (err error) 
 	if f, ok := r.(*os.File); ok { // a read that nothing comes for ends with ctx, where the system can do that
 		defer context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Now()) })()
 	}
-	if err := in.copyPlain(ctx, src.file, r); err != nil {
+	if src.packed, err = in.copyPlain(ctx, src.file, r); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

@@ -51,19 +51,19 @@ const (
 	zstdMemory = 256 << 20 // `zstd --long=27` needs half of that
 )
 
-// copyPlain writes what r holds to w, unpacked.
-func (in *Input) copyPlain(ctx context.Context, w io.Writer, r io.Reader) error {
+// copyPlain writes what r holds to w, unpacked, and says how it was compressed; empty: it was not.
+func (in *Input) copyPlain(ctx context.Context, w io.Writer, r io.Reader) (how string, err error) {
 	plain, end, err := in.plain(ctx, r)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer end()
 	_, err = io.CopyBuffer(struct{ io.Writer }{w}, plain, make([]byte, 1<<18))
-	return err
+	return plain.how, err
 }
 
 // plain unpacks r where it is compressed.
-func (in *Input) plain(ctx context.Context, r io.Reader) (io.Reader, func(), error) {
+func (in *Input) plain(ctx context.Context, r io.Reader) (*capped, func(), error) {
 	packed := &counter{r: r}
 	buf := bufio.NewReaderSize(packed, 1<<16)
 	most, err := in.mostPlain()

@@ -92,6 +92,10 @@ func (p *parser) explain(err error) string {
 	}
 	var se *jsontext.SyntacticError
 	if errors.As(err, &se) {
+		at := min(max(se.ByteOffset, 0), int64(len(p.text)))
+		if string(bytes.TrimSpace(p.text[at:])) == "," && bytes.HasSuffix(bytes.TrimSpace(p.text[:at]), []byte("}")) {
+			return fmt.Sprintf("malformed JSON at byte %d: a comma behind the object: the lines are those of a JSON array", se.ByteOffset)
+		}
 		return fmt.Sprintf("malformed JSON at byte %d: %v", se.ByteOffset, se.Err)
 	}
 	return "malformed JSON: " + err.Error()

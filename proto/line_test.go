@@ -32,6 +32,8 @@ func TestParseLineErrors(t *testing.T) {
 		{"array", `[]`, "must be a JSON object", ""},
 		{"two objects", lineWith(goodBody) + lineWith(goodBody), "after the end", "a"},
 		{"comma", `{"custom_id":"a",}`, "malformed JSON", "a"},
+		{"array's line", lineWith(goodBody) + " ,\r", "a comma behind the object: the lines are those of a JSON array", "a"},
+		{"two commas", lineWith(goodBody) + ",,", "invalid character ','", "a"},
 		{"raw NUL", lineWith("{\"model\":\"m\",\"x\":\"\x00\"}"), "malformed JSON", "a"},
 		{"not UTF-8", lineWith("{\"model\":\"\xff\"}"), "not UTF-8", ""},
 		{"depth", lineWith(`{"model":"m","x":` + deep + `}`), "malformed JSON", "a"},
