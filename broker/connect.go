@@ -252,7 +252,6 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 			log.Warn("broker connection", "error", err)
 		}),
 	)
-	var last error
 	said := false
 	for {
 		nc, err := nats.Connect(addr, opts...)
@@ -281,14 +280,19 @@ func connect(ctx context.Context, addr, role string, log *slog.Logger, opts ...n
 			}
 			return nil, fmt.Errorf("connect to the broker at %s: %w%s", redact(addr), err, remedy(err))
 		}
-		last = err
+		what := stranger(ctx, addr, err)
+		if what == "" {
+			what = fmt.Sprintf("no answer at %s: %v; is `millrace broker` or nats-server running there?", redact(addr), err)
+		} else {
+			err = errors.New(what)
+		}
 		if !said {
 			said = true
 			log.Warn("waiting for the broker", "url", redact(addr), "error", err)
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: no answer at %s: %w; is `millrace broker` or nats-server running there?", ErrUnreachable, redact(addr), last)
+			return nil, fmt.Errorf("%w: %s", ErrUnreachable, what)
 		case <-time.After(500 * time.Millisecond):
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -65,6 +67,57 @@ func TestConnectHidesSecrets(t *testing.T) {
 			t.Errorf("%s: %v\n%s", c.url, err, log.String())
 		}
 	}
+}
+
+// TestConnectStranger: what is no broker is told from one that does not answer.
+func TestConnectStranger(t *testing.T) {
+	engine := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(engine.Close)
+	const http = "; it is an HTTP server; --engine names engines, --nats the broker"
+	for name, c := range map[string]struct{ addr, want string }{
+		"an engine":        {engine.Listener.Addr().String(), http},
+		"one in a hurry":   {greets(t, "HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"), http},
+		"one that greets":  {greets(t, "SSH-2.0-OpenSSH_9.2\r\n"), "; --nats names the broker"},
+		"nobody":           {nobody(t), ""},
+		"one that is mute": {greets(t, ""), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel() // what says nothing is waited for
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			want := "broker unreachable: what listens at nats://:xxxxx@" + c.addr + " is no NATS broker" + c.want
+			if c.want == "" {
+				want = "broker unreachable: no answer at nats://:xxxxx@" + c.addr + ": "
+			}
+			_, err := broker.Connect(ctx, broker.Access{URL: "nats://s3cret@" + c.addr}, "test", quiet())
+			if !errors.Is(err, broker.ErrUnreachable) || !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("%v, want %q", err, want)
+			}
+		})
+	}
+}
+
+// greets returns the address of what says something to everybody who comes, and no more.
+func greets(t *testing.T, greeting string) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+			_, _ = c.Write([]byte(greeting)) // who comes may be gone
+		}
+	}()
+	t.Cleanup(func() { _ = ln.Close(); <-done })
+	return ln.Addr().String()
 }
 
 // nobody returns an address at which nobody listens.
