@@ -276,9 +276,23 @@ func (d *doctor) work(ws []proto.Worker) []JobView {
 		if of := wanted[model]; len(of) > 0 {
 			found += "; wanted by job " + strings.Join(of, ", ")
 		}
-		d.note("model "+model, "start a worker beside an engine that serves it (millrace worker --engine URL), mend the worker that is for it, or cancel the job", "%s", found)
+		mend := "start a worker beside an engine that serves it (millrace worker --engine URL), mend the worker that is for it, or cancel the job"
+		if of := coming(ws, model); len(of) > 0 {
+			mend = "wait for " + strings.Join(of, ", ") + ", or look at what keeps it: it is for this model"
+		}
+		d.note("model "+model, mend, "%s", found)
 	}
 	return jobs
+}
+
+// coming are the workers that are for a model, and may run it yet.
+func coming(ws []proto.Worker, model string) (of []string) {
+	for _, w := range ws {
+		if slices.Contains(w.Models, model) && w.Pending() && w.State != StateSilent && w.State != proto.EngineUnknown {
+			of = append(of, "worker "+w.ID)
+		}
+	}
+	return of
 }
 
 // aggregator says whether one is there. None is needed as long as there are no workers and no job is to end.

@@ -186,6 +186,43 @@ func TestSilentWorker(t *testing.T) {
 	}
 }
 
+// TestDoctorOfComing: where a worker of a model may run it yet, no other one is called for.
+func TestDoctorOfComing(t *testing.T) {
+	c := start(t, &broker.Server{})
+	d := broker.Declarer{JS: c.JS, Disk: 1 << 30}
+	if err := errors.Join(d.Base(t.Context()), d.Model(t.Context(), "m"), d.Model(t.Context(), "n")); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := c.JS.KeyValue(t.Context(), proto.WorkersBucket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []proto.Worker{
+		{ID: "a", State: proto.EngineWaiting, Models: []string{"m"}, Reason: "vLLM is starting again after it crashed (10 s)"},
+		{ID: "b", State: proto.EngineDegraded, Models: []string{"n"}, GivenUp: "it died"},
+	} {
+		v, err := w.Encode()
+		if err == nil {
+			_, err = kv.Put(t.Context(), w.ID, v)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, model := range []string{"m", "n"} {
+		if _, err := c.JS.Publish(t.Context(), proto.RequestSubject(model, proto.LaneNormal, "job"), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mends := map[string]string{}
+	for _, f := range broker.Doctor(t.Context(), c) {
+		mends[f.Check] = f.Mend
+	}
+	if m, n := mends["model m"], mends["model n"]; m != "wait for worker a, or look at what keeps it: it is for this model" || !strings.HasPrefix(n, "start a worker") {
+		t.Errorf("of m: %q; of n: %q", m, n)
+	}
+}
+
 // TestHandedOut: what workers hold of a queue, and for how long; a queue that nobody declared has handed out nothing.
 func TestHandedOut(t *testing.T) {
 	c := start(t, &broker.Server{})

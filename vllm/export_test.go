@@ -30,7 +30,7 @@ func Reasons() (names []string) {
 const RecordName = recordName
 
 // Loading is what is said of a server that starts.
-func Loading(took time.Duration, phase string) string { return loading(took, phase) }
+func Loading(took time.Duration, phase, cause string) string { return loading(took, phase, cause) }
 
 // JournalSize is the size of a log file at which another one is begun.
 const JournalSize = journalSize

@@ -211,13 +211,17 @@ func telling(lines []string) []string {
 
 func lastOf(lines []string, n int) []string { return lines[max(0, len(lines)-n):] }
 
-// loading says how far a server is that starts. The time comes in steps: who reads it sees a new line for each.
-func loading(took time.Duration, phase string) string {
+// loading says how far a server is that starts, and why it does so again; cause is empty the first time. The time comes in
+// steps: who reads it sees a new line for each.
+func loading(took time.Duration, phase, cause string) string {
 	step := 10 * time.Second
 	if took >= time.Minute {
 		step = 30 * time.Second
 	}
 	s := "vLLM is starting"
+	if cause != "" {
+		s += " again after " + ended[cause]
+	}
 	if took = took.Truncate(step); took > 0 {
 		s += " (" + short(took) + ")"
 	}

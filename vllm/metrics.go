@@ -22,6 +22,10 @@ func Causes() []string {
 	return []string{CauseCrashed, CauseOOM, CauseKilled, CauseHung, CauseStartFailed}
 }
 
+// ended are the causes in words.
+var ended = map[string]string{CauseCrashed: "it crashed", CauseOOM: "the GPU's memory was full", CauseKilled: "it was killed",
+	CauseHung: "it hung", CauseStartFailed: "it did not come up"}
+
 func bounded(cause string) string {
 	if slices.Contains(Causes(), cause) {
 		return cause

@@ -380,7 +380,8 @@ func (w *watch) look(ctx context.Context) (bool, *otherModel) {
 	}
 	if !ready {
 		w.says = says
-		w.set(false, proto.EngineWaiting, loading(took, w.journal.phase())+w.but())
+		_, cause := w.Again()
+		w.set(false, proto.EngineWaiting, loading(took, w.journal.phase(), cause)+w.but())
 		return false, other
 	}
 	w.upAt = time.Now()

@@ -448,17 +448,29 @@ func TestLog(t *testing.T) {
 
 func TestLoading(t *testing.T) {
 	for _, c := range []struct {
-		took  time.Duration
-		phase string
-		want  string
+		took         time.Duration
+		phase, cause string
+		want         string
 	}{
-		{time.Second, "", "vLLM is starting"},
-		{47 * time.Second, "loading weights", "vLLM is starting (40 s): loading weights"},
-		{119 * time.Second, "compiling", "vLLM is starting (1 min 30 s): compiling"},
-		{2 * time.Minute, "", "vLLM is starting (2 min)"},
+		{time.Second, "", "", "vLLM is starting"},
+		{47 * time.Second, "loading weights", "", "vLLM is starting (40 s): loading weights"},
+		{119 * time.Second, "compiling", "", "vLLM is starting (1 min 30 s): compiling"},
+		{2 * time.Minute, "", "", "vLLM is starting (2 min)"},
+		{47 * time.Second, "compiling", vllm.CauseCrashed, "vLLM is starting again after it crashed (40 s): compiling"},
 	} {
-		if got := vllm.Loading(c.took, c.phase); got != c.want {
+		if got := vllm.Loading(c.took, c.phase, c.cause); got != c.want {
 			t.Errorf("%q, want %q", got, c.want)
 		}
 	}
+	for _, cause := range vllm.Causes() {
+		if got := vllm.Loading(0, "", cause); strings.HasSuffix(got, "after ") {
+			t.Errorf("%s has no words", cause)
+		}
+	}
+}
+
+// TestStartingAgain: of a server that starts again it is said why.
+func TestStartingAgain(t *testing.T) {
+	r := newRig(t, "fails", "quiet").start()
+	r.state(proto.EngineWaiting, "vLLM is starting again after it did not come up")
 }
