@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/user"
+	"slices"
 	"strings"
 	"time"
 
@@ -163,7 +164,10 @@ func (a *app) doctorCommand() *cobra.Command {
 }
 
 func (a *app) examine(ctx context.Context) ([]broker.Finding, error) {
-	findings := diskFindings(a.data)
+	var findings []broker.Finding
+	if acc, named, _ := a.nats.access(); !named || near(acc.URL) { // an error shows again when it connects
+		findings = diskFindings(a.data)
+	}
 	b, err := a.control(ctx)
 	if err != nil {
 		mend := broker.Remedy(err)
@@ -182,7 +186,18 @@ func (a *app) examine(ctx context.Context) ([]broker.Finding, error) {
 	return findings, nil
 }
 
-// diskFindings looks at the disk of --data here.
+// near says whether one of a broker's URLs leads to this machine.
+func near(urls string) bool {
+	return slices.ContainsFunc(strings.Split(urls, ","), func(at string) bool {
+		if _, after, ok := strings.Cut(at, "://"); ok {
+			at = after
+		}
+		at = at[strings.LastIndexByte(at, '@')+1:]
+		return loopback(at) || loopback(at+":4222")
+	})
+}
+
+// diskFindings looks at the disk of --data here, where a broker of this machine has its own by default.
 func diskFindings(dir string) []broker.Finding {
 	f := broker.Finding{Check: "disk of " + dir, Level: broker.LevelOK}
 	free, err := broker.FreeBytes(dir)

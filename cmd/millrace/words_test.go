@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -53,6 +55,33 @@ func TestWords(t *testing.T) {
 	} {
 		if got != want {
 			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+// TestDoctorDisk: the disk of --data is looked at only where the broker may have its own there.
+func TestDoctorDisk(t *testing.T) {
+	t.Setenv("NATS_URL", "")
+	ended, end := context.WithCancel(t.Context()) // nobody listens at any of these
+	end()
+	_, port, _ := strings.Cut(freePort(t), ":")
+	for url, want := range map[string]bool{
+		"": true, "nats://127.0.0.1:" + port: true, "localhost:" + port: true, "tls://me:pass@[::1]:" + port: true,
+		"nats://0.0.0.0:" + port: false, "nats://127.0.0.1@0.0.0.0:" + port: false, "nats://0.0.0.0:" + port + ",nats://127.0.0.1:" + port: true,
+	} {
+		var out strings.Builder
+		args := []string{"doctor", "--data", t.TempDir()}
+		if url != "" {
+			args = append(args, "--nats", url)
+		}
+		code, said := usually(ended, "nats://127.0.0.1:"+port, &out, args...)
+		if code != exitFailure || strings.Contains(out.String(), "disk of ") != want || !strings.Contains(out.String(), "connection: ") {
+			t.Errorf("%q: exit code %d, %s%s", url, code, out.String(), said)
+		}
+	}
+	for url, want := range map[string]bool{"nats://127.0.0.1": true, "localhost": true, "nats://broker:4222": false, "nats://[fe80::1]:4222": false} {
+		if near(url) != want {
+			t.Errorf("%s is near: %v", url, !want)
 		}
 	}
 }
