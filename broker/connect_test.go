@@ -73,10 +73,14 @@ func TestConnectHidesSecrets(t *testing.T) {
 func TestConnectStranger(t *testing.T) {
 	engine := httptest.NewServer(http.NotFoundHandler())
 	t.Cleanup(engine.Close)
-	const http = "; it is an HTTP server; --engine names engines, --nats the broker"
+	hasty := httptest.NewUnstartedServer(http.NotFoundHandler())
+	hasty.Config.ReadHeaderTimeout = 50 * time.Millisecond
+	hasty.Start()
+	t.Cleanup(hasty.Close)
+	const isHTTP = "; it is an HTTP server; --engine names engines, --nats the broker"
 	for name, c := range map[string]struct{ addr, want string }{
-		"an engine":        {engine.Listener.Addr().String(), http},
-		"one in a hurry":   {greets(t, "HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"), http},
+		"an engine":        {engine.Listener.Addr().String(), isHTTP},
+		"one in a hurry":   {hasty.Listener.Addr().String(), isHTTP},
 		"one that greets":  {greets(t, "SSH-2.0-OpenSSH_9.2\r\n"), "; --nats names the broker"},
 		"nobody":           {nobody(t), ""},
 		"one that is mute": {greets(t, ""), ""},

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -16,7 +17,8 @@ import (
 // does, or says nothing and answers HTTP. Empty: it may be one, or nothing is there.
 func stranger(ctx context.Context, addr string, err error) string {
 	var oe *net.OpError
-	greets, silent := errors.Is(err, nats.ErrNoInfoReceived), errors.As(err, &oe) && oe.Op == "read" && oe.Timeout()
+	greets := errors.Is(err, nats.ErrNoInfoReceived)
+	silent := errors.Is(err, io.EOF) || errors.As(err, &oe) && oe.Op == "read" && oe.Timeout()
 	what := "what listens at " + redact(addr) + " is no NATS broker"
 	switch {
 	case (greets || silent) && answersHTTP(ctx, addr):
