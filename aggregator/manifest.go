@@ -83,7 +83,7 @@ type FileFacts struct {
 	Lines            int64  `json:"lines"`
 	Bytes            int64  `json:"bytes"`
 	SHA256           string `json:"sha256"`
-	NullIDs          int64  `json:"null_custom_ids"` // lines whose input had no usable custom_id
+	NullIDs          int64  `json:"null_custom_ids"` // lines whose custom_id is not usable, or not known; see proto.AppendLine
 	PromptTokens     int64  `json:"prompt_tokens"`
 	CompletionTokens int64  `json:"completion_tokens"`
 	WithoutUsage     int64  `json:"without_usage"` // lines whose body holds no usage

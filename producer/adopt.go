@@ -19,7 +19,7 @@ import (
 )
 
 // Adopter feeds all jobs whose input lies with the broker and that nobody feeds. It also ends the cancelled jobs whose
-// input nobody can reach: their lines end without their custom_id. Its fields may be set until Run.
+// input nobody can reach: of their lines those that were never sent end without their custom_id. Its fields may be set until Run.
 type Adopter struct {
 	Conn     *broker.Conn
 	Dir      string                // where inputs are laid down while their jobs run

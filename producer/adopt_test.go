@@ -259,23 +259,39 @@ func TestAdoptMany(t *testing.T) {
 	}
 }
 
-// TestAdoptEndsOrphans: a cancelled job ends although nobody has its input any more.
+// TestAdoptEndsOrphans: a cancelled job ends although nobody has its input any more. Lines that are in its queue, at a worker
+// too, keep their names.
 func TestAdoptEndsOrphans(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
-	o := w.owner(scanned(t, Input{Path: file(t, linesOf(20, "m"))}))
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(20, "m", "n"))}))
+	o.Window = 8
 	a := w.aggregate(o.Job)
 	s := w.run(o)
-	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 20 })
+	until(t, "both windows are full", func() bool { return w.queued(&o.Job) == 16 })
 	_, _ = w.adopter(t.TempDir())
 	s.stop()
 	if err := s.end(); err == nil {
 		t.Fatal("no error")
 	}
+	w.pull("m", 1)
 	w.want(o.Job.ID, proto.WantCancel)
 	until(t, "all have ended", func() bool { return a.folded() == 20 })
 	until(t, "it is let go", func() bool { return w.feed(o.Job.ID).State == proto.FeedFinished })
-	if r := a.of(7)[0]; r.OK || r.Code != proto.CodeCancelled || r.CustomID != "" || r.Index != 7 {
-		t.Errorf("result %+v", r)
+	named := 0
+	for i := range o.Job.Lines {
+		r := a.of(i)[0]
+		if r.OK || r.Code != proto.CodeCancelled || r.Index != i {
+			t.Errorf("result %+v", r)
+		}
+		if r.CustomID == "" {
+			continue
+		}
+		if named++; r.CustomID != fmt.Sprint("id-", i) || r.URL == "" || r.Model != []string{"m", "n"}[i%2] {
+			t.Errorf("result %+v", r)
+		}
+	}
+	if named != 16 || w.queued(&o.Job) > 0 {
+		t.Errorf("%d lines have their names, %d are queued", named, w.queued(&o.Job))
 	}
 }
 

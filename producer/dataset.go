@@ -183,14 +183,18 @@ func (d *Dataset) request(job *proto.Job, i int64, w *scratch) ([]byte, error) {
 	return q.Encode()
 }
 
-// ending renders the result of a line that will not run. A line that cannot be read any more, and all lines where the
-// dataset is out of reach (nil), end without their custom_id rather than not at all.
-func ending(d *Dataset, job *proto.Job, i int64, code, message string, w *scratch) ([]byte, error) {
+// ending renders the result of a line that will not run. Where the dataset is out of reach (nil) its names come from its
+// request, if that is known. A line that cannot be read any more, and one that nothing is known of, end without their
+// custom_id rather than not at all.
+func ending(d *Dataset, q *proto.Request, job *proto.Job, i int64, code, message string, w *scratch) ([]byte, error) {
 	res := proto.Result{Job: job.ID, Index: i, Code: code, Message: message}
-	if d != nil {
+	switch {
+	case d != nil:
 		if err := d.name(&res, w); err != nil {
 			return nil, err
 		}
+	case q != nil:
+		res.CustomID, res.URL, res.Model = q.CustomID, q.URL, q.Model
 	}
 	return res.Encode()
 }

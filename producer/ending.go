@@ -45,7 +45,9 @@ func (r *run) halted() error {
 func (r *run) end(ctx context.Context, as error, code, message string) error {
 	r.state(proto.FeedEnding)
 	for {
-		r.purge(ctx)
+		if err := r.empty(ctx); err != nil {
+			return err
+		}
 		if err := r.folded(ctx); err != nil {
 			return err
 		}
@@ -59,6 +61,9 @@ func (r *run) end(ctx context.Context, as error, code, message string) error {
 		if err := r.endAll(ctx, todo.all, code, message); err != nil {
 			return err
 		}
+		if r.d == nil { // only now is what the queues told known elsewhere too
+			r.purge(ctx)
+		}
 		if err := r.save(ctx, true); err != nil {
 			return err
 		}
@@ -66,6 +71,27 @@ func (r *run) end(ctx context.Context, as error, code, message string) error {
 			return err
 		}
 	}
+}
+
+// empty drops what is queued. Where the input is out of reach it notes instead what is known of the lines by that.
+func (r *run) empty(ctx context.Context) error {
+	if r.d != nil {
+		r.purge(ctx)
+		return nil
+	}
+	if r.known == nil {
+		r.known = map[int64]*proto.Request{}
+	}
+	for _, q := range r.queues {
+		err := r.requests(ctx, q, func(req *proto.Request) {
+			req.Body = nil // it lies in the message
+			r.known[req.Index] = req
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // folded waits until the aggregator has seen all results that are stored now.
@@ -143,7 +169,7 @@ type ender struct {
 }
 
 func (e *ender) add(ctx context.Context, i int64) error {
-	msg, err := ending(e.r.d, &e.r.job, i, e.code, e.message, &e.w)
+	msg, err := ending(e.r.d, e.r.known[i], &e.r.job, i, e.code, e.message, &e.w)
 	if err != nil {
 		return err
 	}

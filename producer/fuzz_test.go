@@ -57,7 +57,7 @@ func everyLine(t *testing.T, d *Dataset) (bad int64) {
 			id := ""
 			if g.model == "" {
 				bad++
-				msg, err := ending(d, &job, int64(i), "", "", new(scratch))
+				msg, err := ending(d, nil, &job, int64(i), "", "", new(scratch))
 				if err != nil {
 					t.Fatal(err)
 				}

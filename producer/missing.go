@@ -96,11 +96,15 @@ func (r *run) lacking(ctx context.Context) (bitset, error) {
 
 // mark adds the lines of which a queue holds a request.
 func (r *run) mark(ctx context.Context, q *queue, lines bitset) error {
-	each := func(req *proto.Request) {
+	return r.requests(ctx, q, func(req *proto.Request) {
 		if 0 <= req.Index && req.Index < r.job.Lines {
 			lines.set(req.Index, r.job.Lines)
 		}
-	}
+	})
+}
+
+// requests calls each for the requests that a queue holds of the job, for some more than once.
+func (r *run) requests(ctx context.Context, q *queue, each func(*proto.Request)) error {
 	for from := uint64(1); from > 0; {
 		if err := r.retry(ctx, "read the queue of "+q.model, func(ctx context.Context) (err error) {
 			from, err = q.requests(ctx, from, each)

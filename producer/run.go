@@ -28,10 +28,11 @@ type run struct {
 	metrics *metrics
 	queues  []*queue
 	limit   threshold
-	began   time.Time // since when the job has had owners, on the clock here
-	ending  bool      // the last one had begun to end it: what was given up stays given up
-	before  string    // state in which that one left it
-	gave    error     // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
+	began   time.Time                // since when the job has had owners, on the clock here
+	ending  bool                     // the last one had begun to end it: what was given up stays given up
+	before  string                   // state in which that one left it
+	gave    error                    // ErrCancelled or ErrExpired, when lines were ended so. Only drive uses it, as the next.
+	known   map[int64]*proto.Request // what the queues told of lines whose input is out of reach, without bodies
 
 	kv jetstream.KeyValue
 

@@ -266,7 +266,7 @@ func TestSkipInvalid(t *testing.T) {
 	for i, want := range map[int64]struct{ id, message string }{
 		3: {"", "malformed"}, 4: {"", `custom_id "id-1" is on line 2 already`}, 5: {"wrong", "method is"}, 6: {"", "the broker takes 32,768"},
 	} {
-		msg, err := ending(d, &job, i, "", "", new(scratch))
+		msg, err := ending(d, nil, &job, i, "", "", new(scratch))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -437,7 +437,7 @@ func TestEdited(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	job := d.Job()
-	msg, err := ending(d, &job, 1, proto.CodeCancelled, "cancelled", new(scratch))
+	msg, err := ending(d, nil, &job, 1, proto.CodeCancelled, "cancelled", new(scratch))
 	if err != nil {
 		t.Fatal(err)
 	}

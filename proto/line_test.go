@@ -117,6 +117,8 @@ func TestAppendLine(t *testing.T) {
 			`"response":null,"error":{"code":"bad_engine_response","message":"no choices"}}`},
 		{"never ran", func(r *Result) { *r = Result{Job: "j", Line: 17, Code: CodeInvalidRequest, Message: "bad"} },
 			`"custom_id":null,"line":17,"response":null,"error":{"code":"invalid_request","message":"bad"}}`},
+		{"not known", func(r *Result) { *r = Result{Job: "j", Index: 16, Code: CodeCancelled, Message: "cancelled"} },
+			`"custom_id":null,"index":16,"response":null,"error":{"code":"batch_cancelled","message":"cancelled"}}`},
 		{"attempts", func(r *Result) {
 			r.OK, r.Status, r.Code, r.Attempts = false, 0, CodeRequestTimeout, []Attempt{{"w", "engine_error", 500, "x", 1500000}}
 		}, `"attempts":[{"worker":"w","code":"engine_error","status_code":500,"message":"x","seconds":1.500}]}`},

@@ -18,7 +18,8 @@ import (
 //	the engine's no   {"id":…,"custom_id":…,"response":{"status_code":400,"request_id":…,"body":{"error":{…}}},"error":null}
 //	no answer         {"id":…,"custom_id":…,"response":null,"error":{"code":…,"message":…}}
 //
-// The error lines carry besides: "line" where custom_id is null, and "attempts" where there were several.
+// The error lines carry besides: where custom_id is null "line", which is that of the input from 1, or where it is not known
+// "index", which counts from 0 and leaves out blank lines; and "attempts" where there were several.
 // Source: https://platform.openai.com/docs/api-reference/batch/request-output.
 func AppendLine(dst []byte, r *Result) []byte {
 	dst = append(dst, `{"id":"`...)
@@ -29,6 +30,9 @@ func AppendLine(dst []byte, r *Result) []byte {
 		if r.Line > 0 {
 			dst = append(dst, `,"line":`...)
 			dst = strconv.AppendInt(dst, r.Line, 10)
+		} else {
+			dst = append(dst, `,"index":`...)
+			dst = strconv.AppendInt(dst, r.Index, 10)
 		}
 	} else {
 		dst = quote(dst, r.CustomID)

@@ -147,7 +147,6 @@ func TestRefusingOver(t *testing.T) {
 	r.start(f.engine(), func(w *Worker) { w.refusal = time.Millisecond })
 	r.reason(proto.EngineWaiting, "refuses requests")
 	r.control("j", proto.WantCancel)
-	r.settled(0)
 	r.state(proto.EngineReady)
 }
 

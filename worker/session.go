@@ -316,12 +316,12 @@ func (s *session) accept(l *line) {
 	}
 }
 
-// unwanted lets go of a line whose job is cancelled (the owner ends it) or paused (the owner sends it again, since it is
+// unwanted lets go of a line whose job is cancelled (see cancelled) or paused (the owner sends it again, since it is
 // in no queue then; given back, it would come again and again, and stand before the lines of other jobs).
 func (s *session) unwanted(l *line) bool {
 	switch s.control.want(l.req.Job) {
 	case proto.WantCancel:
-		s.drop(l, "cancelled")
+		s.cancelled(l)
 	case proto.WantPause:
 		s.drop(l, "paused")
 	default:

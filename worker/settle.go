@@ -79,7 +79,7 @@ func (s *session) timeout(l *line) time.Duration {
 func (s *session) interrupted(l *line, cause error) {
 	switch {
 	case errors.Is(cause, errCancelled):
-		s.drop(l, "cancelled")
+		s.cancelled(l)
 	case errors.Is(cause, errHung):
 		s.hung(l)
 	case errors.Is(cause, errGone):
@@ -304,7 +304,7 @@ func (s *session) retry(o *outcome) {
 			return
 		}
 		if s.control.want(next.Job) == proto.WantCancel {
-			s.drop(o.line, "cancelled")
+			s.cancelled(o.line)
 			return
 		}
 		if s.gate.condemned(o.same, o.started) {
@@ -362,6 +362,20 @@ func wait(ctx context.Context, d time.Duration) {
 	case <-t.C:
 	case <-ctx.Done():
 	}
+}
+
+// endedAfter is how long a line of a cancelled job is given back for: its owner is to have ended it by then.
+const endedAfter = 10 * time.Second
+
+// cancelled gives back a line whose job is cancelled, for the owner of the input to end and to take out of the queue. Where
+// that has left, whoever ends the job has the line's custom_id from there alone. That nobody has ended it for minutes
+// says that nobody will: then it is dropped, or it would come for ever.
+func (s *session) cancelled(l *line) {
+	if l.stubborn() {
+		s.drop(l, "cancelled")
+		return
+	}
+	s.giveBack(l, endedAfter, "cancelled")
 }
 
 // drop acknowledges a line without a result: its owner ends it, or sends it again.
