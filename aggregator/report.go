@@ -106,6 +106,9 @@ func (r *Report) time(p *part, res *proto.Result, us int64) {
 		return
 	}
 	w := load{busy: float64(d), requests: 1}
+	if final(res.Code) {
+		w.requests = 0 // it was broken off
+	}
 	if res.Usage.Counted {
 		w.prompt, w.completion = float64(res.Usage.Prompt), float64(res.Usage.Completion)
 	}
@@ -194,7 +197,7 @@ func (r *Report) Close() *Statistics {
 
 // whole is the time of the whole job, and how much of it was idle. It begins with the first request, also where the
 // first results came late: the spans of the workers tell then. Before the first request and after the last there may be
-// lines that their owner ended.
+// lines that their owner ended; those that were at an engine their workers did, and these are requests like others.
 func (r *Report) whole(when *spans) (duration, idle int64) {
 	begin, end := r.begin, r.last.UnixMicro()
 	if len(when.all) == 0 {

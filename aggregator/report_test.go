@@ -254,6 +254,30 @@ func TestPauseBeforeExpiryIsIdle(t *testing.T) {
 	}
 }
 
+// The time in which an engine had lines that their job's end broke off is work, however long it was; they are no attempts.
+func TestLinesAtTheEndAreWork(t *testing.T) {
+	var r Report
+	line := func(i, start, long int64) *proto.Result {
+		res := good("j", i, 0)
+		res.Worker, res.StartUS, res.DurationUS = "w", start*1_000_000, long*1_000_000
+		return res
+	}
+	for i := range int64(16) {
+		r.Add(line(i, i/8*55, 55), time.Unix(1e9+(i/8+1)*55, 0))
+	}
+	before := r.Close()
+	for i := range int64(8) {
+		res := line(16+i, 110, 29)
+		res.OK, res.Status, res.Body, res.Usage, res.Code = false, 0, nil, proto.Usage{}, proto.CodeExpired
+		r.Add(res, time.Unix(1e9+139, 0))
+	}
+	r.Add(&proto.Result{Job: "j", Index: 24, Code: proto.CodeExpired, Model: testModel}, time.Unix(1e9+139, 5e8))
+	s := r.Close()
+	if s.Duration != 139.5 || s.Idle != 0 || s.ByModel[0].Idle != 0 || s.Attempts != before.Attempts || s.Failed != 9 {
+		t.Errorf("%v s, idle %v, %v; %d attempts, were %d; %d failed", s.Duration, s.Idle, s.ByModel[0].Idle, s.Attempts, before.Attempts, s.Failed)
+	}
+}
+
 // A job whose first results came late, as from a worker that lost its broker, begins with its first request: what was idle
 // is a part of its duration.
 func TestLateResultsAreIdleInside(t *testing.T) {

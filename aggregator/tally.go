@@ -22,7 +22,7 @@ type tally struct {
 const topKinds = 10
 
 // final says whether errors of that code say how the job ended, which whoever only looks at its progress must see.
-func final(code string) bool { return code == proto.CodeCancelled || code == proto.CodeExpired }
+func final(code string) bool { return proto.EndedWithJob(code) }
 
 // add takes r in with sign 1 and takes it back with sign -1.
 func (t *tally) add(r *proto.Result, sign int64) {
@@ -100,7 +100,7 @@ func (l *losses) add(model string, o loss) {
 // engine was asked at all. A line that its owner ended (invalid, cancelled, expired) was not tried again for that.
 func attempts(r *proto.Result) int64 {
 	n := int64(len(r.Attempts))
-	if r.Worker != "" {
+	if r.Worker != "" && !final(r.Code) { // it is not charged what was broken off
 		n++
 	}
 	return n

@@ -44,6 +44,12 @@ func (r *run) halted() error {
 // finish a line meanwhile do no harm: the first ok wins.
 func (r *run) end(ctx context.Context, as error, code, message string) error {
 	r.state(proto.FeedEnding)
+	if err := r.save(ctx, true); err != nil { // by that workers know it
+		return err
+	}
+	if err := sleep(ctx, watchEvery); err != nil { // they tell of the lines at their engines first, mostly
+		return err
+	}
 	for {
 		if err := r.empty(ctx); err != nil {
 			return err

@@ -222,9 +222,9 @@ func (r *run) do(ctx context.Context, want demand) error {
 	case wantHalt:
 		return r.halt(ctx)
 	case wantExpire:
-		return r.end(ctx, ErrExpired, proto.CodeExpired, "This request could not be executed before the completion window expired.")
+		return r.end(ctx, ErrExpired, proto.CodeExpired, proto.MessageExpired)
 	case wantCancel:
-		return r.end(ctx, ErrCancelled, proto.CodeCancelled, "This request was not executed because the job was cancelled.")
+		return r.end(ctx, ErrCancelled, proto.CodeCancelled, proto.MessageCancelled)
 	}
 	return r.serve(ctx)
 }

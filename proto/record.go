@@ -167,8 +167,8 @@ func DecodeResult(b []byte) (*Result, error) {
 
 // Codes of lines that failed. Those that OpenAI has too are spelled as there.
 const (
-	CodeCancelled        = "batch_cancelled"         // the job was cancelled before the line ran
-	CodeExpired          = "batch_expired"           // the job's time was over before the line ran
+	CodeCancelled        = "batch_cancelled"         // the job was cancelled before the line was answered
+	CodeExpired          = "batch_expired"           // the job's time was over before the line was answered
 	CodeRequestTimeout   = "request_timeout"         // the engine did not answer in time, on the last attempt
 	CodeEngineCrash      = "engine_crash"            // the line killed its engine, more than once, at last alone
 	CodeBadResponse      = "bad_engine_response"     // the engine answered 200 with what is not an answer
@@ -178,6 +178,15 @@ const (
 	CodeResponseTooLarge = "response_too_large"      // the answer does not fit one message
 	CodeTransport        = "transport_error"         // the connection broke in the middle of the answer
 )
+
+// Messages of lines that ended with their job.
+const (
+	MessageCancelled = "This request was not executed because the job was cancelled."
+	MessageExpired   = "This request could not be executed before the completion window expired."
+)
+
+// EndedWithJob says whether a code is one of lines that ended with their job, at an engine or before.
+func EndedWithJob(code string) bool { return code == CodeCancelled || code == CodeExpired }
 
 // Truncate cuts s to at most n bytes, at a character's edge.
 func Truncate(s string, n int) string {

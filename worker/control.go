@@ -103,6 +103,11 @@ func (c *control) watch(ctx context.Context) error {
 	}
 }
 
+// wantEnd is what the owner of a job wants whose time is over: the same as a cancel, under another name.
+const wantEnd = "end"
+
+func isOver(want string) bool { return want == proto.WantCancel || want == wantEnd }
+
 // wishes is what one watch has heard.
 type wishes struct {
 	users  map[string]string
@@ -113,7 +118,9 @@ type wishes struct {
 func (w *wishes) jobs() map[string]string {
 	out := maps.Clone(w.users)
 	for job := range w.ending {
-		out[job] = proto.WantCancel
+		if out[job] != proto.WantCancel {
+			out[job] = wantEnd
+		}
 	}
 	return out
 }

@@ -320,7 +320,7 @@ func (s *session) accept(l *line) {
 // in no queue then; given back, it would come again and again, and stand before the lines of other jobs).
 func (s *session) unwanted(l *line) bool {
 	switch s.control.want(l.req.Job) {
-	case proto.WantCancel:
+	case proto.WantCancel, wantEnd:
 		s.cancelled(l)
 	case proto.WantPause:
 		s.drop(l, "paused")
@@ -336,7 +336,7 @@ func (s *session) controlled(job, want string) {
 	for _, l := range s.slots.takeReady(ours) {
 		s.unwanted(l)
 	}
-	if want != proto.WantCancel {
+	if !isOver(want) {
 		return // what is in flight is finished
 	}
 	if n := s.slots.abort(errCancelled, ours); n > 0 {

@@ -79,7 +79,7 @@ func (s *session) timeout(l *line) time.Duration {
 func (s *session) interrupted(l *line, cause error) {
 	switch {
 	case errors.Is(cause, errCancelled):
-		s.cancelled(l)
+		s.end(l)
 	case errors.Is(cause, errHung):
 		s.hung(l)
 	case errors.Is(cause, errGone):
@@ -265,10 +265,14 @@ func tooLarge(r *proto.Result, limit int64) *proto.Result {
 
 func (s *session) published(model string, ok bool, code string) {
 	broker.CrashPoint("worker.after-puback")
-	if ok {
+	switch {
+	case ok:
 		s.ok.Add(1)
 		code = "ok"
-	} else {
+	case proto.EndedWithJob(code):
+		s.metrics.givenBack.WithLabelValues("cancelled").Inc()
+		return
+	default:
 		s.failed.Add(1)
 	}
 	s.metrics.requests.WithLabelValues(model, code).Inc()
@@ -303,7 +307,7 @@ func (s *session) retry(o *outcome) {
 		if s.deadAfterAll(o, rest(len(next.Attempts), s.refusal)) {
 			return
 		}
-		if s.control.want(next.Job) == proto.WantCancel {
+		if isOver(s.control.want(next.Job)) {
 			s.cancelled(o.line)
 			return
 		}
@@ -362,6 +366,16 @@ func wait(ctx context.Context, d time.Duration) {
 	case <-t.C:
 	case <-ctx.Done():
 	}
+}
+
+// end publishes how a line ended that was at the engine when its job was cancelled, or its time was over: for how long it was
+// there nobody else knows.
+func (s *session) end(l *line) {
+	v := verdict{class: classPermanent, code: proto.CodeCancelled, message: proto.MessageCancelled}
+	if s.control.want(l.req.Job) == wantEnd {
+		v.code, v.message = proto.CodeExpired, proto.MessageExpired
+	}
+	s.publish(l, s.result(&outcome{line: l, verdict: v, took: time.Since(l.started)}))
 }
 
 // endedAfter is how long a line of a cancelled job is given back for: its owner is to have ended it by then.

@@ -94,9 +94,11 @@ func (r *rig) put(key string, b []byte) {
 
 // TestCancel: a user cancels a job, or its owner ends it because its time is over.
 func TestCancel(t *testing.T) {
-	t.Run("user", func(t *testing.T) { testCancel(t, func(r *rig) { r.control("j", proto.WantCancel) }) })
+	t.Run("user", func(t *testing.T) {
+		testCancel(t, proto.CodeCancelled, func(r *rig) { r.control("j", proto.WantCancel) })
+	})
 	t.Run("time", func(t *testing.T) {
-		testCancel(t, func(r *rig) {
+		testCancel(t, proto.CodeExpired, func(r *rig) {
 			b, err := (&proto.Feed{State: proto.FeedEnding}).Encode()
 			must(t, err)
 			r.put(proto.FeedKey("j"), b)
@@ -104,9 +106,9 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// testCancel: calls of the job are aborted, other jobs go on. Its lines, and those that come later, are given back for its
-// owner to end.
-func testCancel(t *testing.T, cancel func(*rig)) {
+// testCancel: calls of the job are aborted, and their lines end with how long they took; other jobs go on. The lines that
+// have not begun, and those that come later, are given back for the owner to end.
+func testCancel(t *testing.T, code string, cancel func(*rig)) {
 	r, f := newRig(t), newFake(t)
 	gone := make(chan struct{}, 100)
 	f.set(func() {
@@ -129,13 +131,19 @@ func testCancel(t *testing.T, cancel func(*rig)) {
 	for range 4 {
 		<-gone
 	}
-	if got := r.wait(1)[0]; got.Job != "k" || !got.OK {
-		t.Errorf("result %+v", got)
-	}
 	r.send(request(99))
-	r.until("all have been handed out and are in the queue", func() bool { stored, out := r.pending(); return stored == 11 && out == 11 })
-	if n := len(r.seen()); n != 1 {
-		t.Errorf("%d results", n)
+	others := 0
+	for _, got := range r.wait(5) {
+		switch {
+		case got.Job == "k" && got.OK:
+			others++
+		case got.OK || got.Code != code || got.Status != 0 || got.CustomID != request(int(got.Index)).CustomID || got.Worker == "" || got.DurationUS <= 0:
+			t.Errorf("result %+v", got)
+		}
+	}
+	r.until("the rest has been handed out and is in the queue", func() bool { stored, out := r.pending(); return stored == 7 && out == 7 })
+	if n := len(r.seen()); n != 5 || others != 1 {
+		t.Errorf("%d results, %d of the other job", n, others)
 	}
 }
 
