@@ -248,6 +248,17 @@ func TestHandedOut(t *testing.T) {
 	if err != nil || len(qs) != 2 || qs[0].Model != "m" || qs[0].HandedTo != 2 || qs[0].AckWait != time.Hour || qs[1].HandedTo != 0 {
 		t.Errorf("%+v, %v", qs, err)
 	}
+	handed := func(want int64) {
+		t.Helper()
+		if qs, err := broker.Queues(t.Context(), c.JS); err != nil || len(qs) != 2 || qs[0].HandedTo != want {
+			t.Errorf("%+v, %v, want %d", qs, err, want)
+		}
+	}
+	handed(2)
+	if err := broker.Purge(t.Context(), c.JS, proto.RequestStream("m"), proto.RequestFilter("m", "job")); err != nil {
+		t.Fatal(err)
+	}
+	handed(0)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if qs, err := broker.HandedOut(ctx, c.JS, []string{"m"}); err == nil {

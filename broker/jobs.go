@@ -378,6 +378,7 @@ func Queues(ctx context.Context, js jetstream.JetStream) ([]Queue, error) {
 		q := Queue{Model: info.Config.Metadata[proto.MetaModel], Stream: info.Config.Name,
 			Bytes: int64(info.State.Bytes), MaxBytes: info.Config.MaxBytes}
 		q.consumers(ctx, js)
+		q.HandedTo = min(q.HandedTo, int64(info.State.Msgs)) // what was purged counts as handed out until its time is over
 		out = append(out, q)
 	}
 	if l.Err() != nil {
