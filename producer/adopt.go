@@ -18,8 +18,9 @@ import (
 	"millrace/proto"
 )
 
-// Adopter feeds all jobs whose input lies with the broker and that nobody feeds. It also ends the cancelled jobs whose
-// input nobody can reach: of their lines those that were never sent end without their custom_id. Its fields may be set until Run.
+// Adopter feeds all jobs whose input lies with the broker and that nobody feeds. It also ends the jobs
+// that are cancelled, or whose time is over, and whose input nobody can reach: of their lines those that were never sent end
+// without their custom_id. Its fields may be set until Run.
 type Adopter struct {
 	Conn     *broker.Conn
 	Dir      string                // where inputs are laid down while their jobs run
@@ -281,8 +282,23 @@ func (a *Adopter) judge(ctx context.Context, kv jetstream.KeyValue, id string) (
 		return job, adoptDone, nil
 	case c.Want == proto.WantCancel, job.Object != "" && !halted:
 		return job, adoptIt, nil
+	case f.State == proto.FeedHalted || f.After != job.After:
+		return job, adoptNot, nil
 	}
-	return job, adoptNot, nil
+	over, err := a.over(ctx, &job, &f)
+	if over {
+		todo = adoptIt
+	}
+	return job, todo, err
+}
+
+// over says whether the time of a job is over.
+func (a *Adopter) over(ctx context.Context, job *proto.Job, f *proto.Feed) (bool, error) {
+	if job.LifetimeMS <= 0 || f.Since == 0 {
+		return false, nil
+	}
+	now, err := broker.Now(ctx, a.Conn.JS)
+	return now.Sub(time.Unix(0, f.Since)) >= time.Duration(job.LifetimeMS)*time.Millisecond, err
 }
 
 // revision reads a key, and returns its revision; 0: it is not there.

@@ -295,6 +295,42 @@ func TestAdoptEndsOrphans(t *testing.T) {
 	}
 }
 
+// TestAdoptExpires: a job whose time is over ends although its producer has left and nobody has its input any more.
+func TestAdoptExpires(t *testing.T) {
+	w := newWorld(t, &broker.Server{})
+	o := w.owner(scanned(t, Input{Path: file(t, linesOf(20, "m")), LifetimeMS: time.Hour.Milliseconds()}))
+	a := w.aggregate(o.Job)
+	s := w.run(o)
+	until(t, "all are enqueued", func() bool { return w.queued(&o.Job) == 20 })
+	s.stop()
+	if err := s.end(); err == nil {
+		t.Fatal("no error")
+	}
+	ad, _ := w.adopter(t.TempDir())
+	until(t, "the adopter knows", ad.knows)
+	judged := func(want int) {
+		t.Helper()
+		if _, todo, err := ad.judge(t.Context(), mustKV(t, w), o.Job.ID); todo != want || err != nil {
+			t.Errorf("to do: %d, %v, want %d", todo, err, want)
+		}
+	}
+	judged(adoptNot)
+	f := w.feed(o.Job.ID)
+	f.Since -= time.Hour.Nanoseconds()
+	f.State = proto.FeedHalted
+	w.put(proto.FeedKey(o.Job.ID), &f)
+	judged(adoptNot)
+	f.State = proto.FeedWaiting
+	w.put(proto.FeedKey(o.Job.ID), &f)
+	until(t, "all have ended", func() bool { return a.folded() == 20 })
+	until(t, "it is let go", func() bool { return w.feed(o.Job.ID).State == proto.FeedFinished })
+	for i := range o.Job.Lines {
+		if r := a.of(i)[0]; r.Code != proto.CodeExpired || r.CustomID != fmt.Sprint("id-", i) {
+			t.Errorf("result %+v", r)
+		}
+	}
+}
+
 // TestDetachChanged: what is copied is what was scanned, or nothing.
 func TestDetachChanged(t *testing.T) {
 	w := newWorld(t, &broker.Server{})

@@ -148,12 +148,13 @@ func (r *run) drive(ctx context.Context) error {
 // ready gets the dataset, and opens the queues.
 func (r *run) ready(ctx context.Context) error {
 	r.mu.Lock()
-	done, cancelled := r.want == wantDone, r.want == wantCancel
+	nowhere := r.d == nil && r.o.fetch == nil
+	done, ends := r.want == wantDone, r.want == wantCancel || r.want == wantExpire && nowhere
 	r.mu.Unlock()
 	if done {
 		return nil
 	}
-	if err := r.obtain(ctx); err != nil && !cancelled {
+	if err := r.obtain(ctx); err != nil && !ends {
 		return err
 	}
 	for _, q := range r.queues {
@@ -164,7 +165,8 @@ func (r *run) ready(ctx context.Context) error {
 	return nil
 }
 
-// obtain gets the dataset where it was not given, and checks that it is the job's. Cancelled jobs end without one.
+// obtain gets the dataset where it was not given, and checks that it is the job's. Cancelled jobs end without one, and so do those
+// whose time is over where nobody has it.
 func (r *run) obtain(ctx context.Context) error {
 	if r.d == nil && r.o.fetch == nil {
 		return errors.New("nobody has the input of the job")
