@@ -24,6 +24,7 @@ type JobView struct {
 	Progress proto.Progress
 	Silent   time.Duration // since the owner last wrote its record, on the broker's clock; 0 where there is none, or nothing to own
 	Unfolded bool          // who looked asked for an aggregator as well, and none answered
+	Unserved string        // why no worker runs lines of it now, where who looked asked the workers as well; empty: they are run
 }
 
 // States of a job, as people see it.
@@ -71,10 +72,14 @@ func (v *JobView) Note() string {
 	}
 	switch v.State() {
 	case StateOrphaned:
-		if v.Unfolded {
-			return ErrNoAggregator.Error() + "; " + v.left()
+		s := v.left()
+		if v.Unserved != "" {
+			s = v.Unserved + "; " + s
 		}
-		return v.left()
+		if v.Unfolded {
+			s = ErrNoAggregator.Error() + "; " + s
+		}
+		return s
 	case StateWaiting:
 		return "handed over; an aggregator goes on with it, `millrace serve` or `millrace aggregate`"
 	}
@@ -84,17 +89,21 @@ func (v *JobView) Note() string {
 // left says what comes of a job whose producer has left.
 func (v *JobView) left() string {
 	sent, rest := v.Feed.Enqueued, v.Job.Lines-v.Feed.Enqueued-v.Feed.Ended
+	run := "are run"
+	if v.Unserved != "" {
+		run += " once a worker serves their model"
+	}
 	switch {
 	case sent == 0:
 		return "no process runs it; run the command that created it again"
 	case rest > 0:
-		return fmt.Sprintf("its producer has left: the %s that it sent are run, %d more wait for the command that created it; run that again", proto.Count(sent, "line"), rest)
+		return fmt.Sprintf("its producer has left: the %s that it sent %s, %d more wait for the command that created it; run that again", proto.Count(sent, "line"), run, rest)
 	}
 	ends := "by itself"
 	if v.Unfolded {
 		ends = "once an aggregator is there"
 	}
-	return fmt.Sprintf("its producer has left, with all lines sent: they are run, and the job ends %s; should some get lost, run the command that created it again", ends)
+	return fmt.Sprintf("its producer has left, with all lines sent: they %s, and the job ends %s; should some get lost, run the command that created it again", run, ends)
 }
 
 func (v *JobView) set(kind string, value []byte) error {

@@ -27,5 +27,10 @@ func TestLeft(t *testing.T) {
 		if got := v.Note(); !strings.HasPrefix(got, want) {
 			t.Errorf("%+v: %q", f, got)
 		}
+		v.Unserved = "no worker serves model m"
+		want = v.Unserved + "; " + strings.Replace(want, "are run", "are run once a worker serves their model", 1)
+		if got := v.Note(); !strings.HasPrefix(got, want) {
+			t.Errorf("%+v: %q, want %q", f, got, want)
+		}
 	}
 }

@@ -79,6 +79,8 @@ func unheard(state, want string) string {
 		return "no process runs this job at the moment; it takes effect when an aggregator goes on with it"
 	case state == broker.StateOrphaned && want == proto.WantCancel:
 		return "no process runs this job at the moment; it takes effect when an aggregator sees it, or when its command is run again"
+	case state == broker.StateOrphaned && want == proto.WantPause:
+		return "no process runs this job at the moment; workers begin no more of it, and what they drop of it is sent again when its command is run, after `millrace resume`"
 	case state == broker.StateOrphaned:
 		return "no process runs this job at the moment; it takes effect when its command is run again"
 	}

@@ -217,19 +217,23 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	}
 	b.fold(ctx, jobs)
 	for i := range jobs {
+		lacks := unserved(&jobs[i], ws[b.at[jobs[i].Job.ID]])
+		if jobs[i].State() == broker.StateOrphaned {
+			jobs[i].Unserved = lacks
+		}
 		r := rowOfJob(&jobs[i])
 		if r.Note == "" && r.State == broker.StateRunning {
-			r.Note = unserved(&jobs[i], ws[b.at[r.ID]])
+			r.Note = lacks
 		}
 		o.Jobs = append(o.Jobs, r)
 	}
 	return o, nil
 }
 
-// unserved says which model of a job no worker runs, and for which workers it waits; empty: each is run by one.
+// unserved says which model of a job no worker runs, and for which workers it waits; empty: each with lines left is run by one.
 func unserved(v *broker.JobView, ws []proto.Worker) string {
 	for _, m := range v.Job.Models {
-		if !slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.Serves(m.Model) }) {
+		if !v.Progress.Over(m.Model, m.Lines) && !slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.Serves(m.Model) }) {
 			return cmp.Or(producer.Waits(m.Model, ws), "no worker serves model "+m.Model)
 		}
 	}

@@ -27,6 +27,10 @@ func TestUnserved(t *testing.T) {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}
+	job.Progress.Models = []proto.ModelProgress{{Model: "m"}}
+	if got := unserved(job, nil); got != "" {
+		t.Errorf("of a model whose lines have all ended: %q", got)
+	}
 }
 
 func TestWords(t *testing.T) {
@@ -48,6 +52,9 @@ func TestWords(t *testing.T) {
 		repeats(&aggregator.Losses{}):              "",
 		repeats(&aggregator.Losses{Duplicates: 1}): "not counted above: 1 result of lines that had ended before",
 		repeats(&aggregator.Losses{Duplicates: 3, Replaced: 1, WastedInputTokens: 5, WastedOutputTokens: 7, WastedTokens: 12}): "not counted above: 3 results of lines that had ended before, 1 error of lines that ended ok after all, with 5 prompt and 7 output tokens",
+		unheard(broker.StateRunning, proto.WantPause):  "",
+		unheard(broker.StateOrphaned, proto.WantRun):   "no process runs this job at the moment; it takes effect when its command is run again",
+		unheard(broker.StateOrphaned, proto.WantPause): "no process runs this job at the moment; workers begin no more of it, and what they drop of it is sent again when its command is run, after `millrace resume`",
 		modelName(""): "(none)",
 		asked(&proto.Control{Want: proto.WantPause, By: "me@here", Reason: "lunch"}): "paused by me@here: lunch",
 		asked(&proto.Control{Want: proto.WantCancel, By: "me@here"}):                 "cancelled by me@here",
