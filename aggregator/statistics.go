@@ -38,10 +38,9 @@ type Figures struct {
 
 	Duration float64 `json:"duration"` // s; from the start of the first request to the end of the last
 	// Idle is how much of Duration no request that ended its line, or that was broken off as its job was ended, was at an
-	// engine, in s: the time between two runs of a job
-	// that was interrupted, and pauses of 30 s and more, also of an engine that refused all it got. Shorter pauses of a
-	// worker that goes on afterwards are not counted, nor pauses under 1 s. Of a job in more than 4,096 pieces only the
-	// longer pauses are counted.
+	// engine, in s: the time between two runs of a job that was interrupted, and pauses of 30 s and more, also of an engine
+	// that refused all it got. Shorter pauses of a worker that goes on afterwards are not counted, also where a user paused
+	// the job, nor pauses under 1 s. Of a job in more than 4,096 pieces only the longer pauses are counted.
 	Idle float64 `json:"idle"`
 	// Rates over the time that was not idle: per s of Duration less Idle.
 	RequestThroughput *float64 `json:"request_throughput"`     // Completed
