@@ -157,6 +157,7 @@ func TestExpireGoesOn(t *testing.T) {
 	w := newWorld(t, &broker.Server{})
 	in := Input{Path: file(t, linesOf(50, "m")), LifetimeMS: 300}
 	o := w.owner(scanned(t, in))
+	o.LeaseTTL = time.Hour // workers hear at once that the job is ended, not with the next renewal
 	a := w.aggregate(o.Job)
 	a.set(func(a *aggregator) { a.mute = true }) // the end of the lines takes a while
 	s := w.run(o)
