@@ -213,7 +213,7 @@ func TestNobodyFoldsOrphan(t *testing.T) {
 	f.until(func(v *broker.JobView) bool { return v.State() == broker.StateOrphaned })
 	for _, verb := range []string{"status", "jobs"} {
 		st := f.start(verb, verb)
-		if code := st.wait(); code != exitOK || !strings.Contains(st.out.String(), "no aggregator answers; start `millrace aggregate`; its producer has left") {
+		if code := st.wait(); code != exitOK || !strings.Contains(st.out.String(), "no aggregator answers; start `millrace aggregate`; ") || !strings.Contains(st.out.String(), "; its producer has left") {
 			t.Errorf("%s ended with %d and printed\n%s", verb, code, st.out)
 		}
 	}
