@@ -77,7 +77,7 @@ func TestConnectStranger(t *testing.T) {
 	hasty.Config.ReadHeaderTimeout = 50 * time.Millisecond
 	hasty.Start()
 	t.Cleanup(hasty.Close)
-	const isHTTP = "; it is an HTTP server; --engine names engines, --nats the broker"
+	const isHTTP = "; it is an HTTP server, or a proxy; --engine names engines, --nats the broker"
 	for name, c := range map[string]struct{ addr, want string }{
 		"an engine":        {engine.Listener.Addr().String(), isHTTP},
 		"one in a hurry":   {hasty.Listener.Addr().String(), isHTTP},

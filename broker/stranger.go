@@ -22,7 +22,7 @@ func stranger(ctx context.Context, addr string, err error) string {
 	what := "what listens at " + redact(addr) + " is no NATS broker"
 	switch {
 	case (greets || silent) && answersHTTP(ctx, addr):
-		return what + "; it is an HTTP server; --engine names engines, --nats the broker"
+		return what + "; it is an HTTP server, or a proxy; --engine names engines, --nats the broker"
 	case greets:
 		return what + "; --nats names the broker"
 	}
@@ -35,7 +35,7 @@ func answersHTTP(ctx context.Context, addr string) bool {
 		addr = "nats://" + addr
 	}
 	u, err := url.Parse(addr)
-	if err != nil || u.Port() == "" {
+	if err != nil || u.Port() == "" || strings.HasPrefix(u.Scheme, "ws") { // a broker speaks HTTP there
 		return false
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second) // it is asked also when time is over

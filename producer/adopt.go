@@ -280,7 +280,7 @@ func (a *Adopter) judge(ctx context.Context, kv jetstream.KeyValue, id string) (
 		return job, adoptNot, err
 	case p.State == proto.FoldDone:
 		return job, adoptDone, nil
-	case c.Want == proto.WantCancel, job.Object != "" && !halted:
+	case c.Want == proto.WantCancel, job.Object != "" && !halted, f.State == proto.FeedEnding && f.After == job.After:
 		return job, adoptIt, nil
 	case f.State == proto.FeedHalted || f.After != job.After:
 		return job, adoptNot, nil
@@ -292,13 +292,16 @@ func (a *Adopter) judge(ctx context.Context, kv jetstream.KeyValue, id string) (
 	return job, todo, err
 }
 
-// over says whether the time of a job is over.
+// overGrace is how long after its time a job waits for the owner that has its input, and may only be out of touch.
+const overGrace = time.Minute
+
+// over says whether the time of a job is over, and its owner has not ended it.
 func (a *Adopter) over(ctx context.Context, job *proto.Job, f *proto.Feed) (bool, error) {
 	if job.LifetimeMS <= 0 || f.Since == 0 {
 		return false, nil
 	}
 	now, err := broker.Now(ctx, a.Conn.JS)
-	return now.Sub(time.Unix(0, f.Since)) >= time.Duration(job.LifetimeMS)*time.Millisecond, err
+	return now.Sub(time.Unix(0, f.Since)) >= time.Duration(job.LifetimeMS)*time.Millisecond+overGrace, err
 }
 
 // revision reads a key, and returns its revision; 0: it is not there.

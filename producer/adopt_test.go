@@ -322,6 +322,12 @@ func TestAdoptExpires(t *testing.T) {
 	judged(adoptNot)
 	f.State = proto.FeedWaiting
 	w.put(proto.FeedKey(o.Job.ID), &f)
+	judged(adoptNot) // its owner may come back
+	f.State = proto.FeedEnding
+	w.put(proto.FeedKey(o.Job.ID), &f)
+	judged(adoptIt)
+	f.State, f.Since = proto.FeedWaiting, f.Since-overGrace.Nanoseconds()
+	w.put(proto.FeedKey(o.Job.ID), &f)
 	until(t, "all have ended", func() bool { return a.folded() == 20 })
 	until(t, "it is let go", func() bool { return w.feed(o.Job.ID).State == proto.FeedFinished })
 	for i := range o.Job.Lines {

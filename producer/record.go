@@ -330,9 +330,15 @@ func (r *run) failures(p proto.Progress) (failed, ended int64) {
 	return max(failed-r.feed.BasisFailed, 0), max(ended-r.feed.BasisEnded, 0)
 }
 
-// counted counts the lines that ended, without those that were known to be invalid.
+// counted counts the lines that ended, without those that were known to be invalid, and those that workers broke off as the
+// job was ended.
 func (r *run) counted(p proto.Progress) (failed, ended int64) {
 	failed = p.Failed - min(r.job.Invalid, p.Failed)
+	for _, e := range p.Errors {
+		if proto.EndedWithJob(e.Code) {
+			failed -= min(e.Count, failed)
+		}
+	}
 	return failed, p.OK + failed
 }
 

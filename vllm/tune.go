@@ -41,7 +41,7 @@ func (f Flags) begin(beginnings []string) bool {
 }
 
 // shortest is how long a word must be to be taken for the beginning of a flag.
-const shortest = len("--api-se")
+const shortest = len("--api-")
 
 // isSet says whether a variable of the environment is set, to something other than the number 0.
 func isSet(variable string) bool {

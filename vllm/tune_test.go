@@ -42,7 +42,7 @@ func TestTune(t *testing.T) {
 		{model, h100, vllm.Flags{"--speculative-config={}"}, false}, {model, h100, vllm.Flags{"--speculative-config.method", "ngram"}, false},
 		{model, h100, vllm.Flags{"-sc", "{}"}, false}, {model, h100, vllm.Flags{"--spec-method", "ngram"}, false}, {model, h100, vllm.Flags{"--spec_tokens=3"}, false},
 		{model, h100, vllm.Flags{"--spec-model", "m"}, false}, {model, h100, vllm.Flags{"--performance-mode", "interactivity"}, false},
-		{model, h100, vllm.Flags{"--compil", "{}"}, false}, {model, h100, vllm.Flags{"--compilation_c={}"}, false}, {model, h100, vllm.Flags{"--compilation-c.mode", "3"}, false}, {model, h100, vllm.Flags{"--compi", "3"}, true},
+		{model, h100, vllm.Flags{"--compil", "{}"}, false}, {model, h100, vllm.Flags{"--compilation_c={}"}, false}, {model, h100, vllm.Flags{"--compilation-c.mode", "3"}, false}, {model, h100, vllm.Flags{"--compi", "3"}, false},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
 		s.Tune(func() int64 { return c.memory }, 1)

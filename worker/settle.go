@@ -378,18 +378,14 @@ func (s *session) end(l *line) {
 	s.publish(l, s.result(&outcome{line: l, verdict: v, took: time.Since(l.started)}))
 }
 
-// endedAfter is how long a line of a cancelled job is given back for: its owner is to have ended it by then.
-const endedAfter = 10 * time.Second
+// endedAfter is how long a line of a cancelled job is given back for at first: its owner is to have ended it by then.
+const endedAfter = time.Minute
 
 // cancelled gives back a line whose job is cancelled, for the owner of the input to end and to take out of the queue. Where
-// that has left, whoever ends the job has the line's custom_id from there alone. That nobody has ended it for minutes
-// says that nobody will: then it is dropped, or it would come for ever.
+// that has left, whoever ends the job has the line's custom_id from there alone. While nobody does, such lines come ever more
+// rarely, since what comes again stands before the lines of other jobs.
 func (s *session) cancelled(l *line) {
-	if l.stubborn() {
-		s.drop(l, "cancelled")
-		return
-	}
-	s.giveBack(l, endedAfter, "cancelled")
+	s.giveBack(l, endedAfter<<min(max(l.deliveries, 1)-1, 5), "cancelled")
 }
 
 // drop acknowledges a line without a result: its owner ends it, or sends it again.

@@ -173,7 +173,7 @@ func (a *app) produce(ctx context.Context, j *jobFlags, file string, detach bool
 	o := &producer.Owner{Conn: conn, Dataset: ds, Job: job, Self: broker.Self(), Log: a.log, Registry: reg,
 		Window: j.window, AckWait: j.ackWait}
 	v, err := a.own(ctx, ctx, conn, o)
-	if ctx.Err() != nil && v.Feed.Owner.ID == o.Self.ID && v.Feed.Enqueued > 0 {
+	if ctx.Err() != nil && v.Feed.Owner.ID == o.Self.ID && v.Feed.Enqueued > 0 && (v.Control.Want == "" || v.Control.Want == proto.WantRun) && v.Feed.State != proto.FeedEnding {
 		fmt.Fprintf(a.std.err, "workers go on with what was sent of job %[1]s; `millrace pause %[1]s` or `millrace cancel %[1]s` stops that\n", job.ID)
 	}
 	if !ended(err) {
