@@ -38,7 +38,7 @@ func answersHTTP(ctx context.Context, addr string) bool {
 	if err != nil || u.Port() == "" || strings.HasPrefix(u.Scheme, "ws") { // a broker speaks HTTP there
 		return false
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second) // it is asked also when time is over
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second) // it is asked also when time is over
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+u.Host+"/", nil)
 	if err != nil {
