@@ -55,7 +55,7 @@ func (k *kinds) add(r *proto.Result, sign int64) {
 // key is the kind that r is counted under.
 func (k *kinds) key(r *proto.Result) errorKind {
 	key := errorKind{code: r.Code, status: r.Status}
-	if final(r.Code) {
+	if proto.EndedWithJob(r.Code) {
 		return key
 	}
 	all := key

@@ -106,7 +106,7 @@ func (r *Report) time(p *part, res *proto.Result, us int64) {
 		return
 	}
 	w := load{busy: float64(d), requests: 1}
-	if final(res.Code) {
+	if proto.EndedWithJob(res.Code) {
 		w.requests = 0 // it was broken off
 	}
 	if res.Usage.Counted {

@@ -21,9 +21,6 @@ type tally struct {
 // topKinds is how many kinds of errors are told, beside those that say how a job ended.
 const topKinds = 10
 
-// final says whether errors of that code say how the job ended, which whoever only looks at its progress must see.
-func final(code string) bool { return proto.EndedWithJob(code) }
-
 // add takes r in with sign 1 and takes it back with sign -1.
 func (t *tally) add(r *proto.Result, sign int64) {
 	m := t.model(r.Model)
@@ -69,7 +66,7 @@ func (t *tally) fill(p *proto.Progress) {
 	rank := 0
 	p.Errors = slices.DeleteFunc(p.Errors, func(e proto.ErrorCount) bool {
 		rank++
-		return rank > topKinds && !final(e.Code)
+		return rank > topKinds && !proto.EndedWithJob(e.Code)
 	})
 }
 
@@ -100,7 +97,7 @@ func (l *losses) add(model string, o loss) {
 // engine was asked at all. A line that its owner ended (invalid, cancelled, expired) was not tried again for that.
 func attempts(r *proto.Result) int64 {
 	n := int64(len(r.Attempts))
-	if r.Worker != "" && !final(r.Code) { // it is not charged what was broken off
+	if r.Worker != "" && !proto.EndedWithJob(r.Code) { // it is not charged what was broken off
 		n++
 	}
 	return n
