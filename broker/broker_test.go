@@ -37,6 +37,20 @@ func start(t *testing.T, s *broker.Server) *broker.Conn {
 	return c
 }
 
+// bucket starts a broker that has all that jobs need, and opens one of its buckets.
+func bucket(t *testing.T, name string) (*broker.Conn, jetstream.KeyValue) {
+	t.Helper()
+	c := start(t, &broker.Server{})
+	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	kv, err := c.JS.KeyValue(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, kv
+}
+
 func TestServerRefusals(t *testing.T) {
 	dir := t.TempDir()
 	first := &broker.Server{Dir: dir, Addr: "127.0.0.1:0", Token: "secret"}
@@ -223,14 +237,7 @@ func TestLeaseSurvivesEmptyBroker(t *testing.T) {
 }
 
 func TestJobs(t *testing.T) {
-	c := start(t, &broker.Server{})
-	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c, kv := bucket(t, proto.JobsBucket)
 	put := func(key string, r interface{ Encode() ([]byte, error) }) {
 		b, err := r.Encode()
 		if err != nil {
@@ -288,14 +295,7 @@ func TestJobs(t *testing.T) {
 
 // TestFollow: whoever watches a job hears that it was removed; one that is back soon goes on.
 func TestFollow(t *testing.T) {
-	c := start(t, &broker.Server{})
-	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	kv, err := c.JS.KeyValue(t.Context(), proto.JobsBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c, kv := bucket(t, proto.JobsBucket)
 	spec, err := (&proto.Job{ID: "j"}).Encode()
 	if err != nil {
 		t.Fatal(err)
@@ -388,14 +388,7 @@ func TestDoctor(t *testing.T) {
 
 // TestDoctorOfWorkers: what keeps a worker idle is looked for where it is, at its engine or at the broker.
 func TestDoctorOfWorkers(t *testing.T) {
-	c := start(t, &broker.Server{})
-	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	kv, err := c.JS.KeyValue(t.Context(), proto.WorkersBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c, kv := bucket(t, proto.WorkersBucket)
 	for id, w := range map[string]proto.Worker{
 		"ok":     {State: proto.EngineReady},
 		"half":   {State: proto.EngineReady, Reason: "cannot use the queues: it is another's"},

@@ -80,14 +80,7 @@ func TestDoctorOfPermissions(t *testing.T) {
 
 // TestWorkersUnread: a heartbeat that cannot be read, such as a newer version's, hides no other; who looks is told of it.
 func TestWorkersUnread(t *testing.T) {
-	c := start(t, &broker.Server{})
-	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	kv, err := c.JS.KeyValue(t.Context(), proto.WorkersBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c, kv := bucket(t, proto.WorkersBucket)
 	good, err := (&proto.Worker{ID: "good", State: proto.EngineReady, Models: []string{"m"}}).Encode()
 	if err != nil {
 		t.Fatal(err)

@@ -57,14 +57,7 @@ millrace_broker_queue_handed_out` + q + ` 1
 
 // TestWorkersWhileTheyWrite: a worker is listed also while its heartbeat is being written.
 func TestWorkersWhileTheyWrite(t *testing.T) {
-	c := start(t, &broker.Server{})
-	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	kv, err := c.JS.KeyValue(t.Context(), proto.WorkersBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c, kv := bucket(t, proto.WorkersBucket)
 	w := proto.Worker{ID: "w", State: proto.EngineReady, Models: []string{"m"}}
 	v, err := w.Encode()
 	if err != nil {

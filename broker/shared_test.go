@@ -72,14 +72,7 @@ func TestShared(t *testing.T) {
 
 // TestDoctorOfSharedEngine: doctor says it of workers by their heartbeats.
 func TestDoctorOfSharedEngine(t *testing.T) {
-	c := start(t, &broker.Server{})
-	if err := (broker.Declarer{JS: c.JS, Disk: 1 << 30}).Base(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	kv, err := c.JS.KeyValue(t.Context(), proto.WorkersBucket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c, kv := bucket(t, proto.WorkersBucket)
 	for i, host := range []string{"h", "h", "i"} {
 		w := proto.Worker{ID: fmt.Sprint("w", i), Host: host, PID: int64(i), Engine: "http://127.0.0.1:8000", State: proto.EngineReady, Models: []string{"m"}, UptimeUS: 60e6}
 		v, err := w.Encode()
