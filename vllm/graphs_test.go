@@ -35,7 +35,7 @@ func TestGraphs(t *testing.T) {
 		r := newRig(t, c.plan)
 		restarts := r.counted()
 		r.Flags, r.Restarts = append(c.flags, random...), 0
-		r.Tune(card, 1)
+		r.Tune(card, 1, 0)
 		r.start().up(c.starts)
 		if n, ours := r.Graphs(), slices.Contains(r.Shown(), "--compilation-config"); n != c.graphs || ours != (n == 2048) || len(r.lives()) != c.starts {
 			t.Errorf("%+v: graphs of %d tokens, shown %q, %d starts", c, n, r.Shown(), len(r.lives()))
@@ -72,7 +72,7 @@ func TestPlainerNot(t *testing.T) {
 		r := newRig(t, c.plan)
 		r.Flags, r.Restarts = random, 0
 		c.set(r)
-		r.Tune(card, 1)
+		r.Tune(card, 1, 0)
 		if f := r.start().fails(); len(r.lives()) > 1 || !slices.Contains(r.Shown(), "--compilation-config") {
 			t.Errorf("%s: %+v, %d starts, shown %q", name, f, len(r.lives()), r.Shown())
 		}
@@ -87,7 +87,7 @@ func TestPlainer(t *testing.T) {
 	}
 	r := newRig(t, "says "+says)
 	r.Flags = random
-	r.Tune(card, 1)
+	r.Tune(card, 1, 0)
 	if f := r.start().fails(); !f.Final || len(r.lives()) != 1 {
 		t.Errorf("%+v, %d starts", f, len(r.lives()))
 	}
@@ -103,10 +103,11 @@ func TestPlainerSays(t *testing.T) {
 		flags vllm.Flags
 		cores int
 		want  string
-	}{{nil, 1, "(--compilation-config)"}, {nil, 6, "(--compilation-config, --api-server-count 2)"}, {vllm.Flags{"--enforce-eager"}, 6, "(--api-server-count 2)"}} {
+	}{{vllm.Flags{"--max-num-seqs", "8"}, 1, "(--compilation-config)"}, {nil, 6, "(--compilation-config, --max-num-seqs 2048, --max-num-batched-tokens 16384, --api-server-count 2)"},
+		{vllm.Flags{"--enforce-eager"}, 1, "(--max-num-seqs 2048, --max-num-batched-tokens 16384)"}} {
 		r := newRig(t, "not-with-our-graphs "+says)
 		r.Flags, r.Restarts = append(c.flags, random...), 0
-		r.Tune(card, c.cores)
+		r.Tune(card, c.cores, 0)
 		r.start().up(2)
 		if want := "it is tried without what millrace asked for by itself " + c.want; !strings.Contains(r.said.String(), want) {
 			t.Errorf("%+v: %q is not in %s", c, want, r.said)

@@ -10,17 +10,22 @@ import (
 const (
 	bigCard    = 70 << 30 // bytes: from there on vLLM runs 1,024 sequences at once, but 256 on an A100 (engine/arg_utils.py)
 	smallModel = 4        // times its weights is the card's memory; a larger model keeps the card busy, and needs the memory itself
-	tinyModel  = 20       // times its weights is the card's memory: one process cannot read and write what the card answers
+	tinyModel  = 20       // times its weights is the card's memory: cores of the processor are the limit, not the card
 
-	tinyFrontends = 2
-	coresForThem  = 6 // of the processor: EngineCore fills one, these as many as they are, and the rest is for what else is there
+	mostFrontends = 4
+	coresForTwo   = 6     // of the processor: EngineCore fills one, two frontends one together, and the rest is for what else is there
+	longJob       = 50000 // lines: with fewer the longer start of several frontends takes more than they give
 )
 
-// With a model of 1B on an H200, 1,024 sequences at once and graphs for all of them, EngineCore and the one process that
-// speaks HTTP fill a core each (docs/measurements/speed.md). That one is two with --api-server-count 2, which share the port;
-// any of them tells the metrics of all. Some of what vLLM can do asks for one process, and with more
-// it does without its cache of images and sound.
+// With a model of 1B on an H200, EngineCore and the one process that speaks HTTP, the frontend, fill a core each
+// (docs/measurements/speed.md). Steps of twice the sequences and tokens, as --performance-mode throughput has them since vLLM
+// 0.17, leave EngineCore fewer steps. With --api-server-count several frontends share the port; any of them tells the metrics of all.
+// EngineCore starts only when each of them has loaded vLLM once more: 17 s on that machine, for at most a tenth of the time
+// of the lines. Some of what vLLM can do asks for one frontend, and with more it does without its cache of images and sound.
 var (
+	ofSizes = slices.Concat(speculative, []string{"--max-num-seqs", "--max-num-batched-tokens", "--performance-mode",
+		"--enable-chunked-prefill", "--no-enable-chunked-prefill", "--runner", "--task", "--convert", "--pooler-config"})
+	throughput   = []string{"--max-num-seqs", "2048", "--max-num-batched-tokens", "16384"}
 	ofFrontends  = []string{"--api-server-count", "-asc", "--data-parallel", "-dp", "--enable-lora", "--enable-fault-tolerance", "--enable-elastic-ep", "--mm-"}
 	oneFrontend  = []string{"VLLM_USE_RUST_FRONTEND", "VLLM_RUST_FRONTEND_PATH", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
 	ofAccessLogs = []string{"--disable-uvicorn-access-log", "--no-disable-uvicorn-access-log", "--disable-access-log-for-endpoints", "--uvicorn-log-level", "--log-config-file"}
@@ -52,13 +57,14 @@ func isSet(variable string) bool {
 
 // Tune lets the server have what vLLM does not take by itself, where its one GPU has so many bytes and is fast for the model,
 // as the files of its weights on this machine say, and the user's flags say nothing of it: larger CUDA graphs, and for a very
-// small model a second process that speaks HTTP, where so many cores are there for this server. It is called before Run, and
-// asks for the memory only where nothing else speaks against both.
-func (s *Server) Tune(memory func() int64, cores int) {
+// small model larger steps and several processes that speak HTTP, where so many cores are there for this server and so many
+// lines for it to answer, 0: nobody knows how many. It is called before Run, and asks for the memory only where nothing else
+// speaks against all of it.
+func (s *Server) Tune(memory func() int64, cores int, lines int64) {
 	each, err := s.Flags.GPUs()
-	graphs := !s.Flags.begin(ofGraphs)
-	frontends := cores >= coresForThem && !s.Flags.begin(ofFrontends) && !slices.ContainsFunc(oneFrontend, isSet)
-	if err != nil || each != 1 || !graphs && !frontends {
+	graphs, sizes := !s.Flags.begin(ofGraphs), !s.Flags.begin(ofSizes)
+	frontends := cores >= coresForTwo && (lines == 0 || lines >= longJob) && !s.Flags.begin(ofFrontends) && !slices.ContainsFunc(oneFrontend, isSet)
+	if err != nil || each != 1 || !graphs && !sizes && !frontends {
 		return
 	}
 	bytes, known := s.weights()
@@ -72,10 +78,19 @@ func (s *Server) Tune(memory func() int64, cores int) {
 	if graphs && card >= bytes*smallModel {
 		s.extra = append(s.extra, "--compilation-config", graphSizes())
 	}
-	if frontends && card >= bytes*tinyModel && !s.sees() {
-		s.extra = append(s.extra, "--api-server-count", strconv.Itoa(tinyFrontends))
+	if card < bytes*tinyModel {
+		return
+	}
+	if sizes {
+		s.extra = append(s.extra, throughput...)
+	}
+	if frontends && !s.sees() {
+		s.extra = append(s.extra, "--api-server-count", strconv.Itoa(min(cores/2-1, mostFrontends)))
 	}
 }
+
+// Sequences is how many the server runs at once, where its flags say so, the user's or ours; 0: they do not.
+func (s *Server) Sequences() int64 { return s.flags().Sequences() }
 
 // withoutAccessLog keeps vLLM from logging each request, which costs it time and hides what the log is for.
 func (s *Server) withoutAccessLog() []string {

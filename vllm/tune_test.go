@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -45,17 +46,17 @@ func TestTune(t *testing.T) {
 		{model, h100, vllm.Flags{"--compil", "{}"}, false}, {model, h100, vllm.Flags{"--compilation_c={}"}, false}, {model, h100, vllm.Flags{"--compilation-c.mode", "3"}, false}, {model, h100, vllm.Flags{"--compi", "3"}, false},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() int64 { return c.memory }, 1)
+		s.Tune(func() int64 { return c.memory }, 1, 0)
 		line := s.CommandLine()
 		at := slices.Index(line, "--compilation-config")
-		if at >= 0 != c.want || c.want && (line[at+1] != s.Shown()[len(s.Shown())-1] || !strings.HasSuffix(line[at+1], ",1920,2048]}") || !strings.Contains(line[at+1], "[1,2,4,8,16,24,32,40,48,56,64,80,96,")) {
+		if at >= 0 != c.want || c.want && (!slices.Contains(s.Shown(), line[at+1]) || !strings.HasSuffix(line[at+1], ",1920,2048]}") || !strings.Contains(line[at+1], "[1,2,4,8,16,24,32,40,48,56,64,80,96,")) {
 			t.Errorf("%+v: %q", c, line)
 		}
 	}
 }
 
-// TestTuneFrontends: a very small model gets a second process that speaks HTTP, where there are cores for it and nothing asks for
-// one process, as a model that takes images or sound does.
+// TestTuneFrontends: a very small model gets more processes that speak HTTP, where there are cores and lines for them and nothing
+// asks for one process, as a model that takes images or sound does.
 func TestTuneFrontends(t *testing.T) {
 	tiny, small := t.TempDir(), t.TempDir()
 	weigh(t, tiny, 3)
@@ -73,31 +74,64 @@ func TestTuneFrontends(t *testing.T) {
 		model  string
 		memory int64
 		cores  int
+		lines  int64
 		flags  vllm.Flags
 		env    string // name and value
-		want   bool
+		want   int    // 0: none is asked for
 	}{
-		{tiny, h100, 6, nil, "", true}, {tiny, h100, 6, vllm.Flags{"--enforce-eager", "--max-num-seqs", "1024"}, "", true}, {tiny, h100, 5, nil, "", false},
-		{small, h100, 16, nil, "", false}, {small, 141 << 30, 16, nil, "", true}, {tiny, 64 << 30, 16, nil, "", false}, {tiny, 0, 16, nil, "", false}, {t.TempDir(), h100, 16, nil, "", false},
-		{tiny, h100, 16, vllm.Flags{"--api_server_count=1"}, "", false}, {tiny, h100, 16, vllm.Flags{"-asc", "4"}, "", false}, {tiny, h100, 16, vllm.Flags{"--data-parallel-size", "1"}, "", false},
-		{tiny, h100, 16, vllm.Flags{"-tp", "2"}, "", false}, {tiny, h100, 16, vllm.Flags{"--enable-lora"}, "", false}, {tiny, h100, 16, vllm.Flags{"--mm-processor-cache-type", "shm"}, "", false},
-		{tiny, h100, 16, vllm.Flags{"--api-se", "1"}, "", false}, {tiny, h100, 16, vllm.Flags{"--api_server=1"}, "", false}, {tiny, h100, 16, vllm.Flags{"--enable-prefix-caching"}, "", true},
-		{tiny, h100, 16, nil, "VLLM_USE_RUST_FRONTEND=1", false}, {tiny, h100, 16, nil, "VLLM_USE_RUST_FRONTEND=0", true}, {tiny, h100, 16, nil, "VLLM_RUST_FRONTEND_PATH=/x", false},
-		{tiny, h100, 16, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", false}, {tiny, h100, 16, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=true", false},
-		{sees, h100, 16, nil, "", false}, {hears, h100, 16, nil, "", false}, {reads, h100, 16, nil, "", true}, {"a/seer", h100, 16, nil, "", false}, {"a/reader", h100, 16, nil, "", true},
-		{sees, h100, 16, vllm.Flags{"--load-format", "dummy"}, "", false},
+		{tiny, h100, 6, 0, nil, "", 2}, {tiny, h100, 6, 0, vllm.Flags{"--enforce-eager", "--max-num-seqs", "1024"}, "", 2}, {tiny, h100, 5, 0, nil, "", 0},
+		{small, h100, 16, 0, nil, "", 0}, {small, 141 << 30, 16, 0, nil, "", 4}, {tiny, 64 << 30, 16, 0, nil, "", 0}, {tiny, 0, 16, 0, nil, "", 0}, {t.TempDir(), h100, 16, 0, nil, "", 0},
+		{tiny, h100, 16, 0, vllm.Flags{"--api_server_count=1"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"-asc", "4"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--data-parallel-size", "1"}, "", 0},
+		{tiny, h100, 16, 0, vllm.Flags{"-tp", "2"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--enable-lora"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--mm-processor-cache-type", "shm"}, "", 0},
+		{tiny, h100, 16, 0, vllm.Flags{"--api-se", "1"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--api_server=1"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--enable-prefix-caching"}, "", 4},
+		{tiny, h100, 16, 0, nil, "VLLM_USE_RUST_FRONTEND=1", 0}, {tiny, h100, 16, 0, nil, "VLLM_USE_RUST_FRONTEND=0", 4}, {tiny, h100, 16, 0, nil, "VLLM_RUST_FRONTEND_PATH=/x", 0},
+		{tiny, h100, 16, 0, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", 0}, {tiny, h100, 16, 0, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=true", 0},
+		{sees, h100, 16, 0, nil, "", 0}, {hears, h100, 16, 0, nil, "", 0}, {reads, h100, 16, 0, nil, "", 4}, {"a/seer", h100, 16, 0, nil, "", 0}, {"a/reader", h100, 16, 0, nil, "", 4},
+		{sees, h100, 16, 0, vllm.Flags{"--load-format", "dummy"}, "", 0},
+		{tiny, h100, 7, 0, nil, "", 2}, {tiny, h100, 8, 0, nil, "", 3}, {tiny, h100, 10, 0, nil, "", 4}, {tiny, h100, 16, 50000, nil, "", 4}, {tiny, h100, 16, 49999, nil, "", 0},
 	} {
 		name, value, _ := strings.Cut(c.env, "=")
 		if c.env != "" {
 			t.Setenv(name, value)
 		}
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() int64 { return c.memory }, c.cores)
-		if shown := strings.Join(s.Shown(), " "); strings.Contains(shown, "--api-server-count 2") != c.want {
-			t.Errorf("%+v: %s", c, shown)
+		s.Tune(func() int64 { return c.memory }, c.cores, c.lines)
+		ours := s.Shown()[len(c.flags):]
+		got := 0
+		if at := slices.Index(ours, "--api-server-count"); at >= 0 {
+			got, _ = strconv.Atoi(ours[at+1])
+		}
+		if got != c.want {
+			t.Errorf("%+v: %d, %q", c, got, s.Shown())
 		}
 		if c.env != "" {
 			t.Setenv(name, "")
+		}
+	}
+}
+
+// TestTuneSizes: a very small model gets larger steps, where the user says nothing of their size, and how many sequences they hold
+// is known.
+func TestTuneSizes(t *testing.T) {
+	tiny, small := t.TempDir(), t.TempDir()
+	weigh(t, tiny, 3)
+	weigh(t, small, 5)
+	for _, c := range []struct {
+		model  string
+		memory int64
+		flags  vllm.Flags
+		want   int64 // sequences
+	}{
+		{tiny, h100, nil, 2048}, {tiny, h100, vllm.Flags{"--enforce-eager"}, 2048}, {small, h100, nil, 0}, {tiny, 64 << 30, nil, 0}, {tiny, 0, nil, 0},
+		{tiny, h100, vllm.Flags{"--max-num-seqs", "64"}, 64}, {tiny, h100, vllm.Flags{"--max-num-b=512"}, 0}, {tiny, h100, vllm.Flags{"--performance-mode", "balanced"}, 0},
+		{tiny, h100, vllm.Flags{"--no-enable-chunked-prefill"}, 0}, {tiny, h100, vllm.Flags{"--runner", "pooling"}, 0}, {tiny, h100, vllm.Flags{"-sc", "{}"}, 0},
+		{tiny, h100, vllm.Flags{"-tp", "2"}, 0},
+	} {
+		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
+		s.Tune(func() int64 { return c.memory }, 16, 0)
+		shown := strings.Join(s.Shown()[len(c.flags):], " ")
+		if got := s.Sequences(); got != c.want || strings.Contains(shown, "--max-num-seqs 2048 --max-num-batched-tokens 16384") != (c.want == 2048) {
+			t.Errorf("%+v: %d, %s", c, got, shown)
 		}
 	}
 }
@@ -150,7 +184,7 @@ func TestTuneHub(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := &vllm.Server{Model: "a/small", Port: 1}
-		if s.Tune(card, 1); len(s.Shown()) == 0 {
+		if s.Tune(card, 1, 0); len(s.Shown()) == 0 {
 			t.Errorf("%s: not found", c.variable)
 		}
 	}

@@ -80,7 +80,6 @@ func open(w *Worker, stop context.Context) (*session, error) {
 	}
 	s.stopped, s.breakOff = context.WithCancelCause(stop)
 	s.limit = load.New(w.Concurrency)
-	s.limit.Sequences = w.Sequences
 	s.feeder = newFeeder()
 	s.slots = &slots{run: s.attempt, more: s.feeder.nudge}
 	s.slots.back = func(l *line) { s.giveBack(l, jitter(2*time.Second), "doubted") }
@@ -370,6 +369,9 @@ func (s *session) found(st Status) {
 	now := time.Now()
 	if s.Graphs != nil {
 		st.Graphs = s.Graphs()
+	}
+	if s.Sequences != nil {
+		st.Sequences = s.Sequences()
 	}
 	s.limit.Observe(st.Engine, s.slots.inFlight(), now)
 	s.meter.look(st.Gauges, now)

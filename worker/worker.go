@@ -47,7 +47,7 @@ type Worker struct {
 	RetryEvery     time.Duration // between lines let through to a degraded, hung or denying engine; 0: 30 s
 	KVTokens       func() int64  // capacity of the engine's KV cache in tokens, asked where its metrics do not tell, 0: unknown; nil: nobody knows
 
-	Sequences int64        // that the engine runs at once, where it was told so at its start; 0: not known
+	Sequences func() int64 // that the engine runs at once by its flags, 0: they do not say; nil: nobody knows
 	Graphs    func() int64 // tokens of its largest CUDA graph, 0: not known, below 0: it has none; nil: nobody knows
 
 	Answered *atomic.Int64 // counts the lines that the engine answered well; nil: nobody counts

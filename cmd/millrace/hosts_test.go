@@ -41,7 +41,7 @@ func TestHostsKeep(t *testing.T) {
 		t.Error("it keeps an engine of others")
 	}
 	h.keep(s.String(), w)
-	if w.Keeper != s || w.Sequences != 128 || w.Answered != &s.Answered || len(w.Devices) != 1 || w.Devices[0] != "3" {
+	if w.Keeper != s || w.Sequences() != 128 || w.Answered != &s.Answered || len(w.Devices) != 1 || w.Devices[0] != "3" {
 		t.Errorf("worker %+v", w)
 	}
 }

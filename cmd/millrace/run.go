@@ -266,6 +266,7 @@ func (a *app) engines(ctx, patience context.Context, r *runFlags, job *proto.Job
 		if err := r.vllm.served(job); err != nil {
 			return stop, err
 		}
+		r.lines = job.Lines
 		if r.hosts, err = a.startVLLM(patience, &r.engineFlags, reg, failed); err != nil {
 			return stop, err
 		}

@@ -151,7 +151,7 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	for i, s := range h.servers {
 		s.Command, s.Model, s.Flags, s.GPUs, s.Key, s.Host = commandOf(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i], key, self.Host
 		s.ByBus, s.Quiet, s.Restarts, s.Log, s.Restarted = e.vllm.byBus, e.vllm.quiet, e.vllm.restarts, a.log, restarted
-		s.Tune(memory, runtime.GOMAXPROCS(0)/len(h.servers))
+		s.Tune(memory, runtime.GOMAXPROCS(0)/len(h.servers), e.lines/int64(len(h.servers)))
 		e.urls = append(e.urls, s.String())
 		fmt.Fprintf(a.std.err, "starting vLLM for %s at %s%s; its log is %s\n", s.Model, s, onGPUs(s.GPUs), s.LogFile())
 		h.running.Go(func() { h.watch(s, s.Run(live, patience)) })
@@ -271,7 +271,7 @@ func (h *hosts) keep(u string, w *worker.Worker) {
 	for _, s := range h.servers {
 		if s.String() == u {
 			w.Keeper, w.KVTokens, w.Answered, w.Flags = s, s.KVTokens, &s.Answered, s.Shown
-			w.Sequences, w.Graphs = s.Flags.Sequences(), s.Graphs
+			w.Sequences, w.Graphs = s.Sequences, s.Graphs
 			w.Devices, w.Coming, w.Restarts = s.Devices(), s.Flags.Names(s.Model), s.Again
 			if w.Dir != "" { // its port may be another one each time
 				w.Dir = filepath.Join(filepath.Dir(w.Dir), "vllm-"+filepath.Base(s.Dir))

@@ -34,6 +34,7 @@ type engineFlags struct {
 	stallTimeout   time.Duration
 	drainTimeout   time.Duration
 	vllm           vllmFlags
+	lines          int64  // that will be sent to the engines; 0: nobody knows
 	hosts          *hosts // of --vllm; nil until it is started
 }
 

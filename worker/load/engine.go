@@ -9,7 +9,9 @@ type Engine struct {
 	Slots   int64 // most sequences that it runs at once; 0: not told
 	MaxLen  int64 // longest context of any of its models, in tokens
 	Graphs  int64 // tokens of its largest CUDA graph; 0: not told, below 0: it has none
-	Gauges  Gauges
+	// Sequences is how many it runs at once, by its flags; 0: they do not say.
+	Sequences int64
+	Gauges    Gauges
 }
 
 // Gauges is what an engine counts itself, over all engines behind one server. Known is false where it has no metrics:

@@ -26,8 +26,6 @@ import (
 // It counts sequences, as engines do: a line that asks for n choices is n of them. All methods may be called from any
 // goroutine.
 type Limit struct {
-	Sequences int64 // that the engine runs at once, by its flags; 0: not known. Set it before all else
-
 	fixed int // by the user; 0: find out
 
 	mu      sync.Mutex
@@ -48,6 +46,7 @@ type Limit struct {
 	guesses guesses
 	copies  int     // data-parallel engines, as it told last
 	slots   float64 // sequences that it runs at once, as it says or its flags do; 0: not known
+	flagged float64 // the same, as its flags say
 	most    float64 // sequences that an engine of its kind may have at once
 	seqs    float64 // the same, as far as it was seen
 	ran     float64 // so many ran while others waited, when that was seen; 0: it was not, or it has run more since
@@ -148,7 +147,7 @@ func (l *Limit) gather(n float64) {
 		return
 	}
 	size := l.graphs.size
-	if most := cmp.Or(l.ran, float64(l.Sequences)); most > 0 && !l.graphs.told {
+	if most := cmp.Or(l.ran, l.flagged); most > 0 && !l.graphs.told {
 		size = min(size, 2*most) // see vllmGraphs
 	}
 	if l.gathers {
@@ -177,8 +176,8 @@ func (l *Limit) Reason() string {
 		return "no line is in flight; that many were right before"
 	case l.way == bySteering && l.ran > 0 && l.base >= l.seqs:
 		return fmt.Sprintf("engine runs no more than %.0f at once", l.ran)
-	case l.way == bySteering && l.Sequences > 0 && l.base >= l.slots:
-		return fmt.Sprintf("engine runs no more than %d at once, by its flags", l.Sequences)
+	case l.way == bySteering && l.flagged > 0 && l.base >= l.slots:
+		return fmt.Sprintf("engine runs no more than %.0f at once, by its flags", l.flagged)
 	case l.way == bySteering && l.base >= l.graphs.most(l.base+1):
 		return l.graphs.why()
 	case l.way >= byPlan && l.base <= minLimit*l.width():
@@ -327,7 +326,8 @@ func (l *Limit) meet(st Engine) {
 	}
 	same := now.kind == l.engine.kind && now.version == l.engine.version
 	l.engine = now
-	l.slots = float64(cmp.Or(st.Slots, l.Sequences))
+	l.flagged = float64(st.Sequences)
+	l.slots = cmp.Or(float64(st.Slots), l.flagged)
 	l.spread(st, same)
 	l.kv, l.told, l.guesses, l.several = 0, false, guesses{}, several{}
 	l.forget()

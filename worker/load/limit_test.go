@@ -176,9 +176,8 @@ func TestLimitCrowded(t *testing.T) {
 			t.Fatalf("%s: limit %d where 64 run", kind, got)
 		}
 		told := New(0)
-		told.Sequences = 64
 		st := seen(131072, Gauges{})
-		st.Kind = kind
+		st.Kind, st.Sequences = kind, 64
 		told.Observe(st, 0, now)
 		told.Expects(100, Wish{20, 1})
 		if got, why := told.Get(), told.Reason(); got != min(want, 67) || why != "engine runs no more than 64 at once, by its flags" {

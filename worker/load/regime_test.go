@@ -189,7 +189,6 @@ func (g *regime) run(t testing.TB, lines []ask, inFlight int, tells view) (c cou
 			continue
 		}
 		limit := load.New(0)
-		limit.Sequences = g.told
 		clients = append(clients, &controlled{limit: limit, regime: g, engine: v, tells: tells})
 	}
 	parts := [][]ask{lines}
@@ -273,7 +272,7 @@ func (c *controlled) look(n int, done float64) time.Duration {
 	if c.tells >= tellsCapacity {
 		kind = proto.KindOther
 	}
-	st := load.Engine{Kind: kind, Run: 1, MaxLen: int64(c.regime.engine.MaxModelLen), Graphs: c.regime.graphs, Gauges: g}
+	st := load.Engine{Kind: kind, Run: 1, MaxLen: int64(c.regime.engine.MaxModelLen), Graphs: c.regime.graphs, Sequences: c.regime.told, Gauges: g}
 	c.limit.Observe(st, n, time.Unix(0, 0).Add(c.engine.Now()))
 	c.peak = max(c.peak, c.limit.Get())
 	if done > 0.5 && done < 1 {

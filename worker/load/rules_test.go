@@ -215,7 +215,7 @@ func TestBurstGraphs(t *testing.T) {
 		want      int
 	}{{64, false, 2}, {0, false, 1}, {64, true, 1}} {
 		l := New(0)
-		l.Sequences, l.way, l.base = c.sequences, bySteering, 64
+		l.flagged, l.way, l.base = float64(c.sequences), bySteering, 64
 		l.graphs.size, l.graphs.told, l.ended = 512, c.told, mean{n: fewLines, prompt: 100, output: 300}
 		l.gather(64)
 		if got := l.Burst(); got != c.want {
@@ -233,7 +233,7 @@ func TestGraphsFew(t *testing.T) {
 	}{{0, 1, 512, 3}, {512, 1, 512, 1}, {256, 1, 256, 1}, {255, 1, 900, 1}, {128, 1, 900, 3}, {16, 1, 900, 1}, {255, 2, 900, 1}, {256, 2, 512, 1}, {-1, 1, 900, 1}} {
 		l := New(0)
 		l.graphs.meet(proto.KindVLLM, false, c.told, float64(c.copies))
-		l.Sequences, l.way, l.base, l.ended = 64, bySteering, 64, mean{n: fewLines, prompt: 100, output: 64}
+		l.flagged, l.way, l.base, l.ended = 64, bySteering, 64, mean{n: fewLines, prompt: 100, output: 64}
 		l.gather(64)
 		if most, burst := l.graphs.most(900), l.Burst(); most != c.most || burst != c.burst {
 			t.Errorf("%+v: %.0f sequences, bursts of %d", c, most, burst)
