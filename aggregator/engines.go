@@ -30,7 +30,7 @@ type Engine struct {
 	GPUs    []GPU `json:"gpus,omitempty"`
 	OwnGPUs bool  `json:"gpus_are_the_engines,omitzero"`
 
-	Lines int64 `json:"lines"` // of this job that it ended
+	Lines int64 `json:"lines"` // of this job that it ended, or that it had when the job was cancelled or its time over
 	// InFlight is how many requests it might have at once when the last of these lines was started: what was found to be
 	// right for it, or what --concurrency said.
 	InFlight *int64 `json:"in_flight_limit"`

@@ -40,6 +40,7 @@ type partKey struct{ model, worker string }
 // totals are what can be summed.
 type totals struct {
 	completed, failed, attempts, uncounted, cut int64
+	ended                                       int64 // of failed: with the job, at an engine or before
 	usage                                       proto.Usage
 }
 
@@ -149,6 +150,9 @@ func (t *totals) add(r *proto.Result) {
 		}
 	} else {
 		t.failed++
+		if proto.EndedWithJob(r.Code) {
+			t.ended++
+		}
 	}
 	t.attempts += attempts(r)
 	addUsage(&t.usage, r.Usage, 1)
@@ -157,6 +161,7 @@ func (t *totals) add(r *proto.Result) {
 func (t *totals) sum(o totals) {
 	t.completed += o.completed
 	t.failed += o.failed
+	t.ended += o.ended
 	t.attempts += o.attempts
 	t.uncounted += o.uncounted
 	t.cut += o.cut
@@ -243,6 +248,7 @@ func (r *Report) worker(k partKey, p *part) WorkerStatistics {
 		work.merge(&p.work, p.when.at)
 	}
 	w.Figures = figures(p.totals, &p.when, work, p.times)
+	w.Failed -= p.ended // that was no failure of this worker
 	w.WorkerAttempts = r.workers[k.worker]
 	return w
 }

@@ -254,7 +254,8 @@ func TestPauseBeforeExpiryIsIdle(t *testing.T) {
 	}
 }
 
-// The time in which an engine had lines that their job's end broke off is work, however long it was; they are no attempts.
+// The time in which an engine had lines that their job's end broke off is work, however long it was; they are no attempts, and
+// no failures of its worker.
 func TestLinesAtTheEndAreWork(t *testing.T) {
 	var r Report
 	line := func(i, start, long int64) *proto.Result {
@@ -275,6 +276,13 @@ func TestLinesAtTheEndAreWork(t *testing.T) {
 	s := r.Close()
 	if s.Duration != 139.5 || s.Idle != 0 || s.ByModel[0].Idle != 0 || s.Attempts != before.Attempts || s.Failed != 9 {
 		t.Errorf("%v s, idle %v, %v; %d attempts, were %d; %d failed", s.Duration, s.Idle, s.ByModel[0].Idle, s.Attempts, before.Attempts, s.Failed)
+	}
+	failed := line(25, 139, 1) // at the worker, after all
+	failed.OK, failed.Code = false, proto.CodeEngineError
+	r.Add(failed, time.Unix(1e9+140, 0))
+	s = r.Close()
+	if w := s.ByWorker[0]; w.Completed != 16 || w.Failed != 1 || s.Failed != 10 || s.ByModel[0].Failed != 10 {
+		t.Errorf("the worker: %d ok, %d failed; of the job %d, of the model %d", w.Completed, w.Failed, s.Failed, s.ByModel[0].Failed)
 	}
 }
 

@@ -25,7 +25,9 @@ type Statistics struct {
 // Figures are what is told of a job, a model and a worker alike. What cannot be told is null.
 type Figures struct {
 	Completed int64 `json:"completed"` // lines that ended ok
-	Failed    int64 `json:"failed"`    // lines that ended as an error
+	// Failed are lines that ended as an error. Of a worker, those are not among them that were broken off at its engine as
+	// their job was cancelled or its time over.
+	Failed int64 `json:"failed"`
 	// Attempts that were charged: for each line those in its history, and its last one if an engine was asked.
 	Attempts     int64 `json:"attempts"`
 	InputTokens  int64 `json:"total_input_tokens"`  // prompt tokens, the cached ones included
