@@ -269,9 +269,7 @@ func (s *session) published(model string, ok bool, code string) {
 	case ok:
 		s.ok.Add(1)
 		code = "ok"
-	case proto.EndedWithJob(code):
-		s.metrics.givenBack.WithLabelValues("cancelled").Inc()
-		return
+	case proto.EndedWithJob(code): // it did not fail here
 	default:
 		s.failed.Add(1)
 	}

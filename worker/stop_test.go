@@ -107,9 +107,9 @@ func TestCancel(t *testing.T) {
 }
 
 // testCancel: calls of the job are aborted, and their lines end with how long they took; other jobs go on. The lines that
-// have not begun, and those that come later, are given back for the owner to end.
+// have not begun, and those that come later, are given back for the owner to end, and only these are counted as given back.
 func testCancel(t *testing.T, code string, cancel func(*rig)) {
-	r, f := newRig(t), newFake(t)
+	r, f, reg := newRig(t), newFake(t), prometheus.NewPedanticRegistry()
 	gone := make(chan struct{}, 100)
 	f.set(func() {
 		f.work = func(w http.ResponseWriter, q *http.Request, s string) {
@@ -124,7 +124,7 @@ func testCancel(t *testing.T, code string, cancel func(*rig)) {
 	r.send(requests(10)...)
 	other := request(0)
 	other.Job, other.Body = "k", []byte(`{"other":1}`)
-	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4 })
+	r.start(f.engine(), func(w *Worker) { w.Concurrency, w.Registry = 4, reg })
 	f.enter(4)
 	r.send(other)
 	cancel(r)
@@ -145,6 +145,10 @@ func testCancel(t *testing.T, code string, cancel func(*rig)) {
 	if n := len(r.seen()); n != 5 || others != 1 {
 		t.Errorf("%d results, %d of the other job", n, others)
 	}
+	r.until("4 are counted as ended, 1 as ok, and the rest as given back", func() bool {
+		return labelled(t, reg, "millrace_worker_requests_total", "outcome", code) == 4 && value(t, reg, "millrace_worker_requests_total") == 5 &&
+			labelled(t, reg, "millrace_worker_given_back_total", "reason", "cancelled") == 7 && value(t, reg, "millrace_worker_given_back_total") == 7
+	})
 }
 
 // TestPause: lines in flight are finished; others, those that come later too, are dropped and not begun: the owner sends
