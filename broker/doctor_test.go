@@ -216,7 +216,8 @@ func TestDoctorOfComing(t *testing.T) {
 	}
 }
 
-// TestHandedOut: what workers hold of a queue, and for how long; a queue that nobody declared has handed out nothing.
+// TestHandedOut: what workers hold of a queue, and for how long; a queue that nobody declared has handed out nothing. What was
+// purged, as of a job that was cancelled, is not held any more.
 func TestHandedOut(t *testing.T) {
 	c := start(t, &broker.Server{})
 	d := broker.Declarer{JS: c.JS, Disk: 1 << 30, AckWait: time.Hour}
@@ -245,6 +246,15 @@ func TestHandedOut(t *testing.T) {
 		t.Helper()
 		if qs, err := broker.Queues(t.Context(), c.JS); err != nil || len(qs) != 2 || qs[0].HandedTo != want {
 			t.Errorf("%+v, %v, want %d", qs, err, want)
+		}
+		if qs, err := broker.HandedOut(t.Context(), c.JS, []string{"m"}); err != nil || len(qs) != 1 || qs[0].HandedTo != want {
+			t.Errorf("%+v, %v, want %d", qs, err, want)
+		}
+	}
+	handed(2)
+	for range 5 { // the lines of another job stay
+		if _, err := c.JS.Publish(t.Context(), proto.RequestSubject("m", proto.LaneNormal, "another"), nil); err != nil {
+			t.Fatal(err)
 		}
 	}
 	handed(2)

@@ -370,7 +370,7 @@ type Queue struct {
 	Model    string
 	Stream   string
 	Waiting  int64 // not handed out
-	HandedTo int64 // handed to workers, not acknowledged
+	HandedTo int64 // handed to workers, not acknowledged; those are among them that a worker gave back for a while
 	Bytes    int64
 	MaxBytes int64
 	AckWait  time.Duration // after which a line is handed out again whose worker gives no sign of life, the longest of its consumers
@@ -387,7 +387,6 @@ func Queues(ctx context.Context, js jetstream.JetStream) ([]Queue, error) {
 		q := Queue{Model: info.Config.Metadata[proto.MetaModel], Stream: info.Config.Name,
 			Bytes: int64(info.State.Bytes), MaxBytes: info.Config.MaxBytes}
 		q.consumers(ctx, js)
-		q.HandedTo = min(q.HandedTo, int64(info.State.Msgs)) // what was purged counts as handed out until its time is over
 		out = append(out, q)
 	}
 	if l.Err() != nil {
@@ -411,7 +410,8 @@ func HandedOut(ctx context.Context, js jetstream.JetStream, models []string) ([]
 	return out, nil
 }
 
-// consumers asks those of a queue.
+// consumers asks those of a queue, and then its stream: what was purged, as of a job that was cancelled, counts as handed
+// out at its consumer until its time is over.
 func (q *Queue) consumers(ctx context.Context, js jetstream.JetStream) {
 	for _, lane := range proto.Lanes() {
 		c, err := js.Consumer(ctx, q.Stream, string(lane))
@@ -423,6 +423,18 @@ func (q *Queue) consumers(ctx context.Context, js jetstream.JetStream) {
 		q.HandedTo += int64(info.NumAckPending)
 		q.AckWait = max(q.AckWait, info.Config.AckWait)
 	}
+	if q.HandedTo == 0 {
+		return
+	}
+	if s, err := js.Stream(ctx, q.Stream); err == nil {
+		q.HandedTo = handed(q.HandedTo, s.CachedInfo().State.Msgs, q.Waiting)
+	}
+}
+
+// handed is how many requests of a queue are handed out that are there yet. The stream is looked at after its consumers: what
+// comes in between then makes it no less.
+func handed(pending int64, stored uint64, waiting int64) int64 {
+	return min(pending, max(int64(stored)-waiting, 0))
 }
 
 // goneLooks is how many looks in a row must not find a job before it counts as removed: 10 s of the commands that

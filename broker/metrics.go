@@ -27,8 +27,8 @@ var (
 	descBytes       = brokerDesc("stream_bytes", "Bytes that a stream takes.", "stream")
 	descLimit       = brokerDesc("stream_limit_bytes", "Bytes that a stream may take, reserved for it; -1: any.", "stream")
 	descWaiting     = brokerDesc("queue_waiting", "Requests of a queue that were not handed out.", "stream", "lane")
-	descHanded      = brokerDesc("queue_handed_out", "Requests of a queue that workers hold, not acknowledged.", "stream", "lane")
-	descRedelivered = brokerDesc("queue_redelivered", "Of the requests that workers hold, those that were handed out more than once.", "stream", "lane")
+	descHanded      = brokerDesc("queue_handed_out", "Requests of a queue that workers hold, or gave back for a while.", "stream", "lane")
+	descRedelivered = brokerDesc("queue_redelivered", "Of queue_handed_out, those that were handed out more than once.", "stream", "lane")
 	descPulls       = brokerDesc("queue_pulls", "Pulls of workers that wait for requests of a queue.", "stream", "lane")
 
 	brokerDescs = []*prometheus.Desc{descConnections, descSlow, descDisk, descMessages, descBytes, descLimit, descWaiting, descHanded, descRedelivered, descPulls}
@@ -53,21 +53,45 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	if err != nil { // JetStream is going down: no figures
 		return
 	}
+	stored := c.stored()
 	for _, a := range info.AccountDetails {
 		for i := range a.Streams {
 			st := &a.Streams[i]
 			gauge(descMessages, float64(st.State.Msgs), st.Name)
 			gauge(descBytes, float64(st.State.Bytes), st.Name)
 			gauge(descLimit, float64(st.Config.MaxBytes), st.Name)
-			for _, q := range st.Consumer {
-				if !proto.IsRequestStream(st.Name) || !slices.Contains(proto.Lanes(), proto.Lane(q.Name)) {
-					continue // names of other consumers are without bound
-				}
+			if !proto.IsRequestStream(st.Name) {
+				continue
+			}
+			lanes := slices.DeleteFunc(st.Consumer, func(q *server.ConsumerInfo) bool {
+				return !slices.Contains(proto.Lanes(), proto.Lane(q.Name)) // names of other consumers are without bound
+			})
+			var waiting int64
+			for _, q := range lanes {
+				waiting += int64(q.NumPending)
+			}
+			for _, q := range lanes {
 				gauge(descWaiting, float64(q.NumPending), st.Name, q.Name)
-				gauge(descHanded, float64(q.NumAckPending), st.Name, q.Name)
-				gauge(descRedelivered, float64(q.NumRedelivered), st.Name, q.Name)
+				out := handed(int64(q.NumAckPending), stored[st.Name], waiting) // at most: the stream tells of its lanes together
+				gauge(descHanded, float64(out), st.Name, q.Name)
+				gauge(descRedelivered, float64(min(int64(q.NumRedelivered), out)), st.Name, q.Name)
 				gauge(descPulls, float64(q.NumWaiting), st.Name, q.Name)
 			}
 		}
 	}
+}
+
+// stored is how many messages each stream holds.
+func (c collector) stored() map[string]uint64 {
+	n := map[string]uint64{}
+	info, err := c.s.ns.Jsz(&server.JSzOptions{Streams: true})
+	if err != nil { // JetStream is going down: none
+		return n
+	}
+	for _, a := range info.AccountDetails {
+		for i := range a.Streams {
+			n[a.Streams[i].Name] = a.Streams[i].State.Msgs
+		}
+	}
+	return n
 }

@@ -10,7 +10,7 @@ import (
 	"millrace/proto"
 )
 
-// TestMetrics: what lies in the queues shows, and the names are as Prometheus wants them.
+// TestMetrics: what lies in the queues shows, and the names are as Prometheus wants them. What was purged does not show.
 func TestMetrics(t *testing.T) {
 	srv := &broker.Server{}
 	c := start(t, srv)
@@ -44,7 +44,7 @@ func TestMetrics(t *testing.T) {
 millrace_broker_queue_waiting` + strings.Replace(q, "normal", "high", 1) + ` 0
 millrace_broker_queue_waiting` + strings.Replace(q, "normal", "low", 1) + ` 0
 millrace_broker_queue_waiting` + q + ` 2
-# HELP millrace_broker_queue_handed_out Requests of a queue that workers hold, not acknowledged.
+# HELP millrace_broker_queue_handed_out Requests of a queue that workers hold, or gave back for a while.
 # TYPE millrace_broker_queue_handed_out gauge
 millrace_broker_queue_handed_out` + strings.Replace(q, "normal", "high", 1) + ` 0
 millrace_broker_queue_handed_out` + strings.Replace(q, "normal", "low", 1) + ` 0
@@ -52,6 +52,19 @@ millrace_broker_queue_handed_out` + q + ` 1
 `)
 	if err := testutil.CollectAndCompare(srv.Metrics(), want, "millrace_broker_queue_waiting", "millrace_broker_queue_handed_out"); err != nil {
 		t.Error(err)
+	}
+	if _, err := c.JS.Publish(t.Context(), proto.RequestSubject("m", proto.LaneNormal, "another"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := broker.Purge(t.Context(), c.JS, proto.RequestStream("m"), proto.RequestFilter("m", "job")); err != nil {
+		t.Fatal(err)
+	}
+	none := "# HELP millrace_broker_queue_handed_out Requests of a queue that workers hold, or gave back for a while.\n# TYPE millrace_broker_queue_handed_out gauge\n"
+	for _, lane := range []string{"high", "low", "normal"} {
+		none += "millrace_broker_queue_handed_out" + strings.Replace(q, "normal", lane, 1) + " 0\n"
+	}
+	if err := testutil.CollectAndCompare(srv.Metrics(), strings.NewReader(none), "millrace_broker_queue_handed_out"); err != nil {
+		t.Errorf("of a job whose lines are gone: %v", err)
 	}
 }
 
