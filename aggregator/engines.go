@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"sort"
 
 	"millrace/proto"
 )
@@ -34,8 +35,10 @@ type Engine struct {
 	// InFlight is how many requests it might have at once when the last of these lines was started: what was found to be
 	// right for it, or what --concurrency said.
 	InFlight *int64 `json:"in_flight_limit"`
-	// FullShare is the share of the time from the start of the first of these lines to that of the last in which at least
-	// 95 % of as many as might be were in flight, lines of other jobs included. Null where they were all started at once.
+	// FullShare is the share of the time with work in which at least 95 % of as many as might be were in flight, lines of
+	// other jobs included. That time is from the start of the first of these lines to that of the last, but for pauses of
+	// 30 s and more in which none of them was at the engine (see Figures.Idle): each stretch of work between two of these
+	// counts from its first start to its last. Null where each had one start.
 	FullShare *float64 `json:"full_share"`
 	// Preemptions were counted by the engine from the start of the first of these lines to the end of the last, give or
 	// take a few seconds; those of other jobs, and of other clients of the engine, are among them.
@@ -61,10 +64,18 @@ type GPU struct {
 // pace is what the results of one worker tell of how full it kept its engine.
 type pace struct {
 	lines         int64
-	told          bool // what follows is known: workers of older versions do not tell
-	first, last   mark
+	work          []stretch // in order, and none nearer to the next than pause
+	pause         int64
 	metered       bool
 	before, after int64 // pre-emptions
+}
+
+// stretch is a time in which a worker had lines of the job at its engine, and the first and the last start in it whose
+// pace is told. Workers of older versions tell none.
+type stretch struct {
+	span
+	told        bool
+	first, last mark
 }
 
 // mark is a start of a line, on the worker's clock.
@@ -74,23 +85,14 @@ type mark struct{ startUS, fullUS, limit int64 }
 func (r *Report) pace(res *proto.Result) {
 	p := r.paces[res.Worker]
 	if p == nil {
-		p = new(pace)
+		p = &pace{pause: longPause}
 		r.paces[res.Worker] = p
 	}
 	p.lines++
 	w := &res.Pace
-	if w.Limit <= 0 {
-		return
-	}
 	at := mark{res.StartUS, w.FullUS, w.Limit}
-	if !p.told || at.startUS < p.first.startUS {
-		p.first = at
-	}
-	if !p.told || at.startUS > p.last.startUS {
-		p.last = at
-	}
-	p.told = true
-	if !w.Metered {
+	p.add(stretch{atEngine(res), w.Limit > 0, at, at})
+	if w.Limit <= 0 || !w.Metered {
 		return
 	}
 	if !p.metered || w.Before < p.before {
@@ -99,14 +101,58 @@ func (r *Report) pace(res *proto.Result) {
 	p.metered, p.after = true, max(p.after, w.After)
 }
 
+// add joins a stretch with those that are nearer to it than a pause. The pause doubles where there would be too many.
+func (p *pace) add(s stretch) {
+	i := sort.Search(len(p.work), func(i int) bool { return s.from-p.work[i].to < p.pause })
+	j := i
+	for ; j < len(p.work) && p.work[j].from-s.to < p.pause; j++ {
+		s.join(&p.work[j])
+	}
+	p.work = slices.Replace(p.work, i, j, s)
+	for len(p.work) > maxSpans {
+		all := p.work
+		p.work, p.pause = nil, 2*p.pause
+		for _, s := range all {
+			p.add(s)
+		}
+	}
+}
+
+func (s *stretch) join(o *stretch) {
+	s.from, s.to = min(s.from, o.from), max(s.to, o.to)
+	switch {
+	case !o.told:
+		return
+	case !s.told:
+		s.first, s.last = o.first, o.last
+	}
+	if o.first.startUS < s.first.startUS {
+		s.first = o.first
+	}
+	if o.last.startUS > s.last.startUS {
+		s.last = o.last
+	}
+	s.told = true
+}
+
+// told says whether the pace of a start is.
+func (p *pace) told() bool {
+	return slices.ContainsFunc(p.work, func(s stretch) bool { return s.told })
+}
+
 // fill tells the pace of an engine.
 func (p *pace) fill(e *Engine) {
 	e.Lines = p.lines
-	if p.told {
-		e.InFlight = &p.last.limit
+	var full, of int64
+	for _, s := range p.work {
+		if s.told {
+			e.InFlight = &s.last.limit
+			full += s.last.fullUS - s.first.fullUS
+			of += s.last.startUS - s.first.startUS
+		}
 	}
-	if d := p.last.startUS - p.first.startUS; d > 0 {
-		e.FullShare = round(min(max(float64(p.last.fullUS-p.first.fullUS)/float64(d), 0), 1))
+	if of > 0 {
+		e.FullShare = round(min(max(float64(full)/float64(of), 0), 1))
 	}
 	if p.metered {
 		n := max(p.after-p.before, 0)
@@ -121,7 +167,7 @@ func (r *Report) engines(heard []*proto.Worker) []Engine {
 		all[w.ID] = engineOf(w)
 	}
 	for id, p := range r.paces {
-		if all[id] == nil && p.told {
+		if all[id] == nil && p.told() {
 			all[id] = &Engine{Worker: id}
 		}
 		if e := all[id]; e != nil {

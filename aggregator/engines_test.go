@@ -47,6 +47,46 @@ func TestPace(t *testing.T) {
 	}
 }
 
+// TestFullShareOfTimeWithWork: a pause of 30 s and more is in no share, nor is what other jobs did meanwhile; a shorter one is.
+func TestFullShareOfTimeWithWork(t *testing.T) {
+	full := func(us int64) proto.Pace { return proto.Pace{Limit: 100, FullUS: us} }
+	for _, c := range []struct {
+		name    string
+		results []*proto.Result
+		want    float64
+	}{
+		{"an hour", []*proto.Result{paced(0, 10, full(0)), paced(1, 20, full(8e6)), paced(2, 3610, full(1008e6)), paced(3, 3620, full(1014e6))}, 0.7},
+		{"half a minute, less what the line before took", []*proto.Result{paced(0, 10, full(0)), paced(1, 20, full(10e6)), paced(2, 50, full(10e6))}, 0.25},
+		{"lines in between that tried the engine", []*proto.Result{paced(0, 10, full(0)), paced(1, 20, full(10e6)), paced(2, 45, proto.Pace{}), paced(3, 70, full(12e6))}, 0.2},
+	} {
+		for _, back := range []bool{false, true} {
+			var r Report
+			for i := range c.results {
+				if back {
+					i = len(c.results) - 1 - i
+				}
+				r.Add(c.results[i], time.Unix(1000, 0))
+			}
+			if e := r.engines(nil); len(e) != 1 || e[0].FullShare == nil || *e[0].FullShare != c.want || *e[0].InFlight != 100 {
+				t.Errorf("%s, backwards %v: %+v, want %v", c.name, back, e, c.want)
+			}
+		}
+	}
+}
+
+// TestPaceIsBounded: a job in very many pieces keeps so many of them, and its share.
+func TestPaceIsBounded(t *testing.T) {
+	var r Report
+	for i := range int64(5000) {
+		r.Add(paced(2*i, i*60, proto.Pace{Limit: 1, FullUS: i * 30e6}), time.Unix(1000, 0))
+		r.Add(paced(2*i+1, i*60+5, proto.Pace{Limit: 1, FullUS: i * 30e6}), time.Unix(1000, 0))
+	}
+	e := r.engines(nil)
+	if n := len(r.paces["w0"].work); n > maxSpans || e[0].FullShare == nil || *e[0].FullShare != 0.5 { // all in one, by then
+		t.Errorf("%d pieces, %+v", n, e)
+	}
+}
+
 // TestLearn: the last that an engine said of itself counts, and what it does not say any more stays known.
 func TestLearn(t *testing.T) {
 	gpu := proto.GPU{Index: "0", UUID: "GPU-1", Name: "H100", MemoryUsed: 5, MemoryTotal: 80, Power: 600, Utilization: 1}

@@ -98,11 +98,11 @@ func (r *Report) part(k partKey) *part {
 // end of the request on the worker's clock tells how the two clocks stand to each other: what it is too large by is
 // the quickest way of any result to the broker.
 func (r *Report) time(p *part, res *proto.Result, us int64) {
-	d := min(max(res.DurationUS, shortest), longest)
-	start := min(max(res.StartUS, farPast), farFuture)
+	v, d := atEngine(res), min(max(res.DurationUS, shortest), longest)
+	start := v.to - d
 	p.loadUS = max(p.loadUS, res.LoadUS)
 	p.startsAt = min(p.startsAt, us-(start+d))
-	p.when.add(start-min(tried(res), max(start, 0)), start+d)
+	p.when.add(v.from, v.to)
 	if p.times == nil {
 		return
 	}
@@ -124,6 +124,12 @@ func (r *Report) time(p *part, res *proto.Result, us int64) {
 	}
 	_ = p.times.RecordValue(d) // d is within the histogram's range
 	_ = m.RecordValue(d)
+}
+
+// atEngine is when the worker of a result had its line at the engine, with its attempts before, on the worker's clock.
+func atEngine(res *proto.Result) span {
+	start := min(max(res.StartUS, farPast), farFuture)
+	return span{start - min(tried(res), max(start, 0)), start + min(max(res.DurationUS, shortest), longest)}
 }
 
 // tried is how long the attempts took that the worker of a result made of the line before.
