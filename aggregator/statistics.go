@@ -42,7 +42,8 @@ type Figures struct {
 	// Idle is how much of Duration no request that ended its line, or that was broken off as its job was ended, was at an
 	// engine, in s: the time between two runs of a job that was interrupted, and pauses of 30 s and more, also of an engine
 	// that refused all it got. Shorter pauses of a worker that goes on afterwards are not counted, also where a user paused
-	// the job, nor pauses under 1 s. Of a job in more than 4,096 pieces only the longer pauses are counted.
+	// the job, nor pauses under 1 s. Of a job in more than 4,096 pieces only the longer pauses are counted. A worker has 250 ms
+	// to tell what it broke off; then the owner ends these lines too, and for how long they were at the engine nobody learns.
 	Idle float64 `json:"idle"`
 	// Rates over the time that was not idle: per s of Duration less Idle.
 	RequestThroughput *float64 `json:"request_throughput"`     // Completed
