@@ -167,6 +167,15 @@ func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, err error) {
 	return all, err
 }
 
+// beats reads the heartbeats of the workers at each broker.
+func (b *brokers) beats(ctx context.Context) (map[*broker.Conn][]broker.Beat, error) {
+	all := map[*broker.Conn][]broker.Beat{}
+	return all, b.each(func(c *broker.Conn) (err error) {
+		all[c], err = broker.Beats(ctx, c.JS)
+		return err
+	})
+}
+
 // fold sets Unfolded of the jobs without a producer; the producers of the others note by themselves that no aggregator answers.
 func (b *brokers) fold(ctx context.Context, jobs []broker.JobView) {
 	none := map[*broker.Conn]bool{}

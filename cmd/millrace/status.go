@@ -193,19 +193,17 @@ func (a *app) list(ctx context.Context, job string) (*brokers, []broker.JobView,
 
 // look makes the overview of jobs that were read.
 func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, error) {
-	o := &overview{Jobs: []jobRow{}, Workers: []workerRow{}, Queues: []queueRow{}}
-	ws := map[*broker.Conn][]proto.Worker{}
-	err := b.each(func(c *broker.Conn) error {
-		beats, err := broker.Beats(ctx, c.JS)
-		if err != nil {
-			return err
-		}
-		for _, b := range beats {
+	o := &overview{Workers: []workerRow{}, Queues: []queueRow{}}
+	beats, err := b.beats(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = b.each(func(c *broker.Conn) error {
+		for _, b := range beats[c] {
 			w := b.Seen()
-			ws[c] = append(ws[c], w)
 			o.Workers = append(o.Workers, rowOfWorker(&w))
 		}
-		o.Shared = append(o.Shared, broker.Shared(beats)...)
+		o.Shared = append(o.Shared, broker.Shared(beats[c])...)
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
 			o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
@@ -215,9 +213,16 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	if err != nil {
 		return nil, err
 	}
+	o.Jobs = b.rows(ctx, jobs, beats)
+	return o, nil
+}
+
+// rows shows jobs that were read, and why nothing moves, by the heartbeats at their brokers.
+func (b *brokers) rows(ctx context.Context, jobs []broker.JobView, beats map[*broker.Conn][]broker.Beat) []jobRow {
 	b.fold(ctx, jobs)
+	rows := []jobRow{}
 	for i := range jobs {
-		lacks := unserved(&jobs[i], ws[b.at[jobs[i].Job.ID]])
+		lacks := unserved(&jobs[i], beats[b.at[jobs[i].Job.ID]])
 		if jobs[i].State() == broker.StateOrphaned {
 			jobs[i].Unserved = lacks
 		}
@@ -225,13 +230,17 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 		if r.Note == "" && r.State == broker.StateRunning {
 			r.Note = lacks
 		}
-		o.Jobs = append(o.Jobs, r)
+		rows = append(rows, r)
 	}
-	return o, nil
+	return rows
 }
 
 // unserved says which model of a job no worker runs, and for which workers it waits; empty: each with lines left is run by one.
-func unserved(v *broker.JobView, ws []proto.Worker) string {
+func unserved(v *broker.JobView, beats []broker.Beat) string {
+	var ws []proto.Worker
+	for i := range beats {
+		ws = append(ws, beats[i].Seen())
+	}
 	for _, m := range v.Job.Models {
 		if !v.Progress.Over(m.Model, m.Lines) && !slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.Serves(m.Model) }) {
 			return cmp.Or(producer.Waits(m.Model, ws), "no worker serves model "+m.Model)
@@ -312,10 +321,11 @@ func (a *app) jobsCommand() *cobra.Command {
 				return err
 			}
 			defer b.close()
-			b.fold(ctx, jobs)
-			for i := range jobs {
-				rows = append(rows, rowOfJob(&jobs[i]))
+			beats, err := b.beats(ctx)
+			if err != nil {
+				return err
 			}
+			rows = b.rows(ctx, jobs, beats)
 			if a.json {
 				return a.printJSON(rows)
 			}
