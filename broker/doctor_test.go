@@ -137,7 +137,7 @@ func TestSilentWorker(t *testing.T) {
 		t.Fatal(err)
 	}
 	for id, held := range map[string]int64{"a": 0, "b": 8} {
-		v, err := (&proto.Worker{ID: id, State: proto.EngineReady, Models: []string{"m"}, Held: held}).Encode()
+		v, err := (&proto.Worker{ID: id, State: proto.EngineReady, Models: []string{"m"}, Held: held, TokenRate: 9, RateOf: proto.RateEngine, Metered: true, KVUsage: 0.5}).Encode()
 		if err == nil {
 			_, err = kv.Put(t.Context(), id, v)
 		}
@@ -170,12 +170,49 @@ func TestSilentWorker(t *testing.T) {
 	if m := fs["model m"]; m.Found != "no worker serves it; in its queue: 1 line" {
 		t.Errorf("%+v", m)
 	}
+	beats, err := broker.Beats(t.Context(), c.JS)
+	if err != nil || len(beats) != 2 {
+		t.Fatalf("%+v, %v", beats, err)
+	}
+	if w := beats[0].Seen(); w.RateOf != "" || w.TokenRate != 0 || w.Metered || w.KVUsage != 0 {
+		t.Errorf("of a worker that may be gone: %+v", w)
+	}
 	if err := js.DeleteKeyValue(t.Context(), proto.JobsBucket); err != nil {
 		t.Fatal(err)
 	}
-	beats, err := broker.Beats(t.Context(), js)
-	if err != nil || len(beats) != 2 || beats[0].Seen().State != proto.EngineReady {
-		t.Errorf("%+v, %v", beats, err)
+	beats, err = broker.Beats(t.Context(), js)
+	if err != nil || len(beats) != 2 {
+		t.Fatalf("%+v, %v", beats, err)
+	}
+	if w := beats[0].Seen(); w.State != proto.EngineReady || w.RateOf != proto.RateEngine || w.TokenRate != 9 {
+		t.Errorf("%+v", w)
+	}
+}
+
+// TestOldRate: a rate that no aggregator tells anew is not told any more, whether somebody owns the job or not.
+func TestOldRate(t *testing.T) {
+	c, kv := bucket(t, proto.JobsBucket)
+	put := func(key string, r interface{ Encode() ([]byte, error) }) {
+		v, err := r.Encode()
+		if err == nil {
+			_, err = kv.Put(t.Context(), key, v)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(proto.FeedKey("a"), &proto.Feed{Owner: owner("x")})
+	for _, id := range []string{"a", "b"} {
+		put(proto.JobKey(id), &proto.Job{ID: id, Lines: 9})
+		put(proto.ProgressKey(id), &proto.Progress{State: proto.FoldFolding, OK: 5, RateLines: 2, RateTokens: 30})
+	}
+	for js, told := range map[jetstream.JetStream]bool{c.JS: true, later{c.JS, 16 * time.Second}: false} {
+		for _, id := range []string{"a", "b"} {
+			v, err := broker.Get(t.Context(), js, id)
+			if p := v.Progress; err != nil || p.OK != 5 || (p.RateLines == 2) != told || (p.RateTokens == 30) != told || (p.RateLines == 0) == told {
+				t.Errorf("%s, told %v: %+v, %v", id, told, p, err)
+			}
+		}
 	}
 }
 

@@ -181,6 +181,10 @@ var (
 	ErrAmbiguous = errors.New("several jobs begin so")
 )
 
+// rateHolds is for how long a rate is true that a job's record tells: the time that it is over. An aggregator that is there tells
+// it anew more often than that, until it is 0.
+const rateHolds = 15 * time.Second
+
 // Get reads one job by its id. Each key is asked for by itself: a listing of the bucket passes over a key that is
 // being written at that moment, and two of them are written several times a second.
 func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err error) {
@@ -192,7 +196,7 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 	if err != nil {
 		return v, explain("open bucket "+proto.JobsBucket, err)
 	}
-	var fed time.Time
+	var fed, folded time.Time
 	for _, key := range []string{proto.JobKey(id), proto.ControlKey(id), proto.FeedKey(id), proto.ProgressKey(id)} {
 		e, err := kv.Get(ctx, key)
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
@@ -208,16 +212,29 @@ func Get(ctx context.Context, js jetstream.JetStream, id string) (v JobView, err
 		if err := v.set(kind, e.Value()); err != nil {
 			return v, fmt.Errorf("read %s: %w", key, err)
 		}
-		if kind == "feed" {
+		switch kind {
+		case "feed":
 			fed = e.Created()
+		case "agg":
+			folded = e.Created()
 		}
 	}
-	if v.Feed.Owner.ID == "" || v.Progress.State == proto.FoldDone {
+	p := &v.Progress
+	owned := v.Feed.Owner.ID != "" && p.State != proto.FoldDone
+	if !owned && p.RateLines == 0 {
 		return v, nil
 	}
 	now, err := Now(ctx, js)
-	v.Silent = max(now.Sub(fed), 0)
-	return v, err
+	if err != nil {
+		return v, err
+	}
+	if owned {
+		v.Silent = max(now.Sub(fed), 0)
+	}
+	if now.Sub(folded) > rateHolds {
+		p.RateLines, p.RateTokens = 0, 0
+	}
+	return v, nil
 }
 
 // Choose finds, among jobs that were read, the one whose id or name is what, or the only one whose id begins so, be it as
@@ -350,13 +367,15 @@ func Beats(ctx context.Context, js jetstream.JetStream) ([]Beat, error) {
 // StateSilent is the state of a worker that may be gone, for people.
 const StateSilent = "silent"
 
-// Seen is the worker as people are shown it: whatever it last said, it is silent when that is proto.WorkerSilent ago.
+// Seen is the worker as people are shown it: whatever it last said, it is silent when that is proto.WorkerSilent ago, and how its
+// engine does now is not known.
 func (b *Beat) Seen() proto.Worker {
 	w := b.Worker
 	if b.Silent < proto.WorkerSilent {
 		return w
 	}
 	w.State, w.Reason = StateSilent, fmt.Sprintf("not heard of for %s; ", b.Silent.Round(time.Second))
+	w.Metered, w.KVUsage, w.TokenRate, w.RateOf = false, 0, 0, ""
 	if w.Held > 0 {
 		w.Reason += fmt.Sprintf("if it is gone, what it had (%s) is free again once --ack-wait is over", proto.Count(w.Held, "line"))
 	} else {

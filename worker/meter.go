@@ -45,7 +45,7 @@ func (m *meter) look(g load.Gauges, now time.Time) {
 		m.sum.generated += since(g.Generation, m.g.Generation)
 		m.sum.preemptions += since(g.Preemptions, m.g.Preemptions)
 	}
-	if m.g.Known != g.Known {
+	if m.g.Known != g.Known || now.Sub(m.sum.at) > rateWindow { // it was not up meanwhile
 		m.looks = nil // what had been counted before says nothing
 	}
 	m.g, m.sum.at = g, now

@@ -189,6 +189,10 @@ func TestMeter(t *testing.T) {
 	is("answers that do", 10, proto.RateAnswers, 0, false)
 	now = now.Add(rateWindow + 1)
 	is("not seen of late", 0, "", 0, false)
+	look(0, load.Gauges{})
+	m.answered(proto.Usage{Counted: true, Completion: 30})
+	look(2*time.Second, load.Gauges{})
+	is("it is back", 15, proto.RateAnswers, 0, false)
 	for range 1000 {
 		look(2*time.Second, load.Gauges{})
 	}
