@@ -11,3 +11,6 @@ func pidScope() string {
 	}
 	return boot
 }
+
+// Network is not known here.
+func Network() string { return "" }

@@ -58,16 +58,22 @@ func (b *Beat) there() bool {
 }
 
 // oneEngine says whether the engines of two workers are surely the same one. At the same address from the same machine
-// they are, but for two that started one each; from two machines only a public address leads to the same place. Machines may
-// go by one name: then their GPUs tell them apart, and so does a PID that both have, as containers do, since a process takes
-// an engine once.
+// they are, but for two that started one each; from two machines only a public address leads to the same place. Containers may
+// share a network, and go by other names then, and be alone with a PID of 1: the name space of the network tells. Of two on
+// one machine that have a network each, only an address that is not their own leads to the same place; a name may not. Where
+// that is not known machines may go by one name: then their GPUs tell them apart, and so does a PID that both have, since a
+// process takes an engine once.
 func (b *Beat) oneEngine(o *proto.Worker) bool {
-	at, public := address(b.Engine)
+	at, ip := address(b.Engine)
 	if other, _ := address(o.Engine); at == "" || at != other || b.Hosted && o.Hosted {
 		return false
 	}
-	if public {
+	if public(ip) {
 		return true
+	}
+	if b.Network != "" && o.Network != "" {
+		boot, _, _ := strings.Cut(b.Network, "/")
+		return b.Network == o.Network || ip.IsGlobalUnicast() && strings.HasPrefix(o.Network, boot+"/")
 	}
 	common := slices.ContainsFunc(b.GPUs, func(g proto.GPU) bool {
 		return slices.ContainsFunc(o.GPUs, func(have proto.GPU) bool { return have.UUID == g.UUID })
@@ -75,16 +81,21 @@ func (b *Beat) oneEngine(o *proto.Worker) bool {
 	return b.Host != "" && b.Host == o.Host && b.PID != o.PID && (common || len(b.GPUs) == 0 || len(o.GPUs) == 0)
 }
 
-// address is where an engine is, written as all write it that mean the same place, and whether that is the same for all
-// machines (100.64.0.0/10 is private as well: RFC 6598); empty: inside its worker.
-func address(engine string) (at string, public bool) {
+// address is where an engine is, written as all write it that mean the same place, and its IP address where that has one and no
+// name; empty: inside its worker.
+func address(engine string) (at string, ip netip.Addr) {
 	u, err := url.Parse(engine)
 	if err != nil || u.Host == "" {
-		return "", false
+		return "", ip
 	}
 	if u.Hostname() == "localhost" {
 		u.Host = strings.Replace(u.Host, "localhost", "127.0.0.1", 1)
 	}
-	a, err := netip.ParseAddr(u.Hostname())
-	return u.String(), err == nil && a.IsGlobalUnicast() && !a.IsPrivate() && !netip.MustParsePrefix("100.64.0.0/10").Contains(a)
+	ip, _ = netip.ParseAddr(u.Hostname())
+	return u.String(), ip
+}
+
+// public says whether an address is the same place for all machines; 100.64.0.0/10 is private as well (RFC 6598).
+func public(ip netip.Addr) bool {
+	return ip.IsGlobalUnicast() && !ip.IsPrivate() && !netip.MustParsePrefix("100.64.0.0/10").Contains(ip)
 }

@@ -31,6 +31,7 @@ func TestShared(t *testing.T) {
 			}
 		}
 	}
+	net := func(s string) func(*broker.Beat) { return func(b *broker.Beat) { b.PID, b.Network = 1, s } }
 	hosted := func(b *broker.Beat) { b.Hosted = true }
 	for name, c := range map[string]struct {
 		beats []broker.Beat
@@ -53,6 +54,15 @@ func TestShared(t *testing.T) {
 		"silent":                    {[]broker.Beat{beat("a", "h", here, silent(8, 60)), beat("b", "h", here)}, ""},
 		"one that leaves":           {[]broker.Beat{beat("a", "h", here, state(proto.EngineDraining)), beat("b", "h", here)}, ""},
 		"one process a container":   {[]broker.Beat{beat("a1", "h", here), beat("a2", "h", here)}, ""},
+		"containers of a pod":       {[]broker.Beat{beat("a", "h", here, net("b/1")), beat("b", "h", here, net("b/1"))}, here + " a b"},
+		"the machine's network":     {[]broker.Beat{beat("a", "h", here, net("b/1")), beat("b", "i", here, net("b/1"))}, here + " a b"},
+		"a name, in one network":    {[]broker.Beat{beat("a", "h", "http://vllm:8000", net("b/1")), beat("b", "i", "http://vllm:8000", net("b/1"))}, "http://vllm:8000 a b"},
+		"a network each":            {[]broker.Beat{beat("a", "h", here, net("b/1")), beat("b", "h", here, net("b/2"), func(b *broker.Beat) { b.PID = 7 })}, ""},
+		"a name, in a network each": {[]broker.Beat{beat("a", "h", "http://vllm:8000", net("b/1")), beat("b", "i", "http://vllm:8000", net("b/2"))}, ""},
+		"their machine's address":   {[]broker.Beat{beat("a", "h", "http://172.17.0.1:8000", net("b/1")), beat("b", "i", "http://172.17.0.1:8000", net("b/2"))}, "http://172.17.0.1:8000 a b"},
+		"another machine's":         {[]broker.Beat{beat("a", "h", "http://172.17.0.1:8000", net("b/1")), beat("b", "h", "http://172.17.0.1:8000", net("c/2"))}, ""},
+		"any address":               {[]broker.Beat{beat("a", "h", "http://0.0.0.0:8000", net("b/1")), beat("b", "h", "http://0.0.0.0:8000", net("b/2"))}, ""},
+		"one does not tell":         {[]broker.Beat{beat("a", "h", here, net("b/1")), beat("b", "h", here)}, here + " a b"},
 		"one name, other GPUs":      {[]broker.Beat{beat("a", "h", here, gpus("x", "y")), beat("b", "h", here, gpus("z"))}, ""},
 		"the engine's GPUs":         {[]broker.Beat{beat("a", "h", here, gpus("x", "y"), hosted), beat("b", "h", here, gpus("z", "y"))}, here + " a b"},
 		"one without GPUs":          {[]broker.Beat{beat("a", "h", here, gpus("x")), beat("b", "h", here), beat("c", "h", here, gpus("y"))}, here + " a b"},

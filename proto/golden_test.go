@@ -42,7 +42,7 @@ func goldenRecords() map[string]record {
 			Errors: []ErrorCount{{CodeBadResponse, 200, 1, "c", "m", 4, true}}, Stream: 1795477737000000001, Seq: 12, RateLines: 1.5, After: 8, BusyUS: 70000, BeforeLines: 3, BeforeTokens: 900},
 		"worker": &Worker{ID: "w", Models: []string{"a", "b"}, State: EngineReady, Limit: 437, KVTokens: 473807, Simulated: true, LimitWhy: "why",
 			Metered: true, KVUsage: 0.5, Preemptions: 3, TokenRate: 9300.5, RateOf: RateEngine, LastError: "HTTP 500: boom", LastErrorUS: 4000000,
-			Flags: []string{"block_size=16"}, GPUs: []GPU{{"0", "GPU-1", "NVIDIA H100 80GB HBM3", 7 << 30, 80 << 30, 612.25, 0.98}}, OwnGPUs: true, Kind: "vllm", Slots: 256, Hosted: true, Restarts: 2, LastRestart: "oom", GivenUp: "out of memory"},
+			Flags: []string{"block_size=16"}, GPUs: []GPU{{"0", "GPU-1", "NVIDIA H100 80GB HBM3", 7 << 30, 80 << 30, 612.25, 0.98}}, OwnGPUs: true, Kind: "vllm", Slots: 256, Hosted: true, Restarts: 2, LastRestart: "oom", GivenUp: "out of memory", Network: "b/n"},
 		"missing": &MissingAnswer{Known: true, Ranges: []Range{{0, 5}, {9, 10}}, Next: 11},
 	}
 }

@@ -315,6 +315,7 @@ type Worker struct {
 	Restarts    int64    // of the engine since its worker's process began it
 	LastRestart string   // cause of the last one, as in the metrics; empty: there was none
 	GivenUp     string   // why the engine is not started again any more, for people; empty: it is, or the worker does not run it
+	Network     string   // boot of its machine, and behind a slash the name space of its network: where two are equal, an address leads to the same place; empty: not known
 }
 
 // Whose tokens a rate counts.
@@ -404,6 +405,7 @@ func (w *Worker) visit(c *codec) {
 	c.int(&w.Restarts)
 	c.str(&w.LastRestart)
 	c.str(&w.GivenUp)
+	c.str(&w.Network)
 }
 
 // Encode renders the record for the wire.

@@ -435,7 +435,7 @@ func (s *session) record() *proto.Worker {
 		State: state, Reason: reason, Limit: int64(s.limit.Get()), InFlight: int64(s.slots.inFlight()), Held: int64(s.held.len()),
 		OK: s.ok.Load(), Failed: s.failed.Load(), LoadUS: loaded.Microseconds(), UptimeUS: time.Since(s.began).Microseconds(),
 		KVTokens: cmp.Or(s.capacity(st), s.limit.Tokens()), MaxLen: st.MaxLen, Program: s.Program, Simulated: st.Simulated,
-		LimitWhy: s.limit.Reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots,
+		LimitWhy: s.limit.Reason(), Flags: s.flags(st), Kind: st.Kind, Slots: st.Slots, Network: broker.Network(),
 	}
 	if s.Keeper != nil && st.Gone && st.State == proto.EngineDegraded {
 		w.GivenUp = st.Reason

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"millrace/broker"
 	"millrace/proto"
 	"millrace/sim"
 	"millrace/worker"
@@ -235,7 +236,7 @@ func TestSimQueued(t *testing.T) {
 	}
 }
 
-// TestSimAuto: the limit follows the cache of the engine, which is never overrun.
+// TestSimAuto: the limit follows the cache of the engine, which is never overrun. Others read in the heartbeat where its address is.
 func TestSimAuto(t *testing.T) {
 	r := worker.NewRig(t)
 	e := newEngine(t, func(c *sim.Config) {
@@ -252,7 +253,7 @@ func TestSimAuto(t *testing.T) {
 	allOK(t, r.Wait(n), n)
 	r.Until("heartbeat tells it", func() bool {
 		got := r.State(proto.EngineReady)
-		return got.KVTokens == 4096 && got.MaxLen == 512 && got.Limit >= 20 && got.Limit <= 100 && got.Simulated && got.OK == n
+		return got.KVTokens == 4096 && got.MaxLen == 512 && got.Limit >= 20 && got.Limit <= 100 && got.Simulated && got.OK == n && got.Network == broker.Network()
 	})
 }
 
