@@ -45,7 +45,7 @@ type Owner struct {
 // How a job ends that was not left to run.
 var (
 	ErrCancelled = errors.New("the job was cancelled")
-	ErrExpired   = errors.New("the job's time was over before all lines had run; --timeout counts from its first start, also where it was continued")
+	ErrExpired   = errors.New("the job's time was over before all lines had run; --timeout counts from its first start, also where it was continued, and a longer one comes too late now; --again makes a fresh run of all lines")
 	ErrHalted    = errors.New("too many lines failed, the job was halted")
 	ErrLeft      = errors.New("the process that ran the job gave it up")
 	ErrRemoved   = errors.New("the job was removed")
