@@ -33,7 +33,7 @@ func (s *state) fold(m message) error {
 		return fmt.Errorf("%w %q", errUnknownJob, id)
 	case errors.Is(err, proto.ErrNewerVersion):
 		return fmt.Errorf("read a result of job %s: %w; start the newer program here too", id, err)
-	case err != nil || r.Job != id || !j.holds(r.Index):
+	case err != nil || r.Job != id || !j.holds(r.Index), j.earlier(r):
 		return s.leave(m)
 	}
 	if err := s.take(j, r, m); err != nil {
@@ -42,6 +42,9 @@ func (s *state) fold(m message) error {
 	s.passed(m)
 	return nil
 }
+
+// earlier says whether a result is of a job of that id that was removed: a worker that was out of touch may have kept it.
+func (j *job) earlier(r *proto.Result) bool { return r.Run != 0 && r.Run <= j.after }
 
 // take gives a result to its job.
 func (s *state) take(j *job, r *proto.Result, m message) error {

@@ -283,7 +283,7 @@ func TestCreatedAgainWhileNobodyLooked(t *testing.T) {
 	}
 }
 
-// A job is removed and created again at a broker that took the place of another one, and gives revisions from 1 again.
+// A job is removed and created again, so that results of the first may yet come, at a broker that took the place of another one, and gives revisions from 1 again.
 func TestRemovedAtAnotherBroker(t *testing.T) {
 	r := newNetRig(t)
 	r.start()
@@ -309,7 +309,17 @@ func TestRemovedAtAnotherBroker(t *testing.T) {
 	again := spec("j", 2)
 	again.After = es[0].Created().UnixNano()
 	r.put(again)
-	r.send(good("j", 0, 2), good("j", 1, 2))
+	r.await("j", func(p *proto.Progress) bool { return p.After == again.After })
+	late := bad("j", 0, proto.CodeCancelled) // by a worker that was out of touch
+	late.Run = (&proto.Job{}).Run()
+	cut := bad("j", 1, proto.CodeRequestTimeout)
+	cut.Run = again.Run()
+	if p := r.await("j", folding(r.send(late, cut))); p.OK != 0 || p.Failed != 1 || len(p.Errors) != 1 || p.Errors[0].Code != cut.Code {
+		t.Errorf("%+v", p)
+	}
+	mine := good("j", 0, 2)
+	mine.Run = again.Run()
+	r.send(good("j", 1, 2), mine) // one of an older program, which tells no run
 	if p := r.await("j", done); p.OK != 2 || p.Duplicates != 0 || p.After != again.After {
 		t.Errorf("%+v", p)
 	}

@@ -179,7 +179,7 @@ func (d *Dataset) request(job *proto.Job, i int64, w *scratch) ([]byte, error) {
 		return nil, err
 	}
 	q := proto.Request{Job: job.ID, Index: i, CustomID: l.CustomID, URL: l.URL, Model: d.rules.model(&l),
-		Body: l.BodyFor(d.rules.override), MaxAttempts: job.MaxAttempts, TimeoutMS: job.TimeoutMS}
+		Body: l.BodyFor(d.rules.override), MaxAttempts: job.MaxAttempts, TimeoutMS: job.TimeoutMS, Run: job.Run()}
 	return q.Encode()
 }
 
@@ -187,7 +187,7 @@ func (d *Dataset) request(job *proto.Job, i int64, w *scratch) ([]byte, error) {
 // request, if that is known. A line that cannot be read any more, and one that nothing is known of, end without their
 // custom_id rather than not at all.
 func ending(d *Dataset, q *proto.Request, job *proto.Job, i int64, code, message string, w *scratch) ([]byte, error) {
-	res := proto.Result{Job: job.ID, Index: i, Code: code, Message: message}
+	res := proto.Result{Job: job.ID, Index: i, Code: code, Message: message, Run: job.Run()}
 	switch {
 	case d != nil:
 		if err := d.name(&res, w); err != nil {

@@ -100,9 +100,12 @@ func TestLeftovers(t *testing.T) {
 				t.Error(err)
 			}
 			for i := range int64(10) {
-				if rs := a.of(i); len(rs) != 1 || !rs[0].OK {
+				if rs := a.of(i); len(rs) != 1 || !rs[0].OK || rs[0].Run != o.Job.Run() {
 					t.Errorf("line %d: %+v", i, rs)
 				}
+			}
+			if rs := a.of(10); len(rs) != 1 || rs[0].OK || rs[0].Run != o.Job.Run() { // which is invalid
+				t.Errorf("%+v", rs)
 			}
 			if f := w.feed(id); f.After != o.Job.After || f.Resent != 0 || f.Ended != 1 {
 				t.Errorf("record %+v", f)

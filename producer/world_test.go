@@ -312,7 +312,7 @@ func (a *aggregator) set(f func(*aggregator)) {
 
 // okay answers every request.
 func okay(q *proto.Request) *proto.Result {
-	return &proto.Result{Job: q.Job, Index: q.Index, CustomID: q.CustomID, Model: q.Model, OK: true, Status: 200, Body: []byte("{}"), Worker: "w"}
+	return &proto.Result{Job: q.Job, Index: q.Index, CustomID: q.CustomID, Model: q.Model, OK: true, Status: 200, Body: []byte("{}"), Worker: "w", Run: q.Run}
 }
 
 // work starts a worker for a model; answer says how a request ends, nil: it is held for ever.

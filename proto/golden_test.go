@@ -27,11 +27,11 @@ func goldenRecords() map[string]record {
 	attempts := []Attempt{{"w-1", CodeEngineError, 500, "boom", 1234567}, {"w-2", CodeTransport, 0, "", 1}}
 	return map[string]record{
 		"request": &Request{Job: "reviews-0123456789", Index: 4294967296, CustomID: "a-1 é", URL: "/v1/chat/completions", Model: "m",
-			Body: []byte(`{"n":12345678901234567890, "x":1e400}`), MaxAttempts: 4, TimeoutMS: 1800000, Attempts: attempts, Suspicions: 2, Doubted: "w-3", Alone: 1},
+			Body: []byte(`{"n":12345678901234567890, "x":1e400}`), MaxAttempts: 4, TimeoutMS: 1800000, Attempts: attempts, Suspicions: 2, Doubted: "w-3", Alone: 1, Run: 1795477737000000003},
 		"request-empty": &Request{},
 		"result": &Result{Job: "j", Index: 7, CustomID: "c", Line: 8, Model: "m", URL: "/v1/completions", OK: true, Status: 200,
 			RequestID: "cmpl-1", Body: []byte{0, 1, 0xff}, Finish: "stop", Usage: Usage{true, 308, 121, 240}, Worker: "w",
-			StartUS: 1, DurationUS: 70000, LoadUS: 1 << 40, Attempts: attempts[:1], Pace: Pace{437, 1 << 33, true, 5, 9}, ContextCut: true},
+			StartUS: 1, DurationUS: 70000, LoadUS: 1 << 40, Attempts: attempts[:1], Pace: Pace{437, 1 << 33, true, 5, 9}, ContextCut: true, Run: 1},
 		"result-error": &Result{Job: "j", Index: -1, Code: CodeCancelled, Message: "cancelled"},
 		"job": &Job{ID: "j", Name: "n", Input: "/in", Host: "h", SHA256: "00", Bytes: 1, Lines: 2, Invalid: 1,
 			Models: []ModelLines{{"m", 2}}, Override: "o", MaxAttempts: 3, TimeoutMS: 4, Object: "x", Again: 5, CreatedMS: 6,

@@ -16,6 +16,7 @@ type Request struct {
 	// no other one well; empty: none.
 	Doubted string
 	Alone   int64 // those of Suspicions at which no other line was in the engine
+	Run     int64 // Job.Run; 0: not known, as to an older program
 }
 
 func (r *Request) visit(c *codec) {
@@ -31,6 +32,7 @@ func (r *Request) visit(c *codec) {
 	c.int(&r.Suspicions)
 	c.str(&r.Doubted)
 	c.int(&r.Alone)
+	c.int(&r.Run)
 }
 
 // Encode renders the request for the wire.
@@ -107,6 +109,7 @@ type Result struct {
 	// ContextCut says that the engine ended the answer before the limit of tokens that its body sets, since prompt and
 	// output together exceed the context, or a limit of the engine's own.
 	ContextCut bool
+	Run        int64 // of the request, or of the owner's job; 0: not known
 }
 
 func (r *Result) visit(c *codec) {
@@ -131,6 +134,7 @@ func (r *Result) visit(c *codec) {
 	list(c, &r.Attempts)
 	c.nested(&r.Pace)
 	c.bool(&r.ContextCut)
+	c.int(&r.Run)
 }
 
 // Pace is how full a worker kept its engine, and what the engine paid for that, as far as the worker knew when it started

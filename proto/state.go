@@ -45,6 +45,9 @@ func (m *ModelLines) visit(c *codec) {
 	c.int(&m.Lines)
 }
 
+// Run tells this job from those of its id that were removed before it, which have less.
+func (j *Job) Run() int64 { return j.After + 1 }
+
 func (j *Job) visit(c *codec) {
 	c.str(&j.ID)
 	c.str(&j.Name)

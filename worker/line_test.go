@@ -19,11 +19,11 @@ func TestTimeout(t *testing.T) {
 	r, f := newRig(t), newFake(t)
 	f.set(func() { f.work = blocks })
 	q := request(0)
-	q.TimeoutMS = 30
+	q.TimeoutMS, q.Run = 30, 7
 	r.send(q)
 	r.start(f.engine())
 	got := r.wait(1)[0]
-	if got.OK || got.Code != proto.CodeRequestTimeout || got.Status != 0 || len(got.Attempts) != 1 {
+	if got.OK || got.Run != 7 || got.Code != proto.CodeRequestTimeout || got.Status != 0 || len(got.Attempts) != 1 {
 		t.Fatalf("result %+v", got)
 	}
 	first := got.Attempts[0]

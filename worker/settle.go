@@ -222,7 +222,7 @@ func (s *session) result(o *outcome) *proto.Result {
 		OK: o.class == classDone, ContextCut: o.cut, Status: int64(o.answer.Status), RequestID: o.id, Body: o.answer.Body,
 		Code: o.code, Message: o.message, Finish: o.finish, Usage: o.usage, Attempts: o.req.Attempts,
 		Worker: s.id, StartUS: o.started.Sub(s.began).Microseconds(), DurationUS: o.took.Microseconds(), LoadUS: loaded.Microseconds(),
-		Pace: o.pace,
+		Pace: o.pace, Run: o.req.Run,
 	}
 	r.Pace.After, _ = s.meter.preempted()
 	if o.class == classBroken || o.class == classTimeout || !r.OK && r.Status/100 == 2 { // what came of an answer is not one
