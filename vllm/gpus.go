@@ -116,12 +116,17 @@ func listed() (numbers, uuids []string, err error) {
 	return numbers, second(gpuUUID), nil
 }
 
-// Memory is how many bytes the smallest of some GPUs has, as nvidia-smi numbers and names them; nil: of all of this machine.
-// 0: nobody knows.
-func Memory(ids []string) (least int64) {
+// Card is what is known of GPUs.
+type Card struct {
+	Memory int64 // in bytes, of the smallest; 0: nobody knows
+	A100   bool  // one of them is an A100
+}
+
+// Cards asks nvidia-smi for some GPUs, as it numbers and names them; nil: all of this machine.
+func Cards(ids []string) (c Card) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	args := []string{"--query-gpu=memory.total", "--format=csv,noheader,nounits"}
+	args := []string{"--query-gpu=memory.total,name", "--format=csv,noheader,nounits"}
 	if ids != nil {
 		args = append(args, "-i", strings.Join(ids, ","))
 	}
@@ -129,16 +134,18 @@ func Memory(ids []string) (least int64) {
 	cmd.WaitDelay = time.Second
 	out, err := cmd.Output()
 	if err != nil {
-		return 0
+		return Card{}
 	}
 	for l := range strings.Lines(string(out)) {
-		mib, err := strconv.ParseInt(strings.TrimSpace(l), 10, 64)
+		memory, name, _ := strings.Cut(l, ",")
+		mib, err := strconv.ParseInt(strings.TrimSpace(memory), 10, 64)
 		if err != nil {
-			return 0
+			return Card{}
 		}
-		if least == 0 || mib<<20 < least {
-			least = mib << 20
+		if c.Memory == 0 || mib<<20 < c.Memory {
+			c.Memory = mib << 20
 		}
+		c.A100 = c.A100 || strings.Contains(name, "A100")
 	}
-	return least
+	return c
 }

@@ -14,7 +14,7 @@ import (
 
 const h100 = 81559 << 20 // bytes
 
-func card() int64 { return h100 }
+func card() vllm.Card { return vllm.Card{Memory: h100} }
 
 // TestGraphs: what the largest graph holds is read from the log; a server that does not start with ours is started without.
 func TestGraphs(t *testing.T) {
@@ -116,26 +116,27 @@ func TestPlainerSays(t *testing.T) {
 	}
 }
 
-// TestMemory: it is that of the smallest of the GPUs that are asked for.
-func TestMemory(t *testing.T) {
+// TestCards: the memory is that of the smallest of the GPUs that are asked for.
+func TestCards(t *testing.T) {
 	bin := t.TempDir()
 	t.Setenv("PATH", bin)
-	if got := vllm.Memory(nil); got != 0 {
-		t.Errorf("%d bytes, without nvidia-smi", got)
+	if got := vllm.Cards(nil); got != (vllm.Card{}) {
+		t.Errorf("%+v, without nvidia-smi", got)
 	}
 	script := `#!/bin/sh
 case "$*" in
-"--query-gpu=memory.total --format=csv,noheader,nounits") echo 81559; echo 24576 ;;
-"--query-gpu=memory.total --format=csv,noheader,nounits -i 0,GPU-2") echo 81559; echo 143771 ;;
+"--query-gpu=memory.total,name --format=csv,noheader,nounits") echo '81559, NVIDIA H100 80GB HBM3'; echo '24576, NVIDIA L4' ;;
+"--query-gpu=memory.total,name --format=csv,noheader,nounits -i 0,GPU-2") echo '81559, NVIDIA H100 80GB HBM3'; echo '143771, NVIDIA H200' ;;
+*"-i 3") echo '81920, NVIDIA A100-SXM4-80GB' ;;
 *) echo '[N/A]' ;;
 esac
 `
 	if err := os.WriteFile(filepath.Join(bin, "nvidia-smi"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for want, ids := range map[int64][]string{24576 << 20: nil, 81559 << 20: {"0", "GPU-2"}, 0: {"MIG-1"}} {
-		if got := vllm.Memory(ids); got != want {
-			t.Errorf("%q: %d bytes, want %d", ids, got, want)
+	for want, ids := range map[vllm.Card][]string{{Memory: 24576 << 20}: nil, {Memory: 81559 << 20}: {"0", "GPU-2"}, {Memory: 81920 << 20, A100: true}: {"3"}, {}: {"MIG-1"}} {
+		if got := vllm.Cards(ids); got != want {
+			t.Errorf("%q: %+v, want %+v", ids, got, want)
 		}
 	}
 }

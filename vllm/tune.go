@@ -8,7 +8,7 @@ import (
 )
 
 const (
-	bigCard    = 70 << 30 // bytes: from there on vLLM runs 1,024 sequences at once, but 256 on an A100 (engine/arg_utils.py)
+	bigCard    = 70 << 30 // bytes: from there on vLLM runs 1,024 sequences at once, but 256 on an A100, where larger steps make less (engine/arg_utils.py)
 	smallModel = 4        // times its weights is the card's memory; a larger model keeps the card busy, and needs the memory itself
 	tinyModel  = 20       // times its weights is the card's memory: cores of the processor are the limit, not the card
 
@@ -18,8 +18,8 @@ const (
 )
 
 // With a model of 1B on an H200, EngineCore and the one process that speaks HTTP, the frontend, fill a core each
-// (docs/measurements/speed.md). Steps of twice the sequences and tokens, as --performance-mode throughput has them since vLLM
-// 0.17, leave EngineCore fewer steps. With --api-server-count several frontends share the port; any of them tells the metrics of all.
+// (docs/measurements/speed.md). Steps of twice the sequences and tokens, as --performance-mode throughput has them, leave EngineCore
+// fewer steps. With --api-server-count several frontends share the port; any of them tells the metrics of all.
 // EngineCore starts only when each of them has loaded vLLM once more: 17 s on that machine, for at most a tenth of the time
 // of the lines. Some of what vLLM can do asks for one frontend, and with more it does without its cache of images and sound.
 var (
@@ -55,12 +55,12 @@ func isSet(variable string) bool {
 	return v != "" && (err != nil || n != 0)
 }
 
-// Tune lets the server have what vLLM does not take by itself, where its one GPU has so many bytes and is fast for the model,
+// Tune lets the server have what vLLM does not take by itself, where its one GPU is such a card and fast for the model,
 // as the files of its weights on this machine say, and the user's flags say nothing of it: larger CUDA graphs, and for a very
 // small model larger steps and several processes that speak HTTP, where so many cores are there for this server and so many
-// lines for it to answer, 0: nobody knows how many. It is called before Run, and asks for the memory only where nothing else
+// lines for it to answer, 0: nobody knows how many. It is called before Run, and asks for the card only where nothing else
 // speaks against all of it.
-func (s *Server) Tune(memory func() int64, cores int, lines int64) {
+func (s *Server) Tune(card func() Card, cores int, lines int64) {
 	each, err := s.Flags.GPUs()
 	graphs, sizes := !s.Flags.begin(ofGraphs), !s.Flags.begin(ofSizes)
 	frontends := cores >= coresForTwo && (lines == 0 || lines >= longJob) && !s.Flags.begin(ofFrontends) && !slices.ContainsFunc(oneFrontend, isSet)
@@ -71,14 +71,14 @@ func (s *Server) Tune(memory func() int64, cores int, lines int64) {
 	if !known {
 		return
 	}
-	card := memory()
-	if card < bigCard {
+	c := card()
+	if c.Memory < bigCard {
 		return
 	}
-	if graphs && card >= bytes*smallModel {
+	if graphs && c.Memory >= bytes*smallModel {
 		s.extra = append(s.extra, "--compilation-config", graphSizes())
 	}
-	if card < bytes*tinyModel {
+	if c.Memory < bytes*tinyModel || c.A100 {
 		return
 	}
 	if sizes {

@@ -46,7 +46,7 @@ func TestTune(t *testing.T) {
 		{model, h100, vllm.Flags{"--compil", "{}"}, false}, {model, h100, vllm.Flags{"--compilation_c={}"}, false}, {model, h100, vllm.Flags{"--compilation-c.mode", "3"}, false}, {model, h100, vllm.Flags{"--compi", "3"}, false},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() int64 { return c.memory }, 1, 0)
+		s.Tune(func() vllm.Card { return vllm.Card{Memory: c.memory} }, 1, 0)
 		line := s.CommandLine()
 		at := slices.Index(line, "--compilation-config")
 		if at >= 0 != c.want || c.want && (!slices.Contains(s.Shown(), line[at+1]) || !strings.HasSuffix(line[at+1], ",1920,2048]}") || !strings.Contains(line[at+1], "[1,2,4,8,16,24,32,40,48,56,64,80,96,")) {
@@ -95,7 +95,7 @@ func TestTuneFrontends(t *testing.T) {
 			t.Setenv(name, value)
 		}
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() int64 { return c.memory }, c.cores, c.lines)
+		s.Tune(func() vllm.Card { return vllm.Card{Memory: c.memory} }, c.cores, c.lines)
 		ours := s.Shown()[len(c.flags):]
 		got := 0
 		if at := slices.Index(ours, "--api-server-count"); at >= 0 {
@@ -116,19 +116,20 @@ func TestTuneSizes(t *testing.T) {
 	tiny, small := t.TempDir(), t.TempDir()
 	weigh(t, tiny, 3)
 	weigh(t, small, 5)
+	big := vllm.Card{Memory: h100}
 	for _, c := range []struct {
-		model  string
-		memory int64
-		flags  vllm.Flags
-		want   int64 // sequences
+		model string
+		card  vllm.Card
+		flags vllm.Flags
+		want  int64 // sequences
 	}{
-		{tiny, h100, nil, 2048}, {tiny, h100, vllm.Flags{"--enforce-eager"}, 2048}, {small, h100, nil, 0}, {tiny, 64 << 30, nil, 0}, {tiny, 0, nil, 0},
-		{tiny, h100, vllm.Flags{"--max-num-seqs", "64"}, 64}, {tiny, h100, vllm.Flags{"--max-num-b=512"}, 0}, {tiny, h100, vllm.Flags{"--performance-mode", "balanced"}, 0},
-		{tiny, h100, vllm.Flags{"--no-enable-chunked-prefill"}, 0}, {tiny, h100, vllm.Flags{"--runner", "pooling"}, 0}, {tiny, h100, vllm.Flags{"-sc", "{}"}, 0},
-		{tiny, h100, vllm.Flags{"-tp", "2"}, 0},
+		{tiny, big, nil, 2048}, {tiny, big, vllm.Flags{"--enforce-eager"}, 2048}, {small, big, nil, 0}, {tiny, vllm.Card{Memory: 64 << 30}, nil, 0}, {tiny, vllm.Card{}, nil, 0}, {tiny, vllm.Card{Memory: h100, A100: true}, nil, 0},
+		{tiny, big, vllm.Flags{"--max-num-seqs", "64"}, 64}, {tiny, big, vllm.Flags{"--max-num-b=512"}, 0}, {tiny, big, vllm.Flags{"--performance-mode", "balanced"}, 0},
+		{tiny, big, vllm.Flags{"--no-enable-chunked-prefill"}, 0}, {tiny, big, vllm.Flags{"--runner", "pooling"}, 0}, {tiny, big, vllm.Flags{"-sc", "{}"}, 0},
+		{tiny, big, vllm.Flags{"-tp", "2"}, 0},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() int64 { return c.memory }, 16, 0)
+		s.Tune(func() vllm.Card { return c.card }, 16, 0)
 		shown := strings.Join(s.Shown()[len(c.flags):], " ")
 		if got := s.Sequences(); got != c.want || strings.Contains(shown, "--max-num-seqs 2048 --max-num-batched-tokens 16384") != (c.want == 2048) {
 			t.Errorf("%+v: %d, %s", c, got, shown)
