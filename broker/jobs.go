@@ -405,7 +405,7 @@ func Queues(ctx context.Context, js jetstream.JetStream) ([]Queue, error) {
 		}
 		q := Queue{Model: info.Config.Metadata[proto.MetaModel], Stream: info.Config.Name,
 			Bytes: int64(info.State.Bytes), MaxBytes: info.Config.MaxBytes}
-		q.consumers(ctx, js)
+		q.consumers(ctx, js, info.State.Msgs)
 		out = append(out, q)
 	}
 	if l.Err() != nil {
@@ -420,7 +420,8 @@ func HandedOut(ctx context.Context, js jetstream.JetStream, models []string) ([]
 	var out []Queue
 	for _, m := range models {
 		q := Queue{Model: m, Stream: proto.RequestStream(m)}
-		q.consumers(ctx, js)
+		before, _ := stored(ctx, js, q.Stream) // one that is not there has handed out nothing
+		q.consumers(ctx, js, before)
 		if err := ctx.Err(); err != nil {
 			return nil, explain("look at the queue of "+m, err)
 		}
@@ -429,9 +430,9 @@ func HandedOut(ctx context.Context, js jetstream.JetStream, models []string) ([]
 	return out, nil
 }
 
-// consumers asks those of a queue, and then its stream: what was purged, as of a job that was cancelled, counts as handed
-// out at its consumer until its time is over.
-func (q *Queue) consumers(ctx context.Context, js jetstream.JetStream) {
+// consumers asks those of a queue, and then its stream, which held so many messages before: what was purged, as of a job that was
+// cancelled, counts as handed out at its consumer until its time is over.
+func (q *Queue) consumers(ctx context.Context, js jetstream.JetStream, before uint64) {
 	for _, lane := range proto.Lanes() {
 		c, err := js.Consumer(ctx, q.Stream, string(lane))
 		if err != nil { // not declared yet: nothing was handed out
@@ -445,13 +446,22 @@ func (q *Queue) consumers(ctx context.Context, js jetstream.JetStream) {
 	if q.HandedTo == 0 {
 		return
 	}
-	if s, err := js.Stream(ctx, q.Stream); err == nil {
-		q.HandedTo = handed(q.HandedTo, s.CachedInfo().State.Msgs, q.Waiting)
+	if after, err := stored(ctx, js, q.Stream); err == nil {
+		q.HandedTo = handed(q.HandedTo, max(before, after), q.Waiting)
 	}
 }
 
-// handed is how many requests of a queue are handed out that are there yet. The stream is looked at after its consumers: what
-// comes in between then makes it no less.
+// stored is how many messages a stream holds.
+func stored(ctx context.Context, js jetstream.JetStream, stream string) (uint64, error) {
+	s, err := js.Stream(ctx, stream)
+	if err != nil {
+		return 0, err
+	}
+	return s.CachedInfo().State.Msgs, nil
+}
+
+// handed is how many requests of a queue are handed out that are there yet. The stream is looked at before its consumers and after
+// them: neither what comes in between nor what is acknowledged makes it less.
 func handed(pending int64, stored uint64, waiting int64) int64 {
 	return min(pending, max(int64(stored)-waiting, 0))
 }

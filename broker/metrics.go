@@ -72,7 +72,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 			}
 			for _, q := range lanes {
 				gauge(descWaiting, float64(q.NumPending), st.Name, q.Name)
-				out := handed(int64(q.NumAckPending), stored[st.Name], waiting) // at most: the stream tells of its lanes together
+				out := handed(int64(q.NumAckPending), max(st.State.Msgs, stored[st.Name]), waiting) // at most: the stream tells of its lanes together
 				gauge(descHanded, float64(out), st.Name, q.Name)
 				gauge(descRedelivered, float64(min(int64(q.NumRedelivered), out)), st.Name, q.Name)
 				gauge(descPulls, float64(q.NumWaiting), st.Name, q.Name)

@@ -45,7 +45,7 @@ func (m *ModelLines) visit(c *codec) {
 	c.int(&m.Lines)
 }
 
-// Run tells this job from those of its id that were removed before it, which have less.
+// Run tells this job from those of its id that were removed before it, which have less at a broker whose clock does not go back.
 func (j *Job) Run() int64 { return j.After + 1 }
 
 func (j *Job) visit(c *codec) {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -90,6 +91,18 @@ func TestPlainer(t *testing.T) {
 	r.Tune(card, 1, 0)
 	if f := r.start().fails(); !f.Final || len(r.lives()) != 1 {
 		t.Errorf("%+v, %d starts", f, len(r.lives()))
+	}
+}
+
+// TestPlainerCame: flags that a server came up with once are kept, whatever it ends of later.
+func TestPlainerCame(t *testing.T) {
+	r := newRig(t, "serve", "fails", "serve")
+	r.Flags = random
+	r.Tune(card, 1, 0)
+	kill(t, r.start().up(1).api, syscall.SIGKILL)
+	r.up(3)
+	if r.Sequences() != 2048 || !slices.Contains(r.Shown(), "--compilation-config") {
+		t.Errorf("%d sequences, shown %q", r.Sequences(), r.Shown())
 	}
 }
 

@@ -206,7 +206,7 @@ func (s *Server) Run(live, patience context.Context) error {
 			s.set(false, proto.EngineWaiting, "engine is stopped")
 			return nil
 		}
-		if ours := s.plainer(end); ours != nil {
+		if ours := s.plainer(end, t.came); ours != nil {
 			s.Log.Warn(fmt.Sprintf("%s; it is tried without what millrace asked for by itself (%s)", end.why, ours.brief()), "engine", s.String(), "log", s.LogFile())
 			s.count(end.cause)
 			continue
@@ -266,7 +266,7 @@ type tally struct {
 	failed   int   // starts in a row
 	quick    int   // ends in a row that came soon
 	answered int64 // lines, until the end before
-	came     bool
+	came     bool  // up, once
 }
 
 // judge says how long to wait before the next start, or that there is none.

@@ -10,18 +10,18 @@ import (
 const (
 	bigCard    = 70 << 30 // bytes: from there on vLLM runs 1,024 sequences at once, but 256 on an A100, where larger steps make less (engine/arg_utils.py)
 	smallModel = 4        // times its weights is the card's memory; a larger model keeps the card busy, and needs the memory itself
-	tinyModel  = 20       // times its weights is the card's memory: cores of the processor are the limit, not the card
+	tinyModel  = 30       // times its weights is the card's memory: cores of the processor are the limit, not the card; measured with 60
 
 	mostFrontends = 4
 	coresForTwo   = 6     // of the processor: EngineCore fills one, two frontends one together, and the rest is for what else is there
-	longJob       = 50000 // lines: with fewer the longer start of several frontends takes more than they give
+	longJob       = 50000 // lines: with fewer the longer start of several frontends may take more than they give
 )
 
 // With a model of 1B on an H200, EngineCore and the one process that speaks HTTP, the frontend, fill a core each
 // (docs/measurements/speed.md). Steps of twice the sequences and tokens, as --performance-mode throughput has them, leave EngineCore
 // fewer steps. With --api-server-count several frontends share the port; any of them tells the metrics of all.
-// EngineCore starts only when each of them has loaded vLLM once more: 17 s on that machine, for at most a tenth of the time
-// of the lines. Some of what vLLM can do asks for one frontend, and with more it does without its cache of images and sound.
+// EngineCore starts only when each of them has loaded vLLM once more: 8 to 23 s on that machine. What they give there is
+// not measured by itself; taken for a tenth of the time of the lines, it makes up for the start from longJob on. Some of what vLLM can do asks for one frontend, and with more it does without its cache of images and sound.
 var (
 	ofSizes = slices.Concat(speculative, []string{"--max-num-seqs", "--max-num-batched-tokens", "--performance-mode",
 		"--enable-chunked-prefill", "--no-enable-chunked-prefill", "--runner", "--task", "--convert", "--pooler-config"})
@@ -113,11 +113,11 @@ func (s *Server) Shown() []string { return s.flags().Shown() }
 // mayBeOurs are the reasons that our own flags may be behind when a server does not start.
 var mayBeOurs = []string{"", "flag", "cache", "context", "memory", "core"}
 
-// plainer gives up our own flags where the server ended by itself before it was up, and they may be why; nil: it does not.
-func (s *Server) plainer(e ending) Flags {
+// plainer gives up our own flags where the server ended by itself before it ever came up, and they may be why; nil: it does not.
+func (s *Server) plainer(e ending, came bool) Flags {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.extra == nil || !e.itself || e.well > 0 || !slices.Contains(mayBeOurs, e.reason) {
+	if s.extra == nil || !e.itself || e.well > 0 || came || !slices.Contains(mayBeOurs, e.reason) {
 		return nil
 	}
 	ours := s.extra

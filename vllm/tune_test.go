@@ -34,7 +34,7 @@ func TestTune(t *testing.T) {
 		want   bool
 	}{
 		{model, h100, nil, true}, {"a/small", h100, vllm.Flags{"--max-model-len", "4096"}, true}, {"a/unknown", h100, nil, false},
-		{"a/unknown", h100, vllm.Flags{"--load_format=dummy"}, true}, {random, h100, nil, true}, {t.TempDir(), h100, nil, false},
+		{"a/unknown", h100, vllm.Flags{"--load_format=dummy"}, true}, {random, h100, nil, false}, {t.TempDir(), h100, nil, false},
 		{filepath.Join(model, "model-1.safetensors"), h100, nil, true}, {filepath.Join(large, "model-1.safetensors"), h100, nil, false},
 		{"a/large", h100, vllm.Flags{"--download-dir", other}, true}, {"a/small", h100, vllm.Flags{"--download-dir", other}, false},
 		{large, h100, nil, false}, {"a/large", h100, nil, false}, {model, 0, nil, false}, {model, 24 << 30, nil, false}, {large, 141 << 30, nil, true},
@@ -59,13 +59,13 @@ func TestTune(t *testing.T) {
 // asks for one process, as a model that takes images or sound does.
 func TestTuneFrontends(t *testing.T) {
 	tiny, small := t.TempDir(), t.TempDir()
-	weigh(t, tiny, 3)
-	weigh(t, small, 5)
+	weigh(t, tiny, 2)
+	weigh(t, small, 4)
 	sees, hears, reads, hub := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
 	t.Setenv("HF_HUB_CACHE", hub)
 	seer, reader := filepath.Join(hub, "models--a--seer", "snapshots", "1f"), filepath.Join(hub, "models--a--reader", "snapshots", "1f")
 	for dir, config := range map[string]string{sees: `{"vision_config": {}}`, seer: `{"vision_config": {}}`, hears: `{"thinker_config": {"audio_config": {}}}`, reads: `{"vocab_size": 1}`, reader: `{}`} {
-		weigh(t, dir, 3)
+		weigh(t, dir, 2)
 		if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -114,8 +114,8 @@ func TestTuneFrontends(t *testing.T) {
 // is known.
 func TestTuneSizes(t *testing.T) {
 	tiny, small := t.TempDir(), t.TempDir()
-	weigh(t, tiny, 3)
-	weigh(t, small, 5)
+	weigh(t, tiny, 2)
+	weigh(t, small, 4)
 	big := vllm.Card{Memory: h100}
 	for _, c := range []struct {
 		model string

@@ -17,8 +17,7 @@ func (s *Server) weights() (bytes int64, known bool) {
 		return info.Size(), true
 	} else if err == nil {
 		bytes = weightsIn(s.Model)
-		_, err = os.Stat(filepath.Join(s.Model, config))
-		return bytes, bytes > 0 || err == nil
+		return bytes, bytes > 0
 	}
 	for _, dir := range s.snapshots() {
 		bytes = max(bytes, weightsIn(dir))

@@ -16,6 +16,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"millrace/broker"
+	"millrace/proto"
 )
 
 // endpoint is how other commands of the same user find the broker inside a `millrace run`.
@@ -167,13 +168,24 @@ func (b *brokers) jobs(ctx context.Context) (all []broker.JobView, err error) {
 	return all, err
 }
 
-// beats reads the heartbeats of the workers at each broker.
-func (b *brokers) beats(ctx context.Context) (map[*broker.Conn][]broker.Beat, error) {
-	all := map[*broker.Conn][]broker.Beat{}
-	return all, b.each(func(c *broker.Conn) (err error) {
-		all[c], err = broker.Beats(ctx, c.JS)
-		return err
+// workers are those of each broker as people are shown them; of one that does not tell, none are known.
+func (b *brokers) workers(ctx context.Context) map[*broker.Conn][]proto.Worker {
+	all := map[*broker.Conn][]proto.Worker{}
+	_ = b.each(func(c *broker.Conn) error {
+		if beats, err := broker.Beats(ctx, c.JS); err == nil {
+			all[c] = seen(beats)
+		}
+		return nil
 	})
+	return all
+}
+
+func seen(beats []broker.Beat) []proto.Worker {
+	ws := []proto.Worker{}
+	for i := range beats {
+		ws = append(ws, beats[i].Seen())
+	}
+	return ws
 }
 
 // fold sets Unfolded of the jobs without a producer; the producers of the others note by themselves that no aggregator answers.

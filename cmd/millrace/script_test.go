@@ -136,7 +136,7 @@ func cmdStart(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	cmd := exec.Command(program, args[2:]...)
 	cmd.Dir = ts.MkAbs(".")
-	for _, key := range []string{"PATH", "HOME", "TMPDIR", "GORACE", "XDG_STATE_HOME", "NATS_URL", "MILLRACE_TOKEN", "MILLRACE_ENGINE_API_KEY"} {
+	for _, key := range []string{"PATH", "HOME", "TMPDIR", "GORACE", "GOMAXPROCS", "XDG_STATE_HOME", "NATS_URL", "MILLRACE_TOKEN", "MILLRACE_ENGINE_API_KEY"} {
 		if v := ts.Getenv(key); v != "" {
 			cmd.Env = append(cmd.Env, key+"="+v)
 		}

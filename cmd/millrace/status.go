@@ -194,16 +194,17 @@ func (a *app) list(ctx context.Context, job string) (*brokers, []broker.JobView,
 // look makes the overview of jobs that were read.
 func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, error) {
 	o := &overview{Workers: []workerRow{}, Queues: []queueRow{}}
-	beats, err := b.beats(ctx)
-	if err != nil {
-		return nil, err
-	}
-	err = b.each(func(c *broker.Conn) error {
-		for _, b := range beats[c] {
-			w := b.Seen()
-			o.Workers = append(o.Workers, rowOfWorker(&w))
+	ws := map[*broker.Conn][]proto.Worker{}
+	err := b.each(func(c *broker.Conn) error {
+		beats, err := broker.Beats(ctx, c.JS)
+		if err != nil {
+			return err
 		}
-		o.Shared = append(o.Shared, broker.Shared(beats[c])...)
+		ws[c] = seen(beats)
+		for i := range ws[c] {
+			o.Workers = append(o.Workers, rowOfWorker(&ws[c][i]))
+		}
+		o.Shared = append(o.Shared, broker.Shared(beats)...)
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
 			o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
@@ -213,16 +214,19 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	if err != nil {
 		return nil, err
 	}
-	o.Jobs = b.rows(ctx, jobs, beats)
+	o.Jobs = b.rows(ctx, jobs, ws)
 	return o, nil
 }
 
-// rows shows jobs that were read, and why nothing moves, by the heartbeats at their brokers.
-func (b *brokers) rows(ctx context.Context, jobs []broker.JobView, beats map[*broker.Conn][]broker.Beat) []jobRow {
+// rows shows jobs that were read, and why nothing moves, by the workers at their brokers, where these are known.
+func (b *brokers) rows(ctx context.Context, jobs []broker.JobView, ws map[*broker.Conn][]proto.Worker) []jobRow {
 	b.fold(ctx, jobs)
 	rows := []jobRow{}
 	for i := range jobs {
-		lacks := unserved(&jobs[i], beats[b.at[jobs[i].Job.ID]])
+		lacks := ""
+		if here, known := ws[b.at[jobs[i].Job.ID]]; known && moves(&jobs[i]) {
+			lacks = unserved(&jobs[i], here)
+		}
 		if jobs[i].State() == broker.StateOrphaned {
 			jobs[i].Unserved = lacks
 		}
@@ -235,12 +239,13 @@ func (b *brokers) rows(ctx context.Context, jobs []broker.JobView, beats map[*br
 	return rows
 }
 
+// moves says whether workers should run lines of a job.
+func moves(v *broker.JobView) bool {
+	return v.State() == broker.StateOrphaned || v.State() == broker.StateRunning
+}
+
 // unserved says which model of a job no worker runs, and for which workers it waits; empty: each with lines left is run by one.
-func unserved(v *broker.JobView, beats []broker.Beat) string {
-	var ws []proto.Worker
-	for i := range beats {
-		ws = append(ws, beats[i].Seen())
-	}
+func unserved(v *broker.JobView, ws []proto.Worker) string {
 	for _, m := range v.Job.Models {
 		if !v.Progress.Over(m.Model, m.Lines) && !slices.ContainsFunc(ws, func(w proto.Worker) bool { return w.Serves(m.Model) }) {
 			return cmp.Or(producer.Waits(m.Model, ws), "no worker serves model "+m.Model)
@@ -321,11 +326,11 @@ func (a *app) jobsCommand() *cobra.Command {
 				return err
 			}
 			defer b.close()
-			beats, err := b.beats(ctx)
-			if err != nil {
-				return err
+			ws := map[*broker.Conn][]proto.Worker{}
+			if slices.ContainsFunc(jobs, func(v broker.JobView) bool { return moves(&v) }) {
+				ws = b.workers(ctx)
 			}
-			rows = b.rows(ctx, jobs, beats)
+			rows = b.rows(ctx, jobs, ws)
 			if a.json {
 				return a.printJSON(rows)
 			}

@@ -151,7 +151,7 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	for i, s := range h.servers {
 		s.Command, s.Model, s.Flags, s.GPUs, s.Key, s.Host = commandOf(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i], key, self.Host
 		s.ByBus, s.Quiet, s.Restarts, s.Log, s.Restarted = e.vllm.byBus, e.vllm.quiet, e.vllm.restarts, a.log, restarted
-		s.Tune(card, runtime.GOMAXPROCS(0)/len(h.servers), e.lines/int64(len(h.servers)))
+		s.Tune(card, runtime.GOMAXPROCS(0)/len(h.servers), (e.lines+int64(len(h.servers))-1)/int64(len(h.servers)))
 		e.urls = append(e.urls, s.String())
 		fmt.Fprintf(a.std.err, "starting vLLM for %s at %s%s; its log is %s\n", s.Model, s, onGPUs(s.GPUs), s.LogFile())
 		h.running.Go(func() { h.watch(s, s.Run(live, patience)) })

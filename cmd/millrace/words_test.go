@@ -23,11 +23,7 @@ func TestUnserved(t *testing.T) {
 		"no worker serves model m": {other},
 		"model m waits for a (loading), b (hung)": {other, loads, hangs},
 	} {
-		var beats []broker.Beat
-		for _, w := range ws {
-			beats = append(beats, broker.Beat{Worker: w})
-		}
-		if got := unserved(job, beats); got != want {
+		if got := unserved(job, ws); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}
