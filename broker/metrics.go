@@ -27,7 +27,7 @@ var (
 	descBytes       = brokerDesc("stream_bytes", "Bytes that a stream takes.", "stream")
 	descLimit       = brokerDesc("stream_limit_bytes", "Bytes that a stream may take, reserved for it; -1: any.", "stream")
 	descWaiting     = brokerDesc("queue_waiting", "Requests of a queue that were not handed out.", "stream", "lane")
-	descHanded      = brokerDesc("queue_handed_out", "Requests of a queue that workers hold, or gave back for a while.", "stream", "lane")
+	descHanded      = brokerDesc("queue_handed_out", "Requests of a queue that workers hold, or gave back for a while; for some time after a cancel at most so many.", "stream", "lane")
 	descRedelivered = brokerDesc("queue_redelivered", "Of queue_handed_out, those that were handed out more than once.", "stream", "lane")
 	descPulls       = brokerDesc("queue_pulls", "Pulls of workers that wait for requests of a queue.", "stream", "lane")
 
