@@ -295,6 +295,58 @@ func TestSlots(t *testing.T) {
 	}
 }
 
+// TestSlotsAfterDeath: an engine that comes back begins with few lines, and suspects run a quarter of those at a time that were in
+// flight when it died.
+func TestSlotsAfterDeath(t *testing.T) {
+	started, end := make(chan *line, 100), make(chan struct{})
+	s := &slots{more: func() {}, back: func(*line) { t.Error("one went back") }}
+	s.run = func(l *line) {
+		started <- l
+		<-end
+	}
+	put := func(n int, suspicions int64) (lines []*line) {
+		for range n {
+			lines = append(lines, &line{req: &proto.Request{Suspicions: suspicions}})
+			s.offer(lines[len(lines)-1])
+		}
+		return lines
+	}
+	run := func(n int) {
+		t.Helper()
+		for range n {
+			<-started
+		}
+		if got := s.inFlight(); got != n {
+			t.Errorf("%d in flight, want %d", got, n)
+		}
+	}
+	s.setLimit(32, 1, false)
+	all := put(32, 0)
+	run(32)
+	lost := func() {
+		for _, l := range all { // the engine dies
+			s.lost(l)
+			end <- struct{}{}
+		}
+		s.wait(func() bool { return len(s.running) == 0 })
+	}
+	lost()
+	s.setLimit(16, 1, false)
+	put(32, 1)
+	run(8)
+	close(end)
+	s.wg.Wait()
+	s.setLimit(16, 1, false) // at the next death so many are in flight
+	started, end = make(chan *line, 100), make(chan struct{})
+	all = put(16, 0)
+	run(16)
+	lost()
+	put(16, 1)
+	run(4)
+	close(end)
+	s.wg.Wait()
+}
+
 // wait waits until something holds of the slots.
 func (s *slots) wait(ok func() bool) {
 	for {

@@ -15,7 +15,8 @@ import (
 //
 //   - At a death those in flight with the most suspicions are blamed, and nobody else: the others are given back as they
 //     are (see excused). Of lines that nobody suspected, all are.
-//   - Of lines with s suspicions at most limit/4^s run at once, beside others with fewer. So each death leaves a quarter
+//   - Of lines with s suspicions at most n/4^s run at once, beside others with fewer, where n is the limit, or what was in
+//     flight at the first death where that is more: an engine that comes back begins with few. So each death leaves a quarter
 //     of those that may be the cause. A smaller share would need fewer deaths, each of which costs a start of the engine,
 //     and more rounds until all groups have had their turn; a larger one the contrary. A quarter is best where a start
 //     takes about as long as a line.
@@ -42,6 +43,7 @@ type slots struct {
 	full     fullness
 	ready    fifo
 	suspects [mostRank + 1]group // by rank; none at 0
+	fell     int                 // lines that were in flight when lines of rank 0 were last lost
 	running  map[*line]struct{}
 	single   bool                    // the one running line runs alone
 	away     int                     // lines that wait for their retry
@@ -114,7 +116,7 @@ func (s *slots) offer(l *line) {
 	switch r := l.rank(); {
 	case r == 0:
 		s.ready.push(l)
-	case s.suspected() < max(s.limit, 1):
+	case s.suspected() < max(s.limit, s.fell, 1):
 		s.suspects[r].waiting.push(l)
 	default:
 		s.wg.Add(1)
@@ -178,7 +180,7 @@ func (s *slots) pick() *line {
 	}
 	for r := mostRank; r > 0; r-- {
 		g := &s.suspects[r]
-		switch most := s.limit >> (2 * r); {
+		switch most := s.atOnce(r); {
 		case g.waiting.len() == 0:
 		case most < 2 && len(s.running) > 0:
 			return nil // until the engine is empty
@@ -311,10 +313,21 @@ func (s *slots) roomLocked() int {
 	return s.most() - len(s.running) - s.ready.len() - max(0, s.away-max(s.limit, manyAway))
 }
 
+// atOnce is how many lines of a rank may run at once; below 2: one, and alone. Called with mu held.
+func (s *slots) atOnce(rank int) int { return max(s.limit, s.fell) >> (2 * rank) }
+
+// suspecting is how many suspects run. Called with mu held.
+func (s *slots) suspecting() (n int) {
+	for r := 1; r <= mostRank; r++ {
+		n += s.suspects[r].running
+	}
+	return n
+}
+
 // emptying says whether nothing is started until a line can run alone. Called with mu held.
 func (s *slots) emptying() bool {
 	for r := mostRank; r > 0; r-- {
-		if s.suspects[r].waiting.len() > 0 && s.limit>>(2*r) < 2 {
+		if s.suspects[r].waiting.len() > 0 && s.atOnce(r) < 2 {
 			return true
 		}
 	}
@@ -327,6 +340,9 @@ func (s *slots) lost(l *line) (excused bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	mine := l.rank()
+	if mine == 0 && s.suspecting() == 0 && !s.ranks[0].After(l.started) {
+		s.fell = len(s.running)
+	}
 	s.ranks[mine] = time.Now()
 	for r := mine + 1; r <= mostRank; r++ {
 		if s.suspects[r].running > 0 || s.ranks[r].After(l.started) {
