@@ -100,7 +100,7 @@ func (a *app) rmCommand() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use:   "rm JOB...",
-		Short: "Forget jobs that are finished, cancelled ones too; their output files stay",
+		Short: "Forget jobs that are finished, cancelled ones too; their output files stay until the same job is run again",
 		Args:  wants("JOB..."),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)

@@ -195,6 +195,7 @@ func (a *app) list(ctx context.Context, job string) (*brokers, []broker.JobView,
 func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, error) {
 	o := &overview{Workers: []workerRow{}, Queues: []queueRow{}}
 	ws := map[*broker.Conn][]proto.Worker{}
+	var all []broker.Beat // two runs on this machine have a broker each, and may have one engine
 	err := b.each(func(c *broker.Conn) error {
 		beats, err := broker.Beats(ctx, c.JS)
 		if err != nil {
@@ -204,7 +205,7 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 		for i := range ws[c] {
 			o.Workers = append(o.Workers, rowOfWorker(&ws[c][i]))
 		}
-		o.Shared = append(o.Shared, broker.Shared(beats)...)
+		all = append(all, beats...)
 		qs, err := broker.Queues(ctx, c.JS)
 		for _, q := range qs {
 			o.Queues = append(o.Queues, queueRow{q.Model, q.Waiting, q.HandedTo, q.Bytes, q.MaxBytes})
@@ -214,6 +215,7 @@ func look(ctx context.Context, b *brokers, jobs []broker.JobView) (*overview, er
 	if err != nil {
 		return nil, err
 	}
+	o.Shared = append(o.Shared, broker.Shared(all)...)
 	o.Jobs = b.rows(ctx, jobs, ws)
 	return o, nil
 }
@@ -233,6 +235,9 @@ func (b *brokers) rows(ctx context.Context, jobs []broker.JobView, ws map[*broke
 		r := rowOfJob(&jobs[i])
 		if r.Note == "" && r.State == broker.StateRunning {
 			r.Note = lacks
+		}
+		if lacks != "" { // it is that of the workers that were there
+			r.RateLines, r.RateTokens = 0, 0
 		}
 		rows = append(rows, r)
 	}

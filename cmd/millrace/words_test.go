@@ -56,14 +56,23 @@ func TestWords(t *testing.T) {
 		unheard(broker.StateOrphaned, proto.WantRun):   "no process runs this job at the moment; it takes effect when its command is run again",
 		unheard(broker.StateOrphaned, proto.WantPause): "no process runs this job at the moment; workers begin no more of it, and what they drop of it is sent again when its command is run, after `millrace resume`",
 		modelName(""): "(none)",
-		asked(&proto.Control{Want: proto.WantPause, By: "me@here", Reason: "lunch"}): "paused by me@here: lunch",
-		asked(&proto.Control{Want: proto.WantCancel, By: "me@here"}):                 "cancelled by me@here",
-		asked(&proto.Control{Want: proto.WantRun, Reason: "on"}):                     "",
+		note(overAs(broker.JobView{}, proto.CodeExpired)):                                                                "3 lines had no answer by then; --again makes a fresh run of all lines",
+		note(overAs(broker.JobView{Control: proto.Control{Want: proto.WantCancel, By: "me@here"}}, proto.CodeCancelled)): "cancelled by me@here; 3 lines had no answer by then; --again makes a fresh run of all lines",
+		note(overAs(broker.JobView{}, proto.CodeEngineError)):                                                            "",
+		asked(&proto.Control{Want: proto.WantPause, By: "me@here", Reason: "lunch"}):                                     "paused by me@here: lunch",
+		asked(&proto.Control{Want: proto.WantCancel, By: "me@here"}):                                                     "cancelled by me@here",
+		asked(&proto.Control{Want: proto.WantRun, Reason: "on"}):                                                         "",
 	} {
 		if got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}
+}
+
+// overAs is a job that is over, three of whose lines ended so.
+func overAs(v broker.JobView, code string) *broker.JobView {
+	v.Progress = proto.Progress{State: proto.FoldDone, Errors: []proto.ErrorCount{{Code: code, Count: 3}}}
+	return &v
 }
 
 // TestDoctorDisk: the disk of --data is looked at only where the broker may have its own there.
