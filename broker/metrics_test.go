@@ -44,7 +44,7 @@ func TestMetrics(t *testing.T) {
 millrace_broker_queue_waiting` + strings.Replace(q, "normal", "high", 1) + ` 0
 millrace_broker_queue_waiting` + strings.Replace(q, "normal", "low", 1) + ` 0
 millrace_broker_queue_waiting` + q + ` 2
-# HELP millrace_broker_queue_handed_out Requests of a queue that workers hold, or gave back for a while.
+# HELP millrace_broker_queue_handed_out Requests of a queue that workers hold, or gave back for a while; for some time after a cancel at most so many.
 # TYPE millrace_broker_queue_handed_out gauge
 millrace_broker_queue_handed_out` + strings.Replace(q, "normal", "high", 1) + ` 0
 millrace_broker_queue_handed_out` + strings.Replace(q, "normal", "low", 1) + ` 0
@@ -59,7 +59,7 @@ millrace_broker_queue_handed_out` + q + ` 1
 	if err := broker.Purge(t.Context(), c.JS, proto.RequestStream("m"), proto.RequestFilter("m", "job")); err != nil {
 		t.Fatal(err)
 	}
-	none := "# HELP millrace_broker_queue_handed_out Requests of a queue that workers hold, or gave back for a while.\n# TYPE millrace_broker_queue_handed_out gauge\n"
+	none := "# HELP millrace_broker_queue_handed_out Requests of a queue that workers hold, or gave back for a while; for some time after a cancel at most so many.\n# TYPE millrace_broker_queue_handed_out gauge\n"
 	for _, lane := range []string{"high", "low", "normal"} {
 		none += "millrace_broker_queue_handed_out" + strings.Replace(q, "normal", lane, 1) + " 0\n"
 	}

@@ -94,7 +94,7 @@ func note(v *broker.JobView) string {
 	if v.State() == broker.StateFinished && v.Control.Want == proto.WantPause { // what ran then was all there was
 		who = ""
 	}
-	if n := unrun(&v.Progress); n > 0 && v.Progress.State == proto.FoldDone && why == "" {
+	if n := unrun(&v.Progress); n > 0 && v.Progress.State == proto.FoldDone && who+why == "" {
 		why = count(n, "line") + " had no answer by then; --again makes a fresh run of all lines"
 	}
 	if who == "" || why == "" {

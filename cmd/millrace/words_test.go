@@ -57,7 +57,7 @@ func TestWords(t *testing.T) {
 		unheard(broker.StateOrphaned, proto.WantPause): "no process runs this job at the moment; workers begin no more of it, and what they drop of it is sent again when its command is run, after `millrace resume`",
 		modelName(""): "(none)",
 		note(overAs(broker.JobView{}, proto.CodeExpired)):                                                                "3 lines had no answer by then; --again makes a fresh run of all lines",
-		note(overAs(broker.JobView{Control: proto.Control{Want: proto.WantCancel, By: "me@here"}}, proto.CodeCancelled)): "cancelled by me@here; 3 lines had no answer by then; --again makes a fresh run of all lines",
+		note(overAs(broker.JobView{Control: proto.Control{Want: proto.WantCancel, By: "me@here"}}, proto.CodeCancelled)): "cancelled by me@here",
 		note(overAs(broker.JobView{}, proto.CodeEngineError)):                                                            "",
 		asked(&proto.Control{Want: proto.WantPause, By: "me@here", Reason: "lunch"}):                                     "paused by me@here: lunch",
 		asked(&proto.Control{Want: proto.WantCancel, By: "me@here"}):                                                     "cancelled by me@here",
