@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -449,6 +450,25 @@ func TestStopWhileWaiting(t *testing.T) {
 	b.stop()
 	a.stop()
 }
+
+// TestEndWatch: a watch ends whose connection was closed as it began, though its channel stays open.
+func TestEndWatch(t *testing.T) {
+	w := &openWatch{updates: make(chan jetstream.KeyValueEntry, 2)}
+	w.updates <- nil
+	w.updates <- nil
+	endWatch(w)
+	if len(w.updates) > 0 {
+		t.Errorf("%d entries are left: a sender may be left standing", len(w.updates))
+	}
+}
+
+type openWatch struct {
+	jetstream.KeyWatcher
+	updates chan jetstream.KeyValueEntry
+}
+
+func (w *openWatch) Updates() <-chan jetstream.KeyValueEntry { return w.updates }
+func (w *openWatch) Stop() error                             { return nats.ErrConnectionClosed }
 
 // TestClosed: an aggregator whose connection is closed for good ends, and says why.
 func TestClosed(t *testing.T) {

@@ -22,11 +22,7 @@ func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jet
 	if err != nil {
 		return fmt.Errorf("watch %s of %s: %w", keys, kv.Bucket(), err)
 	}
-	defer func() {
-		_ = w.Stop()            // fails where the connection is closed: then it has ended
-		for range w.Updates() { // its sender must not be left standing
-		}
-	}()
+	defer endWatch(w)
 	for {
 		select {
 		case <-ctx.Done():
@@ -40,6 +36,26 @@ func watch(ctx context.Context, kv jetstream.KeyValue, keys string, see func(jet
 			} else if ok {
 				all()
 			}
+		}
+	}
+}
+
+// endWatch ends a watch. Its sender is not left standing. Where the connection was closed before, the channel may stay open: nats.go
+// sets what closes it only when the watch has begun. Then there is no sender, or one with two entries at most.
+func endWatch(w jetstream.KeyWatcher) {
+	if w.Stop() == nil {
+		for range w.Updates() {
+		}
+		return
+	}
+	for {
+		select {
+		case _, ok := <-w.Updates():
+			if !ok {
+				return
+			}
+		default:
+			return
 		}
 	}
 }
