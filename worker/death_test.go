@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"millrace/proto"
@@ -106,12 +107,22 @@ func TestEngineDies(t *testing.T) {
 // TestCoreDies: the Python frontend answers for its dead core.
 func TestCoreDies(t *testing.T) {
 	r, f := newRig(t), newFake(t)
-	f.set(func() { f.work = says(500, coreDied) })
+	var n atomic.Int64
+	all := make(chan struct{})
+	f.set(func() {
+		f.work = func(w http.ResponseWriter, r *http.Request, body string) {
+			if n.Add(1) == 4 { // all are there when it dies
+				f.set(func() { f.health = 503 })
+				close(all)
+			}
+			<-all
+			says(500, coreDied)(w, r, body)
+		}
+	})
 	r.send(requests(4)...)
 	r.start(f.engine(), func(w *Worker) { w.Concurrency = 4 })
 	f.enter(4)
 	r.state(proto.EngineWaiting)
-	f.set(func() { f.health = 503 })
 	r.until("lines are back", func() bool { got := r.takeAll(); return len(got) == 4 && got[0].Suspicions == 1 })
 	f.set(func() { f.health, f.work = 200, f.ok })
 	for _, res := range exactly(t, r.wait(4), 4) {

@@ -43,7 +43,7 @@ type slots struct {
 	full     fullness
 	ready    fifo
 	suspects [mostRank + 1]group // by rank; none at 0
-	fell     int                 // lines that were in flight when lines of rank 0 were last lost
+	fell     int                 // lines that were in flight when lines of rank 0 were last lost, and no suspect was there
 	running  map[*line]struct{}
 	single   bool                    // the one running line runs alone
 	away     int                     // lines that wait for their retry
@@ -316,14 +316,6 @@ func (s *slots) roomLocked() int {
 // atOnce is how many lines of a rank may run at once; below 2: one, and alone. Called with mu held.
 func (s *slots) atOnce(rank int) int { return max(s.limit, s.fell) >> (2 * rank) }
 
-// suspecting is how many suspects run. Called with mu held.
-func (s *slots) suspecting() (n int) {
-	for r := 1; r <= mostRank; r++ {
-		n += s.suspects[r].running
-	}
-	return n
-}
-
 // emptying says whether nothing is started until a line can run alone. Called with mu held.
 func (s *slots) emptying() bool {
 	for r := mostRank; r > 0; r-- {
@@ -340,14 +332,15 @@ func (s *slots) lost(l *line) (excused bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	mine := l.rank()
-	if mine == 0 && s.suspecting() == 0 && !s.ranks[0].After(l.started) {
-		s.fell = len(s.running)
-	}
+	first := !s.ranks[mine].After(l.started)
 	s.ranks[mine] = time.Now()
 	for r := mine + 1; r <= mostRank; r++ {
 		if s.suspects[r].running > 0 || s.ranks[r].After(l.started) {
 			return true
 		}
+	}
+	if mine == 0 && first {
+		s.fell = len(s.running)
 	}
 	return false
 }
