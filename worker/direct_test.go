@@ -316,15 +316,6 @@ func TestDirectClosed(t *testing.T) {
 	}
 }
 
-func eventually(tb testing.TB, what string, ok func() bool) {
-	tb.Helper()
-	for until := time.Now().Add(patient); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(until) {
-			tb.Fatalf("never: %s", what)
-		}
-	}
-}
-
 // TestDirectGone: an engine that died while nothing was in it refuses the next request, and has no part in it.
 func TestDirectGone(t *testing.T) {
 	f := newFake(t)

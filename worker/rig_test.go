@@ -233,12 +233,17 @@ func (r *rig) takeAll() []*proto.Request {
 // until waits for a condition that no event tells.
 func (r *rig) until(what string, ok func() bool) {
 	r.tb.Helper()
+	eventually(r.tb, what, ok)
+}
+
+func eventually(tb testing.TB, what string, ok func() bool) {
+	tb.Helper()
 	deadline := time.Now().Add(patient)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		if time.Now().After(deadline) {
-			r.tb.Fatalf("not within %s: %s", patient, what)
+			tb.Fatalf("not within %s: %s", patient, what)
 		}
 		<-tick.C
 	}
