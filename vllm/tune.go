@@ -18,10 +18,11 @@ const (
 )
 
 // With a model of 1B on an H200, EngineCore and the one process that speaks HTTP, the frontend, fill a core each
-// (docs/measurements/speed.md). Steps of twice the sequences and tokens, as --performance-mode throughput has them, leave EngineCore
-// fewer steps. With --api-server-count several frontends share the port; any of them tells the metrics of all.
+// (docs/measurements/speed.md). Steps of twice the sequences and tokens, as --performance-mode throughput has them, leave
+// EngineCore fewer steps. With --api-server-count several frontends share the port; any of them tells the metrics of all.
 // EngineCore starts only when each of them has loaded vLLM once more: 8 to 23 s on that machine. What they give there is
-// not measured by itself; taken for a tenth of the time of the lines, it makes up for the start from longJob on. Some of what vLLM can do asks for one frontend, and with more it does without its cache of images and sound.
+// not measured by itself; taken for a tenth of the time of the lines, it makes up for the start from longJob on. Some of
+// what vLLM can do asks for one frontend, and with more it does without its cache of images and sound.
 var (
 	ofSizes = slices.Concat(speculative, []string{"--max-num-seqs", "--max-num-batched-tokens", "--performance-mode",
 		"--enable-chunked-prefill", "--no-enable-chunked-prefill", "--runner", "--task", "--convert", "--pooler-config"})
