@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"maps"
 	"slices"
-	"sort"
 
 	"millrace/proto"
 )
@@ -91,7 +90,7 @@ func (r *Report) pace(res *proto.Result) {
 	p.lines++
 	w := &res.Pace
 	at := mark{res.StartUS, w.FullUS, w.Limit}
-	p.add(stretch{atEngine(res), w.Limit > 0, at, at})
+	p.work = addTo(p.work, stretch{atEngine(res), w.Limit > 0, at, at}, &p.pause)
 	if w.Limit <= 0 || !w.Metered {
 		return
 	}
@@ -101,28 +100,11 @@ func (r *Report) pace(res *proto.Result) {
 	p.metered, p.after = true, max(p.after, w.After)
 }
 
-// add joins a stretch with those that are nearer to it than a pause. The pause doubles where there would be too many.
-func (p *pace) add(s stretch) {
-	i := sort.Search(len(p.work), func(i int) bool { return s.from-p.work[i].to < p.pause })
-	j := i
-	for ; j < len(p.work) && p.work[j].from-s.to < p.pause; j++ {
-		s.join(&p.work[j])
-	}
-	p.work = slices.Replace(p.work, i, j, s)
-	for len(p.work) > maxSpans {
-		all := p.work
-		p.work, p.pause = nil, 2*p.pause
-		for _, s := range all {
-			p.add(s)
-		}
-	}
-}
-
-func (s *stretch) join(o *stretch) {
-	s.from, s.to = min(s.from, o.from), max(s.to, o.to)
+func (s stretch) with(o stretch) stretch {
+	s.span = s.span.with(o.span)
 	switch {
 	case !o.told:
-		return
+		return s
 	case !s.told:
 		s.first, s.last = o.first, o.last
 	}
@@ -133,6 +115,7 @@ func (s *stretch) join(o *stretch) {
 		s.last = o.last
 	}
 	s.told = true
+	return s
 }
 
 // told says whether the pace of a start is.

@@ -22,35 +22,45 @@ const (
 	longPause = int64(30 * time.Second / time.Microsecond)
 	// handOver is the same where one worker ended and another came.
 	handOver = int64(time.Second / time.Microsecond)
-	// maxSpans bounds the stretches of a clock, 16 bytes each. The pause doubles where there would be more.
+	// maxSpans bounds the stretches of a clock, 16 bytes each, or 72 with marks. The pause doubles where there would be more.
 	maxSpans = 4096
 )
 
-func (s *spans) add(from, to int64) {
-	// those from i to j are nearer to the new one than a pause
-	i := sort.Search(len(s.all), func(i int) bool { return from-s.all[i].to < s.pause })
-	j := i
-	for ; j < len(s.all) && s.all[j].from-to < s.pause; j++ {
-		from, to = min(from, s.all[j].from), max(to, s.all[j].to)
-	}
-	s.all = slices.Replace(s.all, i, j, span{from, to})
-	for len(s.all) > maxSpans {
-		s.widen()
-	}
+func (s *spans) add(from, to int64) { s.all = addTo(s.all, span{from, to}, &s.pause) }
+
+func (s span) at() span { return s }
+
+func (s span) with(o span) span { return span{min(s.from, o.from), max(s.to, o.to)} }
+
+// stretchOf is a T that lies in a stretch of time, and can be one with another.
+type stretchOf[T any] interface {
+	at() span
+	with(T) T
 }
 
-func (s *spans) widen() {
-	s.pause *= 2
-	n := 1
-	for _, v := range s.all[1:] {
-		if last := &s.all[n-1]; v.from-last.to < s.pause {
-			last.to = v.to
-			continue
-		}
-		s.all[n] = v
-		n++
+// addTo adds v to what is in order, and none nearer to the next than the pause, which doubles where there would be too many.
+func addTo[T stretchOf[T]](all []T, v T, pause *int64) []T {
+	// those from i to j are nearer to the new one than a pause
+	i := sort.Search(len(all), func(i int) bool { return v.at().from-all[i].at().to < *pause })
+	j := i
+	for ; j < len(all) && all[j].at().from-v.at().to < *pause; j++ {
+		v = v.with(all[j])
 	}
-	s.all = s.all[:n]
+	all = slices.Replace(all, i, j, v)
+	for len(all) > maxSpans {
+		*pause *= 2
+		n := 1
+		for _, next := range all[1:] {
+			if last := &all[n-1]; next.at().from-(*last).at().to < *pause {
+				*last = (*last).with(next)
+				continue
+			}
+			all[n] = next
+			n++
+		}
+		all = all[:n]
+	}
+	return all
 }
 
 // whole is the time from the first stretch to the end of the last.

@@ -334,11 +334,7 @@ func (r *run) failures(p proto.Progress) (failed, ended int64) {
 // job was ended.
 func (r *run) counted(p proto.Progress) (failed, ended int64) {
 	failed = p.Failed - min(r.job.Invalid, p.Failed)
-	for _, e := range p.Errors {
-		if proto.EndedWithJob(e.Code) {
-			failed -= min(e.Count, failed)
-		}
-	}
+	failed -= min(p.EndedWithJob(), failed)
 	return failed, p.OK + failed
 }
 

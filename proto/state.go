@@ -204,6 +204,16 @@ func (p *Progress) ContextCut() (n int64) {
 	return n
 }
 
+// EndedWithJob counts the errors of lines that ended with their job.
+func (p *Progress) EndedWithJob() (n int64) {
+	for i := range p.Errors {
+		if EndedWithJob(p.Errors[i].Code) {
+			n += p.Errors[i].Count
+		}
+	}
+	return n
+}
+
 // ModelProgress is the part of a model in a job's progress.
 type ModelProgress struct {
 	Model  string

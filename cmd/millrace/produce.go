@@ -253,11 +253,8 @@ func verdict(v *broker.JobView, j *jobFlags) error {
 			return coded{fmt.Errorf("%d of %s ok, less than --fail-under %s", p.OK, count(v.Job.Lines, "line"), j.failUnder), exitThreshold}
 		}
 	}
-	for _, e := range p.Errors { // also for those who only watch, or come later
-		switch e.Code {
-		case proto.CodeCancelled, proto.CodeExpired:
-			return quiet(exitEnded)
-		}
+	if p.EndedWithJob() > 0 { // also for those who only watch, or come later
+		return quiet(exitEnded)
 	}
 	if p.Failed > 0 {
 		return quiet(exitSomeFailed)

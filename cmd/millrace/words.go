@@ -94,23 +94,13 @@ func note(v *broker.JobView) string {
 	if v.State() == broker.StateFinished && v.Control.Want == proto.WantPause { // what ran then was all there was
 		who = ""
 	}
-	if n := unrun(&v.Progress); n > 0 && v.Progress.State == proto.FoldDone && who+why == "" {
+	if n := v.Progress.EndedWithJob(); n > 0 && v.Progress.State == proto.FoldDone && who+why == "" {
 		why = count(n, "line") + " had no answer by then; --again makes a fresh run of all lines"
 	}
 	if who == "" || why == "" {
 		return who + why
 	}
 	return who + "; " + why
-}
-
-// unrun counts the lines that ended with their job.
-func unrun(p *proto.Progress) (n int64) {
-	for _, e := range p.Errors {
-		if proto.EndedWithJob(e.Code) {
-			n += e.Count
-		}
-	}
-	return n
 }
 
 // outcome is how a finished job ended that was not left to run: cancelled or expired; empty: it was.
