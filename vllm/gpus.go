@@ -120,13 +120,15 @@ func listed() (numbers, uuids []string, err error) {
 type Card struct {
 	Memory int64 // in bytes, of the smallest; 0: nobody knows
 	A100   bool  // one of them is an A100
+	Alone  bool  // one of them takes one process alone, or is not known to take several
 }
 
-// Cards asks nvidia-smi for some GPUs, as it numbers and names them; nil: all of this machine.
+// Cards asks nvidia-smi for some GPUs, as it numbers and names them; nil: all of this machine. Of one that is cut into parts
+// (MIG) nothing is known.
 func Cards(ids []string) (c Card) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	args := []string{"--query-gpu=memory.total,name", "--format=csv,noheader,nounits"}
+	args := []string{"--query-gpu=memory.total,compute_mode,mig.mode.current,name", "--format=csv,noheader,nounits"}
 	if ids != nil {
 		args = append(args, "-i", strings.Join(ids, ","))
 	}
@@ -137,15 +139,19 @@ func Cards(ids []string) (c Card) {
 		return Card{}
 	}
 	for l := range strings.Lines(string(out)) {
-		memory, name, _ := strings.Cut(l, ",")
-		mib, err := strconv.ParseInt(strings.TrimSpace(memory), 10, 64)
+		f := strings.SplitN(strings.TrimSpace(l), ", ", 4)
+		if len(f) < 4 || f[2] == "Enabled" {
+			return Card{}
+		}
+		mib, err := strconv.ParseInt(f[0], 10, 64)
 		if err != nil {
 			return Card{}
 		}
 		if c.Memory == 0 || mib<<20 < c.Memory {
 			c.Memory = mib << 20
 		}
-		c.A100 = c.A100 || strings.Contains(name, "A100")
+		c.A100 = c.A100 || strings.Contains(f[3], "A100")
+		c.Alone = c.Alone || f[1] != "Default"
 	}
 	return c
 }

@@ -36,7 +36,7 @@ func TestGraphs(t *testing.T) {
 		r := newRig(t, c.plan)
 		restarts := r.counted()
 		r.Flags, r.Restarts = append(c.flags, random...), 0
-		r.Tune(card, 1, 0)
+		r.Tune(card)
 		r.start().up(c.starts)
 		if n, ours := r.Graphs(), slices.Contains(r.Shown(), "--compilation-config"); n != c.graphs || ours != (n == 2048) || len(r.lives()) != c.starts {
 			t.Errorf("%+v: graphs of %d tokens, shown %q, %d starts", c, n, r.Shown(), len(r.lives()))
@@ -73,7 +73,7 @@ func TestPlainerNot(t *testing.T) {
 		r := newRig(t, c.plan)
 		r.Flags, r.Restarts = random, 0
 		c.set(r)
-		r.Tune(card, 1, 0)
+		r.Tune(card)
 		if f := r.start().fails(); len(r.lives()) > 1 || !slices.Contains(r.Shown(), "--compilation-config") {
 			t.Errorf("%s: %+v, %d starts, shown %q", name, f, len(r.lives()), r.Shown())
 		}
@@ -88,7 +88,7 @@ func TestPlainer(t *testing.T) {
 	}
 	r := newRig(t, "says "+says)
 	r.Flags = random
-	r.Tune(card, 1, 0)
+	r.Tune(card)
 	if f := r.start().fails(); !f.Final || len(r.lives()) != 1 {
 		t.Errorf("%+v, %d starts", f, len(r.lives()))
 	}
@@ -98,7 +98,7 @@ func TestPlainer(t *testing.T) {
 func TestPlainerCame(t *testing.T) {
 	r := newRig(t, "serve", "fails", "serve")
 	r.Flags = random
-	r.Tune(card, 1, 0)
+	r.Tune(card)
 	kill(t, r.start().up(1).api, syscall.SIGKILL)
 	r.up(3)
 	if r.Sequences() != 2048 || !slices.Contains(r.Shown(), "--compilation-config") {
@@ -114,13 +114,12 @@ func TestPlainerSays(t *testing.T) {
 	}
 	for _, c := range []struct {
 		flags vllm.Flags
-		cores int
 		want  string
-	}{{vllm.Flags{"--max-num-seqs", "8"}, 1, "(--compilation-config)"}, {nil, 6, "(--compilation-config, --max-num-seqs 2048, --max-num-batched-tokens 16384, --api-server-count 2)"},
-		{vllm.Flags{"--enforce-eager"}, 1, "(--max-num-seqs 2048, --max-num-batched-tokens 16384)"}} {
+	}{{vllm.Flags{"--max-num-seqs", "8"}, "(--compilation-config)"}, {nil, "(--compilation-config, --max-num-seqs 2048, --max-num-batched-tokens 16384)"},
+		{vllm.Flags{"--enforce-eager"}, "(--max-num-seqs 2048, --max-num-batched-tokens 16384)"}} {
 		r := newRig(t, "not-with-our-graphs "+says)
 		r.Flags, r.Restarts = append(c.flags, random...), 0
-		r.Tune(card, c.cores, 0)
+		r.Tune(card)
 		r.start().up(2)
 		if want := "it is tried without what millrace asked for by itself " + c.want; !strings.Contains(r.said.String(), want) {
 			t.Errorf("%+v: %q is not in %s", c, want, r.said)
@@ -138,18 +137,26 @@ func TestCards(t *testing.T) {
 	}
 	script := `#!/bin/sh
 case "$*" in
-"--query-gpu=memory.total,name --format=csv,noheader,nounits") echo '81559, NVIDIA H100 80GB HBM3'; echo '24576, NVIDIA L4' ;;
-"--query-gpu=memory.total,name --format=csv,noheader,nounits -i 0,GPU-2") echo '81559, NVIDIA H100 80GB HBM3'; echo '143771, NVIDIA H200' ;;
-*"-i 3") echo '81920, NVIDIA A100-SXM4-80GB' ;;
+"--query-gpu=memory.total,compute_mode,mig.mode.current,name --format=csv,noheader,nounits") echo '81559, Default, Disabled, NVIDIA H100 80GB HBM3'; echo '24576, Default, [N/A], NVIDIA L4' ;;
+"--query-gpu=memory.total,compute_mode,mig.mode.current,name --format=csv,noheader,nounits -i 0,GPU-2") echo '81559, Default, Disabled, NVIDIA H100 80GB HBM3'; echo '143771, Default, Disabled, NVIDIA H200' ;;
+*"-i 3") echo '81920, Default, Disabled, NVIDIA A100-SXM4-80GB' ;;
+*"-i 4") echo '81559, Exclusive_Process, Disabled, NVIDIA H100 80GB HBM3' ;;
+*"-i 5") echo '81559, [N/A], [N/A], NVIDIA H100 80GB HBM3' ;;
+*"-i 6") echo '81559, Default, Enabled, NVIDIA H100 80GB HBM3' ;;
+*"-i 7") echo '81559, NVIDIA H100 80GB HBM3' ;;
 *) echo '[N/A]' ;;
 esac
 `
 	if err := os.WriteFile(filepath.Join(bin, "nvidia-smi"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for want, ids := range map[vllm.Card][]string{{Memory: 24576 << 20}: nil, {Memory: 81559 << 20}: {"0", "GPU-2"}, {Memory: 81920 << 20, A100: true}: {"3"}, {}: {"MIG-1"}} {
-		if got := vllm.Cards(ids); got != want {
-			t.Errorf("%q: %+v, want %+v", ids, got, want)
+	for _, c := range []struct {
+		ids  []string
+		want vllm.Card
+	}{{nil, vllm.Card{Memory: 24576 << 20}}, {[]string{"0", "GPU-2"}, vllm.Card{Memory: 81559 << 20}}, {[]string{"3"}, vllm.Card{Memory: 81920 << 20, A100: true}},
+		{[]string{"4"}, vllm.Card{Memory: 81559 << 20, Alone: true}}, {[]string{"5"}, vllm.Card{Memory: 81559 << 20, Alone: true}}, {[]string{"6"}, vllm.Card{}}, {[]string{"7"}, vllm.Card{}}, {[]string{"MIG-1"}, vllm.Card{}}} {
+		if got := vllm.Cards(c.ids); got != c.want {
+			t.Errorf("%q: %+v, want %+v", c.ids, got, c.want)
 		}
 	}
 }

@@ -4,7 +4,8 @@
 //
 //	Flags     what the user gives behind --, and what follows from it    flags.go
 //	process   a server process and its group                            process.go, group_linux.go, group_other.go
-//	graphs    the CUDA graphs that it is asked for                      graphs.go
+//	tune      what it is asked for beside the user's flags              tune.go, graphs.go
+//	share     several servers of a very small model on one card         share.go
 //	journal   its log: a file of limited size, and what was said last    journal.go
 //	reasons   what a dead server's log says, and what to do              reasons.go
 //	record    says on disk which process is ours, for the next start     record.go
@@ -40,6 +41,7 @@ type Server struct {
 	Dir     string   // of its log and of the record of its process; nobody else uses it
 	Host    string   // names the machine and the scope of its process ids; empty: no process is found again
 
+	Mates    *Mates        // the servers on its card, where there are several
 	ByBus    bool          // GPUs are numbered as nvidia-smi does it
 	Quiet    time.Duration // for how long a server that starts may say nothing new; 0: 15 min
 	Grace    time.Duration // from SIGTERM to SIGKILL; 0: 15 s
@@ -206,7 +208,13 @@ func (s *Server) Run(live, patience context.Context) error {
 			s.set(false, proto.EngineWaiting, "engine is stopped")
 			return nil
 		}
-		if ours := s.plainer(end, t.came); ours != nil {
+		ours, aside := s.plainer(end, t.came)
+		if aside {
+			failed := &Failed{Why: end.why + "; it leaves its GPU to the other server there"}
+			s.set(false, proto.EngineDegraded, failed.Why)
+			return failed
+		}
+		if ours != nil {
 			s.Log.Warn(fmt.Sprintf("%s; it is tried without what millrace asked for by itself (%s)", end.why, ours.brief()), "engine", s.String(), "log", s.LogFile())
 			s.count(end.cause)
 			continue

@@ -4,7 +4,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -46,66 +45,11 @@ func TestTune(t *testing.T) {
 		{model, h100, vllm.Flags{"--compil", "{}"}, false}, {model, h100, vllm.Flags{"--compilation_c={}"}, false}, {model, h100, vllm.Flags{"--compilation-c.mode", "3"}, false}, {model, h100, vllm.Flags{"--compi", "3"}, false},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() vllm.Card { return vllm.Card{Memory: c.memory} }, 1, 0)
+		s.Tune(func() vllm.Card { return vllm.Card{Memory: c.memory} })
 		line := s.CommandLine()
 		at := slices.Index(line, "--compilation-config")
 		if at >= 0 != c.want || c.want && (!slices.Contains(s.Shown(), line[at+1]) || !strings.HasSuffix(line[at+1], ",1920,2048]}") || !strings.Contains(line[at+1], "[1,2,4,8,16,24,32,40,48,56,64,80,96,")) {
 			t.Errorf("%+v: %q", c, line)
-		}
-	}
-}
-
-// TestTuneFrontends: a very small model gets more processes that speak HTTP, where there are cores and lines for them and nothing
-// asks for one process, as a model that takes images or sound does.
-func TestTuneFrontends(t *testing.T) {
-	tiny, small := t.TempDir(), t.TempDir()
-	weigh(t, tiny, 2)
-	weigh(t, small, 4)
-	sees, hears, reads, hub := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
-	t.Setenv("HF_HUB_CACHE", hub)
-	seer, reader := filepath.Join(hub, "models--a--seer", "snapshots", "1f"), filepath.Join(hub, "models--a--reader", "snapshots", "1f")
-	for dir, config := range map[string]string{sees: `{"vision_config": {}}`, seer: `{"vision_config": {}}`, hears: `{"thinker_config": {"audio_config": {}}}`, reads: `{"vocab_size": 1}`, reader: `{}`} {
-		weigh(t, dir, 2)
-		if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, c := range []struct {
-		model  string
-		memory int64
-		cores  int
-		lines  int64
-		flags  vllm.Flags
-		env    string // name and value
-		want   int    // 0: none is asked for
-	}{
-		{tiny, h100, 6, 0, nil, "", 2}, {tiny, h100, 6, 0, vllm.Flags{"--enforce-eager", "--max-num-seqs", "1024"}, "", 2}, {tiny, h100, 5, 0, nil, "", 0},
-		{small, h100, 16, 0, nil, "", 0}, {small, 141 << 30, 16, 0, nil, "", 4}, {tiny, 64 << 30, 16, 0, nil, "", 0}, {tiny, 0, 16, 0, nil, "", 0}, {t.TempDir(), h100, 16, 0, nil, "", 0},
-		{tiny, h100, 16, 0, vllm.Flags{"--api_server_count=1"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"-asc", "4"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--data-parallel-size", "1"}, "", 0},
-		{tiny, h100, 16, 0, vllm.Flags{"-tp", "2"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--enable-lora"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--mm-processor-cache-type", "shm"}, "", 0},
-		{tiny, h100, 16, 0, vllm.Flags{"--api-se", "1"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--api_server=1"}, "", 0}, {tiny, h100, 16, 0, vllm.Flags{"--enable-prefix-caching"}, "", 4},
-		{tiny, h100, 16, 0, nil, "VLLM_USE_RUST_FRONTEND=1", 0}, {tiny, h100, 16, 0, nil, "VLLM_USE_RUST_FRONTEND=0", 4}, {tiny, h100, 16, 0, nil, "VLLM_RUST_FRONTEND_PATH=/x", 0},
-		{tiny, h100, 16, 0, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", 0}, {tiny, h100, 16, 0, nil, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=true", 0},
-		{sees, h100, 16, 0, nil, "", 0}, {hears, h100, 16, 0, nil, "", 0}, {reads, h100, 16, 0, nil, "", 4}, {"a/seer", h100, 16, 0, nil, "", 0}, {"a/reader", h100, 16, 0, nil, "", 4},
-		{sees, h100, 16, 0, vllm.Flags{"--load-format", "dummy"}, "", 0},
-		{tiny, h100, 7, 0, nil, "", 2}, {tiny, h100, 8, 0, nil, "", 3}, {tiny, h100, 10, 0, nil, "", 4}, {tiny, h100, 16, 50000, nil, "", 4}, {tiny, h100, 16, 49999, nil, "", 0},
-	} {
-		name, value, _ := strings.Cut(c.env, "=")
-		if c.env != "" {
-			t.Setenv(name, value)
-		}
-		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() vllm.Card { return vllm.Card{Memory: c.memory} }, c.cores, c.lines)
-		ours := s.Shown()[len(c.flags):]
-		got := 0
-		if at := slices.Index(ours, "--api-server-count"); at >= 0 {
-			got, _ = strconv.Atoi(ours[at+1])
-		}
-		if got != c.want {
-			t.Errorf("%+v: %d, %q", c, got, s.Shown())
-		}
-		if c.env != "" {
-			t.Setenv(name, "")
 		}
 	}
 }
@@ -129,7 +73,7 @@ func TestTuneSizes(t *testing.T) {
 		{tiny, big, vllm.Flags{"-tp", "2"}, 0},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags, Port: 1}
-		s.Tune(func() vllm.Card { return c.card }, 16, 0)
+		s.Tune(func() vllm.Card { return c.card })
 		shown := strings.Join(s.Shown()[len(c.flags):], " ")
 		if got := s.Sequences(); got != c.want || strings.Contains(shown, "--max-num-seqs 2048 --max-num-batched-tokens 16384") != (c.want == 2048) {
 			t.Errorf("%+v: %d, %s", c, got, shown)
@@ -185,7 +129,7 @@ func TestTuneHub(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := &vllm.Server{Model: "a/small", Port: 1}
-		if s.Tune(card, 1, 0); len(s.Shown()) == 0 {
+		if s.Tune(card); len(s.Shown()) == 0 {
 			t.Errorf("%s: not found", c.variable)
 		}
 	}

@@ -37,7 +37,7 @@ type vllmFlags struct {
 func (v *vllmFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&v.model, "vllm", "", "start a vLLM server for `MODEL` (a name or a folder) here, and keep it running; flags of `vllm serve` go behind --")
-	f.StringVar(&v.gpus, "gpus", "", "GPUs for --vllm, a server and a worker for each: all, or numbers such as 0 or 0,1 (default: one server that sees what vLLM sees)")
+	f.StringVar(&v.gpus, "gpus", "", "GPUs for --vllm, a server and a worker for each, two with a very small model: all, or numbers such as 0 or 0,1 (default: what vLLM takes by itself)")
 	f.StringVar(&v.command, "vllm-command", "vllm", "`COMMAND` that starts vLLM, without the word serve; may have arguments")
 	f.DurationVar(&v.quiet, "engine-start-timeout", 15*time.Minute, "how long a vLLM server that starts may log nothing new until it is thought stuck")
 	f.IntVar(&v.restarts, "engine-restarts", 12, "restarts of a vLLM server until it is given up, counted anew when it has answered lines since the last one, or was well for 10 minutes; one that does not come up three times in a row is given up sooner, unless its port is taken or the hub of models not reached")
@@ -133,7 +133,12 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 		return nil, err
 	}
 	self := broker.Self()
-	if err := h.folders(filepath.Join(a.data, "vllm"), len(e.vllm.groups), self.Host, func(n int) {
+	card := sync.OnceValue(func() vllm.Card { // the servers are all alike
+		return vllm.Cards((&vllm.Server{GPUs: slices.Concat(e.vllm.groups...), ByBus: e.vllm.byBus}).Devices())
+	})
+	cards := len(e.vllm.groups)
+	perCard := (&vllm.Server{Model: e.vllm.model, Flags: e.vllm.flags}).PerCard(card, runtime.GOMAXPROCS(0)/cards, (e.lines+int64(cards)-1)/int64(cards))
+	if err := h.folders(filepath.Join(a.data, "vllm"), cards*perCard, self.Host, func(n int) {
 		a.log.Warn("ended an engine that a killed millrace had left", "processes", n)
 	}); err != nil {
 		h.unlock()
@@ -145,15 +150,16 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	}
 	live, end := context.WithCancel(context.Background())
 	h.end = end
-	card := sync.OnceValue(func() vllm.Card { // the servers are all alike
-		return vllm.Cards((&vllm.Server{GPUs: slices.Concat(e.vllm.groups...), ByBus: e.vllm.byBus}).Devices())
-	})
+	var mates *vllm.Mates
 	for i, s := range h.servers {
-		s.Command, s.Model, s.Flags, s.GPUs, s.Key, s.Host = commandOf(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i], key, self.Host
-		s.ByBus, s.Quiet, s.Restarts, s.Log, s.Restarted = e.vllm.byBus, e.vllm.quiet, e.vllm.restarts, a.log, restarted
-		s.Tune(card, runtime.GOMAXPROCS(0)/len(h.servers), (e.lines+int64(len(h.servers))-1)/int64(len(h.servers)))
+		if i%perCard == 0 {
+			mates = vllm.NewMates(perCard)
+		}
+		s.Command, s.Model, s.Flags, s.GPUs, s.Mates = commandOf(e.vllm.command), e.vllm.model, e.vllm.flags, e.vllm.groups[i/perCard], mates
+		s.ByBus, s.Quiet, s.Restarts, s.Key, s.Host, s.Log, s.Restarted = e.vllm.byBus, e.vllm.quiet, e.vllm.restarts, key, self.Host, a.log, restarted
+		s.Tune(card)
 		e.urls = append(e.urls, s.String())
-		fmt.Fprintf(a.std.err, "starting vLLM for %s at %s%s; its log is %s\n", s.Model, s, onGPUs(s.GPUs), s.LogFile())
+		fmt.Fprintf(a.std.err, "starting vLLM for %s at %s%s; its log is %s\n", s.Model, s, onGPUs(s.GPUs, perCard), s.LogFile())
 		h.running.Go(func() { h.watch(s, s.Run(live, patience)) })
 	}
 	return h, nil
@@ -168,11 +174,16 @@ func commandOf(s string) []string {
 	return words
 }
 
-func onGPUs(ids []string) string {
-	switch len(ids) {
-	case 0:
+// onGPUs says where a server runs, and that others are there, too.
+func onGPUs(ids []string, servers int) string {
+	switch {
+	case len(ids) == 0 && servers > 1:
+		return fmt.Sprintf(", one of %d on its GPU", servers)
+	case len(ids) == 0:
 		return ""
-	case 1:
+	case servers > 1:
+		return fmt.Sprintf(" on GPU %s, one of %d there", ids[0], servers)
+	case len(ids) == 1:
 		return " on GPU " + ids[0]
 	}
 	return " on GPUs " + strings.Join(ids, ", ")

@@ -3,14 +3,14 @@
 # EngineCore another process of its group, which outlives it, as a real one does. $LIFE is a folder: what each start is to
 # do lies in its files 1, 2, …, by their words, or in file 0 for all others; what was started is in its log.
 set -u
-model=$2 name=$2 port=0 graphs=512 frontends=1 sequences=256
+model=$2 name=$2 port=0 graphs=512 shares=0 sequences=256
 while [ $# -gt 0 ]; do
 	case $1 in
 	--port) port=$2 ;;
 	--served-model-name) name=$2 ;;
 	--compilation-config) graphs=$(expr "$2" : '.*,\([0-9]*\)]}') ;;
 	--enforce-eager) graphs=0 ;;
-	--api-server-count) frontends=$2 ;;
+	--kv-cache-memory-bytes) shares=1 ;;
 	--max-num-seqs) sequences=$2 ;;
 	esac
 	shift
@@ -26,8 +26,8 @@ printf "(EngineCore pid=%s) INFO 11-28 05:55:16 [core.py:116] Initializing a V1 
 echo "(EngineCore pid=$core) INFO 11-28 05:55:17 [gpu_model_runner.py:5040] Starting to load model $model..."
 echo "(EngineCore pid=$core) INFO 11-28 05:55:18 [kv_cache_utils.py:1301] GPU KV cache size: 473,807 tokens"
 case $do in
-[a-z]*-with-our-graphs*) # one that does not start with large ones, nor with larger steps, nor with more than one process that speaks HTTP
-	[ "$graphs" -le 512 ] && [ "$sequences" -le 1024 ] && [ "$frontends" -le 1 ] || { kill $core; cat "${do#* }"; exit 1; }
+[a-z]*-with-our-graphs*) # one that does not start with large ones, nor with larger steps, nor beside another
+	[ "$graphs" -le 512 ] && [ "$sequences" -le 1024 ] && [ "$shares" = 0 ] || { kill $core; cat "${do#* }"; exit 1; }
 	;;
 says\ *) # a log, and the end of it all
 	kill $core
