@@ -2,6 +2,7 @@ package worker
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -31,12 +32,14 @@ type journal struct {
 	log  *slog.Logger
 	lock *broker.Lock
 
-	mu   sync.Mutex
-	f    *os.File
-	w    *bufio.Writer
-	size int64  // bytes in the file
-	late bool   // what was received is not written yet
-	bad  bool   // writing failed; the journal is given up
+	mu    sync.Mutex
+	f     *os.File
+	w     *bufio.Writer
+	size  int64         // bytes in the file
+	late  bool          // what was received is not written yet
+	bad   bool          // writing failed; the journal is given up
+	noted chan struct{} // has a value when something was noted since the last flush
+
 	held heldBy // by this process
 	dead heldBy // by the last one, and not given back yet
 }
@@ -60,7 +63,7 @@ func openJournal(dir string, log *slog.Logger) (*journal, error) {
 	if err != nil {
 		return nil, err
 	}
-	j := &journal{path: filepath.Join(dir, journalName), log: log, lock: lock, held: heldBy{open: map[string]int64{}}}
+	j := &journal{path: filepath.Join(dir, journalName), log: log, lock: lock, held: heldBy{open: map[string]int64{}}, noted: make(chan struct{}, 1)}
 	b, err := os.ReadFile(j.path)
 	switch {
 	case err == nil || errors.Is(err, fs.ErrNotExist):
@@ -221,6 +224,30 @@ func (j *journal) do(what func()) {
 func (j *journal) note(record string) {
 	_, _ = j.w.WriteString(record) // an error sticks and is seen by flush
 	j.size += int64(len(record))
+	select {
+	case j.noted <- struct{}{}:
+	default:
+	}
+}
+
+// keep flushes what is noted soon after, until ctx ends.
+func (j *journal) keep(ctx context.Context) {
+	if j == nil {
+		return
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-j.noted:
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(journalLag):
+			j.flush()
+		}
+	}
 }
 
 // flush hands what was noted to the system, which keeps it when this process is killed.

@@ -149,7 +149,7 @@ func (s *session) work(take context.Context) error {
 
 	life, end := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
-	for _, run := range []func(context.Context){s.gate.run, s.queues.run, s.control.run, s.beat.run, s.held.keep, s.writeJournal, s.watchBroker, s.watchGPUs} {
+	for _, run := range []func(context.Context){s.gate.run, s.queues.run, s.control.run, s.beat.run, s.held.keep, s.journal.keep, s.watchBroker, s.watchGPUs} {
 		parts.Go(func() { run(life) })
 	}
 	s.outbox.waiting.Go(s.outbox.run)
@@ -217,22 +217,6 @@ func (s *session) giveBackDead(model string, born time.Time) {
 	}
 	if n := len(dead); n > 0 {
 		s.Log.Info("gave back requests that a dead worker held", "model", model, "requests", n)
-	}
-}
-
-func (s *session) writeJournal(ctx context.Context) {
-	if s.journal == nil {
-		return
-	}
-	tick := time.NewTicker(journalLag)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			s.journal.flush()
-		}
 	}
 }
 
