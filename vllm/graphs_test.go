@@ -153,8 +153,8 @@ esac
 	for _, c := range []struct {
 		ids  []string
 		want vllm.Card
-	}{{nil, vllm.Card{Memory: 24576 << 20}}, {[]string{"0", "GPU-2"}, vllm.Card{Memory: 81559 << 20}}, {[]string{"3"}, vllm.Card{Memory: 81920 << 20, A100: true}},
-		{[]string{"4"}, vllm.Card{Memory: 81559 << 20, Alone: true}}, {[]string{"5"}, vllm.Card{Memory: 81559 << 20, Alone: true}}, {[]string{"6"}, vllm.Card{}}, {[]string{"7"}, vllm.Card{}}, {[]string{"MIG-1"}, vllm.Card{}}} {
+	}{{nil, vllm.Card{Memory: 24576 << 20, Count: 2}}, {[]string{"0", "GPU-2"}, vllm.Card{Memory: 81559 << 20, Count: 2}}, {[]string{"3"}, vllm.Card{Memory: 81920 << 20, Count: 1, A100: true}},
+		{[]string{"4"}, vllm.Card{Memory: 81559 << 20, Count: 1, Alone: true}}, {[]string{"5"}, vllm.Card{Memory: 81559 << 20, Count: 1, Alone: true}}, {[]string{"6"}, vllm.Card{Memory: 81559 << 20, Count: 1, Alone: true}}, {[]string{"7"}, vllm.Card{}}, {[]string{"MIG-1"}, vllm.Card{}}} {
 		if got := vllm.Cards(c.ids); got != c.want {
 			t.Errorf("%q: %+v, want %+v", c.ids, got, c.want)
 		}

@@ -117,8 +117,13 @@ func (r *reason) say(line string) string {
 			hint = strings.Replace(hint, "N with fewer tokens", m[1], 1)
 		}
 	}
+	return r.words(line) + "; " + hint
+}
+
+// words are the reason and vLLM's own words.
+func (r *reason) words(line string) string {
 	line = strings.TrimSpace(prefix.ReplaceAllString(line, ""))
-	return fmt.Sprintf("%s (%s); %s", r.what, proto.Truncate(line, 200), hint)
+	return fmt.Sprintf("%s (%s)", r.what, proto.Truncate(line, 200))
 }
 
 // portTaken is the error of a server whose port somebody else has.

@@ -45,7 +45,7 @@ type Server struct {
 	ByBus    bool          // GPUs are numbered as nvidia-smi does it
 	Quiet    time.Duration // for how long a server that starts may say nothing new; 0: 15 min
 	Grace    time.Duration // from SIGTERM to SIGKILL; 0: 15 s
-	Restarts int           // until it is given up, that without what Tune asked for aside; counted anew when it has answered lines since, or was well for ten minutes
+	Restarts int           // until it is given up, those without what Tune asked for aside; counted anew when it has answered lines since, or was well for ten minutes
 
 	Answered atomic.Int64 // lines that it has answered; whoever sends them counts
 
@@ -64,6 +64,7 @@ type Server struct {
 	kv      int64
 	graphs  int64
 	extra   Flags  // our own, see Tune
+	alone   Flags  // those for when it has its card alone; nil: extra are
 	again   int64  // restarts
 	cause   string // of the last one
 }
@@ -203,24 +204,29 @@ func (s *Server) Run(live, patience context.Context) error {
 	}
 	var t tally
 	for {
+		s.settle(t.came)
 		end := s.once(live, patience)
 		if live.Err() != nil {
 			s.set(false, proto.EngineWaiting, "engine is stopped")
 			return nil
 		}
-		ours, aside := s.plainer(end, t.came)
-		if aside {
-			failed := &Failed{Why: end.why + "; it leaves its GPU to the other server there"}
+		if failed := s.aside(end, &t); failed != nil {
 			s.set(false, proto.EngineDegraded, failed.Why)
 			return failed
 		}
-		if ours != nil {
+		if end.itself && end.well == 0 && s.settle(t.came) {
+			s.Log.Warn(end.why+"; it is tried with the whole GPU, which it has alone", "engine", s.String(), "log", s.LogFile())
+			s.count(end.cause)
+			continue
+		}
+		if ours := s.plainer(end, t.came); ours != nil {
 			s.Log.Warn(fmt.Sprintf("%s; it is tried without what millrace asked for by itself (%s)", end.why, ours.brief()), "engine", s.String(), "log", s.LogFile())
 			s.count(end.cause)
 			continue
 		}
 		pause, failed := t.judge(end, s)
 		if failed != nil {
+			s.Mates.leave()
 			s.set(false, proto.EngineDegraded, failed.Why+"; mend that, and start millrace again")
 			return failed
 		}
@@ -260,7 +266,8 @@ func (s *Server) Again() (n int64, cause string) {
 // ending is how a server came to its end that was not asked to stop.
 type ending struct {
 	cause  string        // one of Causes
-	why    string        // for people
+	why    string        // for people, with what to do
+	said   string        // why, without that; empty: nobody said
 	reason string        // name of the one in its log; empty: none that is known
 	final  bool          // a restart would not mend it
 	passes bool          // it may mend itself
@@ -420,13 +427,15 @@ func (w *watch) died() ending {
 	how, killed := w.how()
 	e.itself = !killed
 	if r, line := recognise(w.journal.tail()); r != nil {
+		e.said = r.words(line)
 		e.why += ": " + r.say(line)
 		e.reason, e.final, e.passes = r.name, r.final, r.passes
 		if r.cause != "" {
 			e.cause = r.cause
 		}
 	} else {
-		e.why += ": its process " + how
+		e.said = "its process " + how
+		e.why += ": " + e.said
 		if killed {
 			e.cause = CauseKilled
 			return e

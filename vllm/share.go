@@ -1,6 +1,8 @@
 package vllm
 
 import (
+	"fmt"
+	"os"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -14,58 +16,55 @@ const (
 	onOneCard     = 2
 	coresForThem  = 6    // of the processor: two EngineCores and two processes that speak HTTP filled three
 	linesForThem  = 2000 // for a card: with fewer there is no time to be won
-	kvShare       = 0.35 // of the card's memory for each KV cache; the model, its graphs and its steps have the rest
+	kvShare       = 0.3  // of the card's memory for each KV cache; the model, its graphs and its steps have the rest, which nobody measures
 	memoryForEach = 0.45 // of the card's memory must be free when one starts, though another has its part
 )
 
-// ofMemory are flags that say how a server uses a card, or whom else it is for: then it has the card alone.
-var ofMemory = slices.Concat(ofSizes, []string{"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override", "--kv-transfer-config",
-	"--kv-offloading", "--cpu-offload", "--data-parallel", "-dp", "--api-server-count", "-asc", "--enable-lora", "--enable-sleep-mode",
-	"--enable-elastic-ep", "--enable-fault-tolerance", "--mm-", "--port", "--device"})
+// ofMemory are beginnings of flags that say how a server uses a card, that it needs it alone, or whom else it speaks to.
+var ofMemory = slices.Concat(ofSizes, []string{"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override",
+	"--kv-transfer-config", "--kv-events-config", "--kv-offloading", "--ec-transfer-config", "--weight-transfer-config", "--cpu-offload", "--offload-",
+	"--data-parallel", "-dp", "--api-server-count", "-asc", "--enable-lora", "--enable-sleep-mode", "--enable-elastic-ep", "--enable-fault-tolerance",
+	"--mm-", "--port", "--device", "--quantization", "-q"})
 
-// PerCard is how many servers answer the most on the card of such a one: two of a very small model where the card is known to
-// take several processes, so many cores of the processor are there for the card and so many lines to answer, 0: nobody knows how
-// many, and where the user's flags do not say how its memory is used. It asks for the card only where nothing else speaks against it.
+// PerCard is how many servers to start on each card for the most lines a second: two of a very small model, where several
+// processes may use the card, so many cores of the processor are there for each card and so many lines to answer, 0: nobody knows
+// how many, and where the user's flags do not say how its memory is used. A model that takes images or sound needs memory that
+// nobody measures, and the files of a quantized one do not say how much there is to compute. It asks for the card only where
+// nothing else speaks against it.
 func (s *Server) PerCard(card func() Card, cores int, lines int64) int {
 	each, err := s.Flags.GPUs()
 	if err != nil || each != 1 || cores < coresForThem || lines > 0 && lines < linesForThem || s.Flags.begin(ofMemory) {
 		return 1
 	}
-	bytes, known := s.weights()
-	if !known || s.sees() { // images take memory that is not measured then
+	bytes, _ := s.weights()
+	if info, err := os.Stat(s.Model); bytes == 0 || err == nil && !info.IsDir() || s.configured(`"vision_config"`, `"audio_config"`, `"quantization_config"`) {
 		return 1
 	}
-	if c := card(); c.Memory < bigCard || c.Memory < bytes*tinyModel || c.A100 || c.Alone {
+	c := card()
+	if s.GPUs == nil { // other cards of the machine have servers of their own
+		cores /= max(c.Count, 1)
+	}
+	if cores < coresForThem || c.Memory < bigCard || c.Memory < bytes*tinyModel || c.A100 || c.Alone {
 		return 1
 	}
 	return onOneCard
 }
 
-// Mates are servers that have one card together. A nil one is a server that has it alone.
-type Mates struct {
-	n    int
-	left atomic.Int32 // how many there are still
-}
+// Mates are servers that have one card together.
+type Mates struct{ left atomic.Int32 } // how many there are still
 
 // NewMates is for n servers, nil for one.
 func NewMates(n int) *Mates {
 	if n < 2 {
 		return nil
 	}
-	m := &Mates{n: n}
+	m := &Mates{}
 	m.left.Store(int32(n))
 	return m
 }
 
-func (m *Mates) count() int {
-	if m == nil {
-		return 1
-	}
-	return m.n
-}
-
-// flags say what part of a card is for each.
-func (m *Mates) flags(c Card) []string {
+// ofShare are flags that say what part of a card is for each.
+func ofShare(c Card) []string {
 	return []string{"--gpu-memory-utilization", strconv.FormatFloat(memoryForEach, 'g', -1, 64),
 		"--kv-cache-memory-bytes", strconv.FormatInt(int64(kvShare*float64(c.Memory)), 10)}
 }
@@ -84,4 +83,43 @@ func (m *Mates) leave() bool {
 			return true
 		}
 	}
+}
+
+// settle takes the flags of a server that has its card alone where the others have left it, and says whether it did. One that
+// came up beside another keeps those that it came up with.
+func (s *Server) settle(came bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.alone == nil || came || s.Mates.left.Load() > 1 {
+		return false
+	}
+	s.extra, s.alone = s.alone, nil
+	return true
+}
+
+// aside leaves the card to the others where the server ended by itself and there being others may be why: it did not come up
+// with its part of the card, for a reason that will be there at the next start or for the second time, or ran out of memory later.
+// It returns nil where it is started again.
+func (s *Server) aside(e ending, t *tally) *Failed {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ours := append([]string{"memory in use"}, mayBeOurs...)
+	switch {
+	case s.alone == nil || !e.itself:
+		return nil
+	case e.well > 0 || t.came:
+		if e.reason != "memory" {
+			return nil
+		}
+	case !slices.Contains(ours, e.reason) || !e.final && t.failed == 0:
+		return nil
+	}
+	if !s.Mates.leave() {
+		return nil
+	}
+	what := "does not start"
+	if e.well > 0 {
+		what = "ran out of memory"
+	}
+	return &Failed{Why: fmt.Sprintf("engine %s beside the other one on its GPU, with %s: %s; it leaves the GPU to that one", what, s.extra[:len(ofShare(Card{}))].brief(), e.said)}
 }

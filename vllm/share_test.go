@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"millrace/proto"
@@ -14,13 +15,17 @@ import (
 // TestPerCard: a very small model gets two servers on a card, where there are cores and lines for them, the card takes both, and
 // nothing says that one is to have it alone.
 func TestPerCard(t *testing.T) {
-	tiny, small := t.TempDir(), t.TempDir()
+	tiny, small, part := t.TempDir(), t.TempDir(), t.TempDir()
 	weigh(t, tiny, 2)
 	weigh(t, small, 4)
-	sees, hears, reads, hub := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	weigh(t, part, 1) // of 16
+	if err := os.WriteFile(filepath.Join(part, "model.safetensors.index.json"), []byte(`{"metadata": {"total_size": 17179869184}, "weight_map": {}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sees, hears, reads, packs, hub := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
 	t.Setenv("HF_HUB_CACHE", hub)
 	seer, reader := filepath.Join(hub, "models--a--seer", "snapshots", "1f"), filepath.Join(hub, "models--a--reader", "snapshots", "1f")
-	for dir, config := range map[string]string{sees: `{"vision_config": {}}`, seer: `{"vision_config": {}}`, hears: `{"thinker_config": {"audio_config": {}}}`, reads: `{"vocab_size": 1}`, reader: `{}`} {
+	for dir, config := range map[string]string{sees: `{"vision_config": {}}`, seer: `{"vision_config": {}}`, hears: `{"thinker_config": {"audio_config": {}}}`, packs: `{"quantization_config": {"bits": 4}}`, reads: `{"vocab_size": 1}`, reader: `{}`} {
 		weigh(t, dir, 2)
 		if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600); err != nil {
 			t.Fatal(err)
@@ -43,56 +48,150 @@ func TestPerCard(t *testing.T) {
 		{tiny, big, 16, 0, vllm.Flags{"--gpu_memory_utilization", "0.5"}, 1}, {tiny, big, 16, 0, vllm.Flags{"--gpu-mem=0.5"}, 1}, {tiny, big, 16, 0, vllm.Flags{"--kv-cache-memory-bytes", "1G"}, 1},
 		{tiny, big, 16, 0, vllm.Flags{"--kv-cache-dtype", "fp8"}, 2}, {tiny, big, 16, 0, vllm.Flags{"--max-num-seqs", "64"}, 1}, {tiny, big, 16, 0, vllm.Flags{"--port", "8000"}, 1}, {tiny, big, 16, 0, vllm.Flags{"-sc", "{}"}, 1},
 		{sees, big, 16, 0, nil, 1}, {hears, big, 16, 0, nil, 1}, {reads, big, 16, 0, nil, 2}, {"a/seer", big, 16, 0, nil, 1}, {"a/reader", big, 16, 0, nil, 2},
-		{sees, big, 16, 0, random, 1}, {t.TempDir(), big, 16, 0, random, 2},
+		{sees, big, 16, 0, random, 1}, {t.TempDir(), big, 16, 0, random, 1}, {tiny, big, 16, 0, random, 2}, {packs, big, 16, 0, nil, 1}, {part, big, 16, 0, nil, 1},
+		{filepath.Join(tiny, "model-1.safetensors"), big, 16, 0, nil, 1}, {tiny, vllm.Card{Memory: h100, Count: 2}, 12, 0, nil, 2}, {tiny, vllm.Card{Memory: h100, Count: 2}, 11, 0, nil, 1},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags}
 		if got := s.PerCard(func() vllm.Card { return c.card }, c.cores, c.lines); got != c.want {
 			t.Errorf("%+v: %d", c, got)
 		}
 	}
+	for _, flag := range []string{"--num-gpu-blocks-override=8", "--kv-transfer-config={}", "--kv-events-config={}", "--kv-offloading-size=1", "--ec-transfer-config={}", "--weight-transfer-config={}", "--cpu-offload-gb=1", "--offload-group-size=1", "--enable-sleep-mode", "--enable-elastic-ep", "--enable-fault-tolerance", "--device=cuda", "-q=awq", "--quantization=fp8"} {
+		s := &vllm.Server{Model: tiny, Flags: vllm.Flags{flag}}
+		if got := s.PerCard(card, 16, 0); got != 1 {
+			t.Errorf("%s: %d", flag, got)
+		}
+	}
+	s := &vllm.Server{Model: tiny, GPUs: []string{"0"}}
+	if got := s.PerCard(func() vllm.Card { return vllm.Card{Memory: h100, Count: 2} }, 6, 0); got != 2 {
+		t.Errorf("with cores that are its own: %d", got)
+	}
 }
 
-// TestMates: servers of one card have a part of its memory each. One that does not come up with that leaves it to the other, and the
-// last is started without.
+// mates are two servers of one card.
+func mates(t *testing.T, plans ...[]string) (rs []*rig) {
+	t.Helper()
+	both := vllm.NewMates(2)
+	for _, p := range plans {
+		r := newRig(t, p...)
+		r.Flags, r.Mates = append(vllm.Flags{"--enforce-eager"}, random...), both
+		r.Tune(card)
+		if !shares(r) || r.Sequences() != 1024 {
+			t.Fatalf("%q, %d sequences", r.Shown(), r.Sequences())
+		}
+		rs = append(rs, r)
+	}
+	return rs
+}
+
+// shares says whether a server has the flags of one of two.
+func shares(r *rig) bool {
+	return strings.Contains(strings.Join(r.Shown(), " "), " --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 25656242995 --max-num-seqs 1024 --max-num-batched-tokens 16384")
+}
+
+// alone says whether it has those of one that has its card alone.
+func alone(r *rig) bool {
+	return strings.HasSuffix(strings.Join(r.Shown(), " "), " dummy --max-num-seqs 2048 --max-num-batched-tokens 16384")
+}
+
+// goes waits until a server leaves its card to the other.
+func goes(t *testing.T, r *rig, starts int, want string) {
+	t.Helper()
+	if f := r.fails(); f.Final || !strings.HasPrefix(f.Why, want) || !strings.HasSuffix(f.Why, "; it leaves the GPU to that one") || len(r.lives()) != starts {
+		t.Errorf("%+v, %d starts", f, len(r.lives()))
+	}
+	if state, why := r.State(); state != proto.EngineDegraded || !strings.Contains(why, "leaves the GPU") {
+		t.Errorf("it is %s: %s", state, why)
+	}
+}
+
+const notBeside = "engine does not start beside the other one on its GPU, with --gpu-memory-utilization 0.45, --kv-cache-memory-bytes 25656242995: "
+
+// TestMates: of two servers on a card one that does not start leaves it to the other: at once where that is what will be said again,
+// else at the second time. The last has all of it, and goes without our own flags only then.
 func TestMates(t *testing.T) {
-	says, err := filepath.Abs("testdata/reasons/cache.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
-	shares := func(r *rig) bool {
-		return strings.Contains(strings.Join(r.Shown(), " "), "--gpu-memory-utilization 0.45 --kv-cache-memory-bytes 29932283494 ")
-	}
-	two := func(plans ...string) (rs []*rig) {
-		mates := vllm.NewMates(2)
-		for _, p := range plans {
-			r := newRig(t, p)
-			r.Flags, r.Mates = random, mates
-			r.Tune(card)
-			if !shares(r) || r.Sequences() != 1024 {
-				t.Fatalf("%q, %d sequences", r.Shown(), r.Sequences())
-			}
-			rs = append(rs, r)
+	reason := func(name string) string {
+		path, err := filepath.Abs("testdata/reasons/" + name)
+		if err != nil {
+			t.Fatal(err)
 		}
-		return rs
+		return path
 	}
-	aside := func(r *rig) {
-		if f := r.start().fails(); f.Final || !strings.HasSuffix(f.Why, "; it leaves its GPU to the other server there") || len(r.lives()) != 1 {
-			t.Errorf("%+v, %d starts", f, len(r.lives()))
+	says := func(text string) string {
+		path := filepath.Join(t.TempDir(), "says")
+		if err := os.WriteFile(path, []byte(text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
 		}
-		if state, why := r.State(); state != proto.EngineDegraded || !strings.Contains(why, "leaves its GPU") {
-			t.Errorf("it is %s: %s", state, why)
+		return "says " + path
+	}
+	t.Run("OtherIsUp", func(t *testing.T) {
+		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve"})
+		rs[1].start().up(1)
+		goes(t, rs[0].start(), 1, notBeside+"the model leaves no GPU memory for the KV cache")
+		if !shares(rs[1]) {
+			t.Errorf("the other one has %q", rs[1].Shown())
 		}
-	}
-	rs := two("not-with-our-graphs "+says, "serve")
-	aside(rs[0])
-	if rs[1].start().up(1); !shares(rs[1]) {
-		t.Errorf("the other one has %q", rs[1].Shown())
-	}
-	rs = two("not-with-our-graphs "+says, "not-with-our-graphs "+says)
-	aside(rs[0])
-	if rs[1].start().up(2); !slices.Equal(rs[1].Shown(), random) {
-		t.Errorf("the last one has %q", rs[1].Shown())
-	}
+		kill(t, rs[1].lives()[0].api, syscall.SIGKILL)
+		if rs[1].up(2); !shares(rs[1]) { // it came up with them
+			t.Errorf("later the other one has %q", rs[1].Shown())
+		}
+	})
+	t.Run("OnceIsNotEnough", func(t *testing.T) {
+		rs := mates(t, []string{"fails", "serve"}, []string{"serve"})
+		rs[1].start().up(1)
+		if rs[0].start().up(2); !shares(rs[0]) || !shares(rs[1]) {
+			t.Errorf("%q, %q", rs[0].Shown(), rs[1].Shown())
+		}
+	})
+	t.Run("Twice", func(t *testing.T) {
+		rs := mates(t, []string{"fails"}, []string{"serve"})
+		goes(t, rs[0].start(), 2, notBeside+"its process ended")
+	})
+	t.Run("MemoryInUse", func(t *testing.T) {
+		rs := mates(t, []string{says("ValueError: Free memory on device cuda:0 (30.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.45, 35.6 GiB).")}, []string{"serve"})
+		goes(t, rs[0].start(), 2, notBeside+"other programs have the GPU's memory")
+	})
+	t.Run("Both", func(t *testing.T) { // at the same time
+		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"not-beside " + reason("cache.txt")})
+		for _, r := range rs {
+			r.Restarts = 0
+			r.start()
+		}
+		last := rs[1]
+		select {
+		case <-rs[0].over:
+			goes(t, rs[0], 1, notBeside)
+		case <-rs[1].over:
+			goes(t, rs[1], 1, notBeside)
+			last = rs[0]
+		}
+		if last.up(2); !alone(last) {
+			t.Errorf("the last one has %q", last.Shown())
+		}
+	})
+	t.Run("LastGoesWithout", func(t *testing.T) {
+		rs := mates(t, []string{"not-with-our-graphs " + reason("cache.txt")}, []string{"not-with-our-graphs " + reason("cache.txt")})
+		goes(t, rs[0].start(), 1, notBeside)
+		rs[1].Restarts = 0
+		if rs[1].start().up(2); !slices.Equal(rs[1].Shown(), rs[1].Flags) {
+			t.Errorf("the last one has %q", rs[1].Shown())
+		}
+	})
+	t.Run("OtherGivenUp", func(t *testing.T) {
+		rs := mates(t, []string{"killed"}, []string{"not-beside " + reason("cache.txt")})
+		rs[0].Restarts = 1
+		if f := rs[0].start().fails(); strings.Contains(f.Why, "leaves the GPU") {
+			t.Errorf("%+v", f)
+		}
+		if rs[1].start().up(1); !alone(rs[1]) {
+			t.Errorf("the last one has %q", rs[1].Shown())
+		}
+	})
+	t.Run("OutOfMemory", func(t *testing.T) { // while it answers
+		rs := mates(t, []string{"serve", says("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")}, []string{"serve"})
+		kill(t, rs[0].start().up(1).api, syscall.SIGKILL)
+		goes(t, rs[0], 2, notBeside+"the GPU's memory is full")
+	})
 	if vllm.NewMates(1) != nil {
 		t.Error("one server has a mate")
 	}

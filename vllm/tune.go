@@ -45,7 +45,7 @@ const shortest = len("--api-")
 func (s *Server) Tune(card func() Card) {
 	each, err := s.Flags.GPUs()
 	graphs, sizes := !s.Flags.begin(ofGraphs), !s.Flags.begin(ofSizes)
-	if err != nil || each != 1 || !graphs && !sizes && s.Mates == nil {
+	if err != nil || each != 1 || !graphs && !sizes {
 		return
 	}
 	bytes, known := s.weights()
@@ -53,9 +53,6 @@ func (s *Server) Tune(card func() Card) {
 		return
 	}
 	c := card()
-	if s.Mates != nil {
-		s.extra = append(s.extra, s.Mates.flags(c)...)
-	}
 	if c.Memory < bigCard {
 		return
 	}
@@ -63,15 +60,20 @@ func (s *Server) Tune(card func() Card) {
 		s.extra = append(s.extra, "--compilation-config", graphSizes())
 	}
 	if sizes && c.Memory >= bytes*tinyModel && !c.A100 {
-		s.extra = append(s.extra, "--max-num-seqs", strconv.Itoa(tunedSeqs/s.Mates.count()), "--max-num-batched-tokens", strconv.Itoa(tunedTokens))
+		beside := slices.Concat(ofShare(c), s.extra, steps(tunedSeqs/onOneCard))
+		s.extra = append(s.extra, steps(tunedSeqs)...)
+		if s.Mates != nil {
+			s.extra, s.alone = beside, s.extra
+		}
 	}
 }
 
-// tunedSeqs and tunedTokens are what the steps on a card hold with a very small model: of the servers on it, and of each of them.
-const (
-	tunedSeqs   = 2048
-	tunedTokens = 16384
-)
+// tunedSeqs is how many sequences run at once on a card with a very small model.
+const tunedSeqs = 2048
+
+func steps(seqs int) []string {
+	return []string{"--max-num-seqs", strconv.Itoa(seqs), "--max-num-batched-tokens", "16384"}
+}
 
 // Sequences is how many the server runs at once, where its flags say so, the user's or ours; 0: they do not.
 func (s *Server) Sequences() int64 { return s.flags().Sequences() }
@@ -97,18 +99,14 @@ func (s *Server) Shown() []string { return s.flags().Shown() }
 // mayBeOurs are the reasons that our own flags may be behind when a server does not start.
 var mayBeOurs = []string{"", "flag", "cache", "context", "memory", "core"}
 
-// plainer gives up our own flags where the server ended by itself before it ever came up, and they may be why; nil: it does not.
-// One of several on a card leaves it to the others first: then aside is set.
-func (s *Server) plainer(e ending, came bool) (ours Flags, aside bool) {
+// plainer gives up our own flags where the server ended by itself before it ever came up, and they may be why: it returns those
+// that the next start goes without; nil: none. One of several on a card has a card to give up first.
+func (s *Server) plainer(e ending, came bool) (ours Flags) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.extra == nil || !e.itself || e.well > 0 || came || !slices.Contains(mayBeOurs, e.reason) {
-		return nil, false
+	if s.alone != nil || !e.itself || e.well > 0 || came || !slices.Contains(mayBeOurs, e.reason) {
+		return nil
 	}
-	if s.Mates.leave() {
-		return nil, true
-	}
-	ours = s.extra
-	s.extra = nil
-	return ours, false
+	ours, s.extra = s.extra, nil
+	return ours
 }

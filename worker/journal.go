@@ -38,7 +38,7 @@ type journal struct {
 	size  int64         // bytes in the file
 	late  bool          // what was received is not written yet
 	bad   bool          // writing failed; the journal is given up
-	noted chan struct{} // has a value when something was noted since the last flush
+	noted chan struct{} // gets a value with each note, unless it has one; keep takes it
 
 	held heldBy // by this process
 	dead heldBy // by the last one, and not given back yet

@@ -37,7 +37,7 @@ type vllmFlags struct {
 func (v *vllmFlags) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&v.model, "vllm", "", "start a vLLM server for `MODEL` (a name or a folder) here, and keep it running; flags of `vllm serve` go behind --")
-	f.StringVar(&v.gpus, "gpus", "", "GPUs for --vllm, a server and a worker for each, two with a very small model: all, or numbers such as 0 or 0,1 (default: what vLLM takes by itself)")
+	f.StringVar(&v.gpus, "gpus", "", "GPUs for --vllm, a server and a worker for each, or two with a very small model (README): all, or numbers such as 0 or 0,1 (default: what vLLM takes by itself)")
 	f.StringVar(&v.command, "vllm-command", "vllm", "`COMMAND` that starts vLLM, without the word serve; may have arguments")
 	f.DurationVar(&v.quiet, "engine-start-timeout", 15*time.Minute, "how long a vLLM server that starts may log nothing new until it is thought stuck")
 	f.IntVar(&v.restarts, "engine-restarts", 12, "restarts of a vLLM server until it is given up, counted anew when it has answered lines since the last one, or was well for 10 minutes; one that does not come up three times in a row is given up sooner, unless its port is taken or the hub of models not reached")
@@ -137,7 +137,10 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 		return vllm.Cards((&vllm.Server{GPUs: slices.Concat(e.vllm.groups...), ByBus: e.vllm.byBus}).Devices())
 	})
 	cards := len(e.vllm.groups)
-	perCard := (&vllm.Server{Model: e.vllm.model, Flags: e.vllm.flags}).PerCard(card, runtime.GOMAXPROCS(0)/cards, (e.lines+int64(cards)-1)/int64(cards))
+	perCard := 1
+	if n, _ := e.inFlight(); n == 0 { // who says how many is not to get twice as many
+		perCard = (&vllm.Server{Model: e.vllm.model, Flags: e.vllm.flags, GPUs: e.vllm.groups[0]}).PerCard(card, runtime.GOMAXPROCS(0)/cards, (e.lines+int64(cards)-1)/int64(cards))
+	}
 	if err := h.folders(filepath.Join(a.data, "vllm"), cards*perCard, self.Host, func(n int) {
 		a.log.Warn("ended an engine that a killed millrace had left", "processes", n)
 	}); err != nil {

@@ -34,7 +34,7 @@ type engineFlags struct {
 	stallTimeout   time.Duration
 	drainTimeout   time.Duration
 	vllm           vllmFlags
-	lines          int64  // that will be sent to the engines; 0: nobody knows
+	lines          int64  // of the whole job; 0: nobody knows
 	hosts          *hosts // of --vllm; nil until it is started
 }
 
@@ -278,7 +278,8 @@ for its broker, and says so. One worker for each engine is usual; one process ca
 
   millrace worker --engine http://127.0.0.1:8000
 
-With --vllm it starts the engine itself, keeps it running and ends it: one server and one worker for each of --gpus.
+With --vllm it starts the engine itself, keeps it running and ends it: one server and one worker for each of --gpus,
+or two of each for a very small model.
 
   millrace worker --vllm meta-llama/Llama-3.2-1B-Instruct --gpus all -- --max-model-len 8192
 

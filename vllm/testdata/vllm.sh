@@ -29,6 +29,9 @@ case $do in
 [a-z]*-with-our-graphs*) # one that does not start with large ones, nor with larger steps, nor beside another
 	[ "$graphs" -le 512 ] && [ "$sequences" -le 1024 ] && [ "$shares" = 0 ] || { kill $core; cat "${do#* }"; exit 1; }
 	;;
+not-beside*) # one that does not start with a part of its card
+	[ "$shares" = 0 ] || { kill $core; cat "${do#* }"; exit 1; }
+	;;
 says\ *) # a log, and the end of it all
 	kill $core
 	cat "${do#says }"
