@@ -65,6 +65,7 @@ type Server struct {
 	graphs  int64
 	extra   Flags  // our own, see Tune
 	alone   Flags  // those for when it has its card alone; nil: extra are
+	part    Flags  // those that it had before, if it came up with them; see back
 	again   int64  // restarts
 	cause   string // of the last one
 }
@@ -214,8 +215,14 @@ func (s *Server) Run(live, patience context.Context) error {
 			s.set(false, proto.EngineDegraded, failed.Why)
 			return failed
 		}
-		if end.itself && end.well == 0 && s.settle(t.came) {
-			s.Log.Warn(end.why+"; it is tried with the whole GPU, which it has alone", "engine", s.String(), "log", s.LogFile())
+		other := ""
+		if s.back(end) {
+			other = "with the part of its GPU that it had"
+		} else if end.itself && end.well == 0 && s.settle(t.came) {
+			other = "with the whole GPU, which it has alone"
+		}
+		if other != "" {
+			s.Log.Warn(fmt.Sprintf("%s; it is tried %s", end.why, other), "engine", s.String(), "log", s.LogFile())
 			s.count(end.cause)
 			continue
 		}

@@ -86,14 +86,32 @@ func (m *Mates) leave() bool {
 }
 
 // settle takes the flags of a server that has its card alone where the others have left it, and says whether it did. One that
-// came up beside another keeps those that it came up with.
+// came up beside another keeps those of then, for back.
 func (s *Server) settle(came bool) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.alone == nil || came || s.Mates.left.Load() > 1 {
+	if s.alone == nil || s.Mates.left.Load() > 1 {
 		return false
 	}
+	if came {
+		s.part = s.extra
+	}
 	s.extra, s.alone = s.alone, nil
+	return true
+}
+
+// back takes the flags again with which a server came up beside another, where it does not come up with those of one that has
+// its card alone, and says whether it did.
+func (s *Server) back(e ending) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e.well > 0 {
+		s.part = nil
+	}
+	if !e.itself || s.part == nil {
+		return false
+	}
+	s.extra, s.part = s.part, nil
 	return true
 }
 
@@ -121,5 +139,5 @@ func (s *Server) aside(e ending, t *tally) *Failed {
 	if e.well > 0 {
 		what = "ran out of memory"
 	}
-	return &Failed{Why: fmt.Sprintf("engine %s beside the other one on its GPU, with %s: %s; it leaves the GPU to that one", what, s.extra[:len(ofShare(Card{}))].brief(), e.said)}
+	return &Failed{Why: fmt.Sprintf("engine %s beside the other one on its GPU, with %s: %s; it leaves the GPU to that one, and nothing has to be done", what, s.extra[:len(ofShare(Card{}))].brief(), e.said)}
 }

@@ -97,7 +97,7 @@ func alone(r *rig) bool {
 // goes waits until a server leaves its card to the other.
 func goes(t *testing.T, r *rig, starts int, want string) {
 	t.Helper()
-	if f := r.fails(); f.Final || !strings.HasPrefix(f.Why, want) || !strings.HasSuffix(f.Why, "; it leaves the GPU to that one") || len(r.lives()) != starts {
+	if f := r.fails(); f.Final || !strings.HasPrefix(f.Why, want) || !strings.HasSuffix(f.Why, "; it leaves the GPU to that one, and nothing has to be done") || len(r.lives()) != starts {
 		t.Errorf("%+v, %d starts", f, len(r.lives()))
 	}
 	if state, why := r.State(); state != proto.EngineDegraded || !strings.Contains(why, "leaves the GPU") {
@@ -132,7 +132,16 @@ func TestMates(t *testing.T) {
 			t.Errorf("the other one has %q", rs[1].Shown())
 		}
 		kill(t, rs[1].lives()[0].api, syscall.SIGKILL)
-		if rs[1].up(2); !shares(rs[1]) { // it came up with them
+		if rs[1].up(2); !alone(rs[1]) {
+			t.Errorf("later the other one has %q", rs[1].Shown())
+		}
+	})
+	t.Run("BackToItsPart", func(t *testing.T) { // somebody else has what the other one left
+		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve", says("ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.92, 72.8 GiB)."), "serve"})
+		first := rs[1].start().up(1).api
+		goes(t, rs[0].start(), 1, notBeside)
+		kill(t, first, syscall.SIGKILL)
+		if rs[1].up(3); !shares(rs[1]) {
 			t.Errorf("later the other one has %q", rs[1].Shown())
 		}
 	})

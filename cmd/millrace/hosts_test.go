@@ -23,7 +23,7 @@ func TestHostsGivenUp(t *testing.T) {
 		t.Errorf("ended by the first: %v; said %s", ends, said.String())
 	}
 	h.watch(s, &vllm.Failed{Why: "second"})
-	if len(ends) != 1 || ends[0].Error() != "second" || exitCode(ends[0]) != exitEngine {
+	if len(ends) != 1 || !strings.HasPrefix(ends[0].Error(), "second; it is http://127.0.0.1:1, its log is ") || exitCode(ends[0]) != exitEngine {
 		t.Errorf("not ended by the last: %v", ends)
 	}
 	h.watch(s, &vllm.Failed{Why: "never", Final: true})

@@ -139,7 +139,7 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	cards := len(e.vllm.groups)
 	perCard := 1
 	if n, _ := e.inFlight(); n == 0 { // who says how many is not to get twice as many
-		perCard = (&vllm.Server{Model: e.vllm.model, Flags: e.vllm.flags, GPUs: e.vllm.groups[0]}).PerCard(card, runtime.GOMAXPROCS(0)/cards, (e.lines+int64(cards)-1)/int64(cards))
+		perCard = (&vllm.Server{Model: e.vllm.model, Flags: e.vllm.flags, GPUs: e.vllm.groups[0]}).PerCard(card, runtime.GOMAXPROCS(0)/cards, max(e.lines/int64(cards), min(e.lines, 1))) // 0 are unknown
 	}
 	if err := h.folders(filepath.Join(a.data, "vllm"), cards*perCard, self.Host, func(n int) {
 		a.log.Warn("ended an engine that a killed millrace had left", "processes", n)
@@ -206,6 +206,9 @@ func (h *hosts) watch(s *vllm.Server, err error) {
 		err = coded{err, exitEngine}
 	}
 	if all || f == nil || f.Final {
+		if len(h.servers) > 1 {
+			err = fmt.Errorf("%w; it is %s%s, its log is %s", err, s, onGPUs(s.GPUs, 1), s.LogFile())
+		}
 		h.failed(err)
 		return
 	}
