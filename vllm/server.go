@@ -211,19 +211,8 @@ func (s *Server) Run(live, patience context.Context) error {
 			s.set(false, proto.EngineDegraded, failed.Why)
 			return failed
 		}
-		other := ""
-		if s.back(end) {
-			other = "with the part of its GPU that it had"
-		} else if end.itself && end.well == 0 && s.settle(t.came) {
-			other = "with the whole GPU, which it has alone"
-		}
-		if other != "" {
-			s.Log.Warn(fmt.Sprintf("%s; it is tried %s", end.why, other), "engine", s.String(), "log", s.LogFile())
-			s.count(end.cause)
-			continue
-		}
-		if ours := s.plainer(end, t.came); ours != nil {
-			s.Log.Warn(fmt.Sprintf("%s; it is tried without what millrace asked for by itself (%s)", end.why, ours.brief()), "engine", s.String(), "log", s.LogFile())
+		if how := s.otherwise(end, t.came); how != "" {
+			s.Log.Warn(fmt.Sprintf("%s; it is tried %s", end.why, how), "engine", s.String(), "log", s.LogFile())
 			s.count(end.cause)
 			continue
 		}

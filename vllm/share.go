@@ -26,14 +26,14 @@ var ofMemory = slices.Concat(ofSizes, []string{"--gpu-memory-utilization", "--kv
 	"--data-parallel", "-dp", "--api-server-count", "-asc", "--enable-lora", "--enable-sleep-mode", "--enable-elastic-ep", "--enable-fault-tolerance",
 	"--mm-", "--port", "--device", "--quantization", "-q"})
 
-// PerCard is how many servers to start on each card for the most lines a second: two of a very small model, where several
-// processes may use the card, so many cores of the processor are there for each card and so many lines to answer, 0: nobody knows
+// PerCard is how many servers to start on each of so many cards for the most lines a second: two of a very small model, where
+// several processes may use a card, so many cores of the processor are there for all and so many lines to answer, 0: nobody knows
 // how many, and where the user's flags do not say how its memory is used. A model that takes images or sound needs memory that
 // nobody measures, and the files of a quantized one do not say how much there is to compute. It asks for the card only where
 // nothing else speaks against it.
-func (s *Server) PerCard(card func() Card, cores int, lines int64) int {
+func (s *Server) PerCard(card func() Card, cards, cores int, lines int64) int {
 	each, err := s.Flags.GPUs()
-	if err != nil || each != 1 || cores < coresForThem || lines > 0 && lines < linesForThem || s.Flags.begin(ofMemory) {
+	if err != nil || each != 1 || cores < cards*coresForThem || lines > 0 && lines < int64(cards*linesForThem) || s.Flags.begin(ofMemory) {
 		return 1
 	}
 	bytes, _ := s.weights()
@@ -42,9 +42,9 @@ func (s *Server) PerCard(card func() Card, cores int, lines int64) int {
 	}
 	c := card()
 	if s.GPUs == nil { // other cards of the machine have servers of their own
-		cores /= max(c.Count, 1)
+		cards = c.Count
 	}
-	if cores < coresForThem || c.Memory < bigCard || c.Memory < bytes*tinyModel || c.A100 || c.Alone {
+	if cores < cards*coresForThem || c.Memory < bigCard || c.Memory < bytes*tinyModel || c.A100 || c.Alone {
 		return 1
 	}
 	return onOneCard
@@ -115,24 +115,22 @@ func (s *Server) back(e ending) bool {
 	return true
 }
 
+// ofCard says whether a server ended by itself for a reason that its part of a card may be behind.
+func (e ending) ofCard() bool {
+	return e.itself && (e.reason == "memory in use" || slices.Contains(mayBeOurs, e.reason))
+}
+
 // aside leaves the card to the others where the server ended by itself and there being others may be why: it did not come up
 // with its part of the card, for a reason that will be there at the next start or for the second time, or ran out of memory later.
 // It returns nil where it is started again.
 func (s *Server) aside(e ending, t *tally) *Failed {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ours := append([]string{"memory in use"}, mayBeOurs...)
-	switch {
-	case s.alone == nil || !e.itself:
-		return nil
-	case e.well > 0 || t.came:
-		if e.reason != "memory" {
-			return nil
-		}
-	case !slices.Contains(ours, e.reason) || !e.final && t.failed == 0:
-		return nil
+	why := e.final || t.failed > 0
+	if e.well > 0 || t.came {
+		why = e.reason == "memory"
 	}
-	if !s.Mates.leave() {
+	if s.alone == nil || !e.ofCard() || !why || !s.Mates.leave() {
 		return nil
 	}
 	what := "does not start"

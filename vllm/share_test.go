@@ -52,18 +52,18 @@ func TestPerCard(t *testing.T) {
 		{filepath.Join(tiny, "model-1.safetensors"), big, 16, 0, nil, 1}, {tiny, vllm.Card{Memory: h100, Count: 2}, 12, 0, nil, 2}, {tiny, vllm.Card{Memory: h100, Count: 2}, 11, 0, nil, 1},
 	} {
 		s := &vllm.Server{Model: c.model, Flags: c.flags}
-		if got := s.PerCard(func() vllm.Card { return c.card }, c.cores, c.lines); got != c.want {
+		if got := s.PerCard(func() vllm.Card { return c.card }, 1, c.cores, c.lines); got != c.want {
 			t.Errorf("%+v: %d", c, got)
 		}
 	}
 	for _, flag := range []string{"--num-gpu-blocks-override=8", "--kv-transfer-config={}", "--kv-events-config={}", "--kv-offloading-size=1", "--ec-transfer-config={}", "--weight-transfer-config={}", "--cpu-offload-gb=1", "--offload-group-size=1", "--enable-sleep-mode", "--enable-elastic-ep", "--enable-fault-tolerance", "--device=cuda", "-q=awq", "--quantization=fp8"} {
 		s := &vllm.Server{Model: tiny, Flags: vllm.Flags{flag}}
-		if got := s.PerCard(card, 16, 0); got != 1 {
+		if got := s.PerCard(card, 1, 16, 0); got != 1 {
 			t.Errorf("%s: %d", flag, got)
 		}
 	}
 	s := &vllm.Server{Model: tiny, GPUs: []string{"0"}}
-	if got := s.PerCard(func() vllm.Card { return vllm.Card{Memory: h100, Count: 2} }, 6, 0); got != 2 {
+	if got := s.PerCard(func() vllm.Card { return vllm.Card{Memory: h100, Count: 2} }, 1, 6, 0); got != 2 {
 		t.Errorf("with cores that are its own: %d", got)
 	}
 }

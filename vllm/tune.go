@@ -1,6 +1,7 @@
 package vllm
 
 import (
+	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -98,6 +99,21 @@ func (s *Server) Shown() []string { return s.flags().Shown() }
 
 // mayBeOurs are the reasons that our own flags may be behind when a server does not start.
 var mayBeOurs = []string{"", "flag", "cache", "context", "memory", "core"}
+
+// otherwise takes other flags of ours where a server ended by itself and those that it has may be why, and says how the next start
+// differs; empty: it does not.
+func (s *Server) otherwise(e ending, came bool) string {
+	switch {
+	case s.back(e):
+		return "with the part of its GPU that it had"
+	case e.ofCard() && e.well == 0 && s.settle(came):
+		return "with the whole GPU, which it has alone"
+	}
+	if ours := s.plainer(e, came); ours != nil {
+		return fmt.Sprintf("without what millrace asked for by itself (%s)", ours.brief())
+	}
+	return ""
+}
 
 // plainer gives up our own flags where the server ended by itself before it ever came up, and they may be why: it returns those
 // that the next start goes without; nil: none. One of several on a card has a card to give up first.

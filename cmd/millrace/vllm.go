@@ -139,7 +139,7 @@ func (a *app) startVLLM(patience context.Context, e *engineFlags, reg prometheus
 	cards := len(e.vllm.groups)
 	perCard := 1
 	if n, _ := e.inFlight(); n == 0 { // who says how many is not to get twice as many
-		perCard = (&vllm.Server{Model: e.vllm.model, Flags: e.vllm.flags, GPUs: e.vllm.groups[0]}).PerCard(card, runtime.GOMAXPROCS(0)/cards, max(e.lines/int64(cards), min(e.lines, 1))) // 0 are unknown
+		perCard = (&vllm.Server{Model: e.vllm.model, Flags: e.vllm.flags, GPUs: e.vllm.groups[0]}).PerCard(card, cards, runtime.GOMAXPROCS(0), e.lines)
 	}
 	if err := h.folders(filepath.Join(a.data, "vllm"), cards*perCard, self.Host, func(n int) {
 		a.log.Warn("ended an engine that a killed millrace had left", "processes", n)
