@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write what a vLLM and a millrace say of themselves to OUT, one look a second, until SIGTERM, and one look then.
 
-    poll.py OUT ENGINE/metrics MILLRACE/metrics
+    poll.py OUT ENGINE/metrics[,ENGINE/metrics…] MILLRACE/metrics
 
-A field is empty where there is no such figure, as while one of them is not up.
+Figures of several engines are their sums. A field is empty where there is no such figure, as while one of them is not up.
 """
 import re, signal, sys, threading, time, urllib.request
 
@@ -35,7 +35,7 @@ with open(sys.argv[1], "w", buffering=1) as out:
     last = False
     while not last:
         last, now = end.is_set(), time.monotonic()
-        pages = [None, page(sys.argv[2]), page(sys.argv[3])]
+        pages = [None, "".join(map(page, sys.argv[2].split(","))), page(sys.argv[3])]
         out.write(f"{now - start:.1f}," + ",".join(figure(pages[i], m) for _, i, m in COLUMNS) + "\n")
         if not last:
             end.wait(max(0.05, now + 1 - time.monotonic()))
