@@ -122,11 +122,13 @@ func (g *gate) note(o *outcome) {
 }
 
 // diary is what was logged of an engine. A state that was logged less than a minute ago, as of an engine that fails some
-// lines and answers others, is logged again only when it lasts.
+// lines and answers others, is logged again only when it lasts; so is another reason for the state that was logged last, as
+// one that dies gives several in a second.
 type diary struct {
 	now   string    // what holds, but for figures
 	since time.Time // it holds
 	last  string    // what was logged last, but for figures
+	state string    // its state
 	at    map[string]time.Time
 }
 
@@ -144,13 +146,13 @@ func (d *diary) due(state, reason string, now time.Time) bool {
 	recent := now.Sub(d.at[s]) < diaryAnew
 	switch {
 	case s == d.last && (recent || state != proto.EngineReady || reason == ""), // only figures change in what is said of a ready one
-		recent && now.Sub(d.since) < diaryLasts:
+		(recent || state == d.state && state != proto.EngineReady) && now.Sub(d.since) < diaryLasts:
 		return false
 	}
 	if d.at == nil {
 		d.at = map[string]time.Time{}
 	}
 	maps.DeleteFunc(d.at, func(_ string, at time.Time) bool { return now.Sub(at) >= diaryAnew })
-	d.last, d.at[s] = s, now
+	d.last, d.state, d.at[s] = s, state, now
 	return true
 }

@@ -140,7 +140,7 @@ func TestHealth(t *testing.T) {
 	}
 }
 
-// TestDiary: a state that comes and goes is logged once, and again when it lasts.
+// TestDiary: a state that comes and goes is logged once, and again when it lasts; so is another reason for the same state.
 func TestDiary(t *testing.T) {
 	var d diary
 	start := time.Now()
@@ -165,12 +165,16 @@ func TestDiary(t *testing.T) {
 		{74 * time.Second, proto.EngineDegraded, "failed 20", true},     // it was long ago
 		{9 * time.Minute, proto.EngineDegraded, "failed 21", false},
 		{10 * time.Minute, proto.EngineWaiting, "gone", true},
+		{10*time.Minute + time.Second, proto.EngineWaiting, "health", false}, // of the same death
+		{10*time.Minute + 2*time.Second, proto.EngineDenied, "key", true},
+		{10*time.Minute + 3*time.Second, proto.EngineDenied, "another key", false},
+		{10*time.Minute + 8*time.Second, proto.EngineDenied, "another key", true},
 	} {
 		if got := d.due(s.state, s.reason, start.Add(s.at)); got != s.want {
 			t.Errorf("at %v %s %q: %v", s.at, s.state, s.reason, got)
 		}
 	}
-	if len(d.at) != 1 {
+	if len(d.at) != 3 {
 		t.Errorf("%d states are kept", len(d.at))
 	}
 }
