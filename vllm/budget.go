@@ -20,6 +20,7 @@ type ending struct {
 	cause  string        // one of Causes
 	why    string        // for people, with what to do
 	said   string        // why, without that; empty: nobody said
+	line   string        // of its log, that gives the reason
 	reason string        // name of the one in its log; empty: none that is known
 	final  bool          // a restart would not mend it
 	passes bool          // it may mend itself
@@ -30,6 +31,8 @@ type ending struct {
 // tally is what there is to know about restarts.
 type tally struct {
 	restarts int   // since it was well or answered
+	others   int   // restarts with other flags, since then
+	crowded  int   // ends that another server on its card may be behind, until it was well for long
 	failed   int   // starts in a row
 	quick    int   // ends in a row that came soon
 	answered int64 // lines, until the end before
@@ -44,7 +47,7 @@ func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
 	}
 	answered := s.Answered.Load()
 	if e.well >= wellFor || answered > t.answered { // a line that kills its engine is found while others are answered
-		t.restarts = 0
+		t.restarts, t.others = 0, 0
 	}
 	t.answered = answered
 	if e.well >= wellBriefly {
@@ -54,7 +57,7 @@ func (t *tally) judge(e ending, s *Server) (time.Duration, *Failed) {
 	case e.final && !t.came:
 		return 0, &Failed{Why: e.why, Final: true}
 	case t.restarts >= s.Restarts, t.failed >= failedStarts && !e.passes:
-		return 0, &Failed{Why: fmt.Sprintf("%s; it was started again %s and is given up", e.why, proto.Count(int64(t.restarts), "time"))}
+		return 0, &Failed{Why: fmt.Sprintf("%s; it was started again %s and is given up", e.why, proto.Count(int64(t.restarts+t.others), "time"))}
 	}
 	t.restarts++
 	t.quick++

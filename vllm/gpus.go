@@ -121,10 +121,11 @@ type Card struct {
 	Memory int64 // in bytes, of the smallest; 0: nobody knows
 	Count  int   // how many there are
 	A100   bool  // one of them is an A100
-	Alone  bool  // one of them is not known to take several processes, or is cut into parts (MIG)
+	Alone  bool  // one of them is not known to take several processes
 }
 
-// Cards asks nvidia-smi for some GPUs, as it numbers and names them; nil: all of this machine.
+// Cards asks nvidia-smi for some GPUs, as it numbers and names them; nil: all of this machine. Of one that is cut into parts (MIG)
+// it does not say what a part has, so then nothing is known.
 func Cards(ids []string) (c Card) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -140,7 +141,7 @@ func Cards(ids []string) (c Card) {
 	}
 	for l := range strings.Lines(string(out)) {
 		f := strings.SplitN(strings.TrimSpace(l), ", ", 4)
-		if len(f) < 4 {
+		if len(f) < 4 || f[2] == "Enabled" {
 			return Card{}
 		}
 		mib, err := strconv.ParseInt(f[0], 10, 64)
@@ -151,7 +152,7 @@ func Cards(ids []string) (c Card) {
 			c.Memory = mib << 20
 		}
 		c.A100 = c.A100 || strings.Contains(f[3], "A100")
-		c.Alone = c.Alone || f[1] != "Default" || f[2] == "Enabled"
+		c.Alone = c.Alone || f[1] != "Default"
 		c.Count++
 	}
 	return c

@@ -213,6 +213,7 @@ func (s *Server) Run(live, patience context.Context) error {
 		}
 		if how := s.otherwise(end, t.came); how != "" {
 			s.Log.Warn(fmt.Sprintf("%s; it is tried %s", end.why, how), "engine", s.String(), "log", s.LogFile())
+			t.others++
 			s.count(end.cause)
 			continue
 		}
@@ -363,7 +364,7 @@ func (w *watch) died() ending {
 	if r, line := recognise(w.journal.tail()); r != nil {
 		e.said = r.words(line)
 		e.why += ": " + r.say(line)
-		e.reason, e.final, e.passes = r.name, r.final, r.passes
+		e.line, e.reason, e.final, e.passes = line, r.name, r.final, r.passes
 		if r.cause != "" {
 			e.cause = r.cause
 		}

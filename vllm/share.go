@@ -108,34 +108,38 @@ func (s *Server) back(e ending) bool {
 	if e.well > 0 {
 		s.part = nil
 	}
-	if !e.itself || s.part == nil {
+	if s.part == nil || e.final && !e.itself || e.itself && !e.ofCard(s.extra) {
 		return false
 	}
 	s.extra, s.part = s.part, nil
 	return true
 }
 
-// ofCard says whether a server ended by itself for a reason that its part of a card may be behind.
-func (e ending) ofCard() bool {
-	return e.itself && (e.reason == "memory in use" || slices.Contains(mayBeOurs, e.reason))
+// ofCard says whether a server ended by itself for a reason that its part of a card, or other flags of ours, may be behind.
+func (e ending) ofCard(ours Flags) bool {
+	return e.ofFlags(ours) || e.itself && e.reason == "memory in use"
 }
 
 // aside leaves the card to the others where the server ended by itself and there being others may be why: it did not come up
-// with its part of the card, for a reason that will be there at the next start or for the second time, or ran out of memory later.
-// It returns nil where it is started again.
+// with its part of the card, for a reason that will be there at the next start or for the second time, or ran out of memory for
+// the second time since it was well for long. It returns nil where it is started again.
 func (s *Server) aside(e ending, t *tally) *Failed {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	why := e.final || t.failed > 0
-	if e.well > 0 || t.came {
-		why = e.reason == "memory"
-	}
-	if s.alone == nil || !e.ofCard() || !why || !s.Mates.leave() {
+	came := e.well > 0 || t.came
+	if s.alone == nil || !e.ofCard(s.extra) || came && e.reason != "memory" {
 		return nil
 	}
-	what := "does not start"
-	if e.well > 0 {
-		what = "ran out of memory"
+	if e.well >= wellFor || came && !t.came {
+		t.crowded = 0
 	}
-	return &Failed{Why: fmt.Sprintf("engine %s beside the other one on its GPU, with %s: %s; it leaves the GPU to that one, and nothing has to be done", what, s.extra[:len(ofShare(Card{}))].brief(), e.said)}
+	t.crowded++
+	if t.crowded < 2 && (came || !e.final) || !s.Mates.leave() {
+		return nil
+	}
+	what, so := "does not start", "and nothing has to be done"
+	if came {
+		what, so = "runs out of memory", "until millrace is started again"
+	}
+	return &Failed{Why: fmt.Sprintf("engine %s beside the other one on its GPU, with %s: %s; it leaves the GPU to that one, %s", what, s.extra[:len(ofShare(Card{}))].brief(), e.said, so)}
 }

@@ -62,9 +62,15 @@ func TestPerCard(t *testing.T) {
 			t.Errorf("%s: %d", flag, got)
 		}
 	}
-	s := &vllm.Server{Model: tiny, GPUs: []string{"0"}}
-	if got := s.PerCard(func() vllm.Card { return vllm.Card{Memory: h100, Count: 2} }, 1, 6, 0); got != 2 {
-		t.Errorf("with cores that are its own: %d", got)
+	for _, c := range []struct {
+		cards, cores int
+		lines        int64
+		want         int
+	}{{1, 6, 2000, 2}, {2, 12, 4000, 2}, {2, 11, 4000, 1}, {2, 12, 3999, 1}} { // cards that are its own
+		s := &vllm.Server{Model: tiny, GPUs: []string{"0"}}
+		if got := s.PerCard(func() vllm.Card { return vllm.Card{Memory: h100, Count: 4} }, c.cards, c.cores, c.lines); got != c.want {
+			t.Errorf("%+v: %d", c, got)
+		}
 	}
 }
 
@@ -97,7 +103,11 @@ func alone(r *rig) bool {
 // goes waits until a server leaves its card to the other.
 func goes(t *testing.T, r *rig, starts int, want string) {
 	t.Helper()
-	if f := r.fails(); f.Final || !strings.HasPrefix(f.Why, want) || !strings.HasSuffix(f.Why, "; it leaves the GPU to that one, and nothing has to be done") || len(r.lives()) != starts {
+	so := "and nothing has to be done"
+	if want == fullBeside {
+		so = "until millrace is started again"
+	}
+	if f := r.fails(); f.Final || !strings.HasPrefix(f.Why, want) || !strings.HasSuffix(f.Why, "; it leaves the GPU to that one, "+so) || len(r.lives()) != starts {
 		t.Errorf("%+v, %d starts", f, len(r.lives()))
 	}
 	if state, why := r.State(); state != proto.EngineDegraded || !strings.Contains(why, "leaves the GPU") {
@@ -105,7 +115,21 @@ func goes(t *testing.T, r *rig, starts int, want string) {
 	}
 }
 
-const notBeside = "engine does not start beside the other one on its GPU, with --gpu-memory-utilization 0.45, --kv-cache-memory-bytes 25656242995: "
+const (
+	beside     = " beside the other one on its GPU, with --gpu-memory-utilization 0.45, --kv-cache-memory-bytes 25656242995: "
+	notBeside  = "engine does not start" + beside
+	fullBeside = "engine runs out of memory" + beside + "the GPU's memory is full"
+)
+
+// logged is a file with the last lines of a log.
+func logged(t *testing.T, lines string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "log")
+	if err := os.WriteFile(path, []byte(lines+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
 
 // TestMates: of two servers on a card one that does not start leaves it to the other: at once where that is what will be said again,
 // else at the second time. The last has all of it, and goes without our own flags only then.
@@ -117,15 +141,10 @@ func TestMates(t *testing.T) {
 		}
 		return path
 	}
-	says := func(text string) string {
-		path := filepath.Join(t.TempDir(), "says")
-		if err := os.WriteFile(path, []byte(text+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return "says " + path
-	}
+	says := func(text string) string { return "says " + logged(t, text) }
+	full := logged(t, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
 	t.Run("OtherIsUp", func(t *testing.T) {
-		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve"})
+		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve", "serve", "says " + reason("cache.txt"), "serve"})
 		rs[1].start().up(1)
 		goes(t, rs[0].start(), 1, notBeside+"the model leaves no GPU memory for the KV cache")
 		if !shares(rs[1]) {
@@ -135,20 +154,34 @@ func TestMates(t *testing.T) {
 		if rs[1].up(2); !alone(rs[1]) {
 			t.Errorf("later the other one has %q", rs[1].Shown())
 		}
-	})
-	t.Run("BackToItsPart", func(t *testing.T) { // somebody else has what the other one left
-		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve", says("ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.92, 72.8 GiB)."), "serve"})
-		first := rs[1].start().up(1).api
-		goes(t, rs[0].start(), 1, notBeside)
-		kill(t, first, syscall.SIGKILL)
-		if rs[1].up(3); !shares(rs[1]) {
-			t.Errorf("later the other one has %q", rs[1].Shown())
+		kill(t, rs[1].lives()[1].api, syscall.SIGKILL)
+		if rs[1].up(4); !alone(rs[1]) { // it came up with all of it
+			t.Errorf("at last the other one has %q", rs[1].Shown())
 		}
 	})
-	t.Run("OnceIsNotEnough", func(t *testing.T) {
-		rs := mates(t, []string{"fails", "serve"}, []string{"serve"})
+	for name, c := range map[string]struct {
+		plan string
+		back bool
+	}{
+		"InUse":  {says("ValueError: Free memory on device cuda:0 (60.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.92, 72.8 GiB)."), true}, // somebody else has what the other one left
+		"Killed": {"killed", true},
+		"Disk":   {says("OSError: [Errno 28] No space left on device"), false},
+		"Port":   {says("OSError: [Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address already in use"), false},
+	} {
+		t.Run("BackToItsPart"+name, func(t *testing.T) {
+			rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve", c.plan, "serve"})
+			first := rs[1].start().up(1).api
+			goes(t, rs[0].start(), 1, notBeside)
+			kill(t, first, syscall.SIGKILL)
+			if rs[1].up(3); shares(rs[1]) != c.back || alone(rs[1]) == c.back {
+				t.Errorf("later the other one has %q", rs[1].Shown())
+			}
+		})
+	}
+	t.Run("OnceIsNotEnough", func(t *testing.T) { // the port has nothing to do with the card
+		rs := mates(t, []string{says("OSError: [Errno 98] error while attempting to bind on address"), "fails", "serve"}, []string{"serve"})
 		rs[1].start().up(1)
-		if rs[0].start().up(2); !shares(rs[0]) || !shares(rs[1]) {
+		if rs[0].start().up(3); !shares(rs[0]) || !shares(rs[1]) {
 			t.Errorf("%q, %q", rs[0].Shown(), rs[1].Shown())
 		}
 	})
@@ -192,14 +225,24 @@ func TestMates(t *testing.T) {
 		if f := rs[0].start().fails(); strings.Contains(f.Why, "leaves the GPU") {
 			t.Errorf("%+v", f)
 		}
-		if rs[1].start().up(1); !alone(rs[1]) {
-			t.Errorf("the last one has %q", rs[1].Shown())
+		if rs[1].start().up(1); !alone(rs[1]) || len(rs[1].lives()) != 1 {
+			t.Errorf("the last one has %q, %d starts", rs[1].Shown(), len(rs[1].lives()))
 		}
 	})
-	t.Run("OutOfMemory", func(t *testing.T) { // while it answers
-		rs := mates(t, []string{"serve", says("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")}, []string{"serve"})
+	t.Run("OutOfMemory", func(t *testing.T) { // while it answers, twice
+		rs := mates(t, []string{"fails", "full " + full}, []string{"serve"})
+		rs[0].start().up(2)
+		rs[0].write("full2", "")
+		if rs[0].up(3); !shares(rs[0]) {
+			t.Errorf("after one %q", rs[0].Shown())
+		}
+		rs[0].write("full3", "")
+		goes(t, rs[0], 3, fullBeside)
+	})
+	t.Run("OutOfMemoryLater", func(t *testing.T) {
+		rs := mates(t, []string{"serve", "says " + full}, []string{"serve"})
 		kill(t, rs[0].start().up(1).api, syscall.SIGKILL)
-		goes(t, rs[0], 2, notBeside+"the GPU's memory is full")
+		goes(t, rs[0], 3, fullBeside)
 	})
 	if vllm.NewMates(1) != nil {
 		t.Error("one server has a mate")

@@ -100,13 +100,19 @@ func (s *Server) Shown() []string { return s.flags().Shown() }
 // mayBeOurs are the reasons that our own flags may be behind when a server does not start.
 var mayBeOurs = []string{"", "flag", "cache", "context", "memory", "core"}
 
+// ofFlags says whether a server ended by itself for a reason that flags of ours may be behind. One that vLLM does not take is named.
+func (e ending) ofFlags(ours Flags) bool {
+	named := func(word string) bool { return strings.HasPrefix(word, "--") && strings.Contains(e.line, word) }
+	return e.itself && slices.Contains(mayBeOurs, e.reason) && (e.reason != "flag" || slices.ContainsFunc(ours, named))
+}
+
 // otherwise takes other flags of ours where a server ended by itself and those that it has may be why, and says how the next start
 // differs; empty: it does not.
 func (s *Server) otherwise(e ending, came bool) string {
 	switch {
 	case s.back(e):
 		return "with the part of its GPU that it had"
-	case e.ofCard() && e.well == 0 && s.settle(came):
+	case e.well == 0 && e.ofCard(s.extra) && s.settle(came):
 		return "with the whole GPU, which it has alone"
 	}
 	if ours := s.plainer(e, came); ours != nil {
@@ -120,7 +126,7 @@ func (s *Server) otherwise(e ending, came bool) string {
 func (s *Server) plainer(e ending, came bool) (ours Flags) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.alone != nil || !e.itself || e.well > 0 || came || !slices.Contains(mayBeOurs, e.reason) {
+	if s.alone != nil || e.well > 0 || came || !e.ofFlags(s.extra) {
 		return nil
 	}
 	ours, s.extra = s.extra, nil

@@ -337,7 +337,9 @@ func (a *app) work(take, stop context.Context, e *engineFlags, ackWait time.Dura
 	if e.hosts, err = a.startVLLM(stop, e, reg, func(err error) { // one that is given up leaves its worker to say so
 		if f := (*vllm.Failed)(nil); !errors.As(err, &f) || f.Final {
 			leave(err)
+			return
 		}
+		a.log.Warn(err.Error())
 	}); err != nil {
 		return err
 	}

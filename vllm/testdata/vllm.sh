@@ -50,6 +50,14 @@ strays*) # one leaves the group
 	setsid sleep 100000 >/dev/null 2>&1 &
 	echo $! >"$LIFE/stray"
 	;;
+full*) # one whose card is full when the test says so
+	$SIM "$port" "$name" {} &
+	sim=$!
+	until [ -e "$LIFE/full$n" ]; do sleep 0.02; done
+	kill $core $sim
+	cat "${do#full }"
+	exit 1
+	;;
 orphans*) # one leaves the group, and its parent ends when it was seen
 	sh -c 'setsid sleep 100000 >/dev/null 2>&1 & echo $! >"$LIFE/stray"; until grep -q "\"$!\":" "$RECORD"; do sleep 0.02; done'
 	;;
