@@ -100,6 +100,17 @@ func TestPlainer(t *testing.T) {
 	}
 }
 
+// TestPlainerCounts: a start without our flags is one of those that are said when the server is given up.
+func TestPlainerCounts(t *testing.T) {
+	r := newRig(t, "fails")
+	r.Flags = random
+	r.Tune(card)
+	f := r.start().fails()
+	if n, _ := r.Again(); n != 3 || len(r.lives()) != 4 || !strings.HasSuffix(f.Why, "it was started again 3 times and is given up") {
+		t.Errorf("%d, %d starts: %s", n, len(r.lives()), f.Why)
+	}
+}
+
 // TestPlainerCame: flags that a server came up with once are kept, whatever it ends of later.
 func TestPlainerCame(t *testing.T) {
 	r := newRig(t, "serve", "fails", "serve")
