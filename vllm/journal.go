@@ -123,7 +123,7 @@ var access = regexp.MustCompile(`"[A-Z]+ \S+ HTTP/\d(?:\.\d)?" \d{3}\b`)
 
 // take looks at one line.
 func (j *journal) take(b []byte) {
-	line := strings.TrimSpace(string(b[:min(len(b), lineSize)]))
+	line := strings.TrimRight(string(b[:min(len(b), lineSize)]), " \t\r\n")
 	if line == "" || access.MatchString(line) {
 		return
 	}
@@ -204,10 +204,17 @@ func (j *journal) tail() []string {
 	return slices.Clone(lastOf(j.lines, tailLines))
 }
 
-// telling are the last few lines that are more than information.
+// telling are the last few lines that are more than information: what a traceback says, not where, if there is any such line.
 func telling(lines []string) []string {
-	return lastOf(slices.DeleteFunc(lines, func(s string) bool { return strings.Contains(s, "INFO") || strings.Contains(s, "WARNING") }), 10)
+	lines = slices.DeleteFunc(lines, func(s string) bool { return strings.Contains(s, "INFO") || strings.Contains(s, "WARNING") })
+	if said := slices.DeleteFunc(slices.Clone(lines), frame.MatchString); len(said) > 0 {
+		lines = said
+	}
+	return lastOf(lines, 10)
 }
+
+// frame is a line of a traceback that says where, behind what vLLM puts before its lines.
+var frame = regexp.MustCompile(`^(?:\([^()]*pid=\d+[^)]*\)(?: |$))?(?:(?:ERROR|CRITICAL) \S+ \S+ \[\S+\](?: |$))?(?:\s|$|Traceback \(most recent call last\)|During handling of the above|The above exception was|Process \S+:$)`)
 
 func lastOf(lines []string, n int) []string { return lines[max(0, len(lines)-n):] }
 

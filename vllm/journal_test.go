@@ -76,3 +76,23 @@ func TestEnvironment(t *testing.T) {
 		}
 	}
 }
+
+// TestTraceback: of a log whose reason is not known what is said is told, and not where in the program.
+func TestTraceback(t *testing.T) {
+	t.Parallel()
+	b, err := os.ReadFile("testdata/reasons/machine-memory.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRig(t, "says "+logged(t, strings.ReplaceAll(string(b), "less than desired", "not")), "serve")
+	r.start().up(2)
+	said := r.said.String()
+	for _, want := range []string{"ValueError: Available memory on node", "Exception: WorkerProc initialization failed"} {
+		if strings.Count(said, want) != 1 {
+			t.Errorf("%q is not told", want)
+		}
+	}
+	if n := strings.Count(said, "engine said: "); n > 4 {
+		t.Errorf("told %d lines", n)
+	}
+}

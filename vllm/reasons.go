@@ -70,6 +70,9 @@ var reasons = []reason{
 	{name: "memory", // torch c10/cuda/CUDACachingAllocator.cpp: vllm issues 16343, 11560; v1/worker/gpu_model_runner.py
 		line: rx(`(?:CUDA|HIP|XPU) out of memory|OutOfMemoryError|CUDA error: out of memory`),
 		what: "the GPU's memory is full", hint: "give a smaller -- --gpu-memory-utilization, --max-num-seqs or --max-model-len", cause: CauseOOM},
+	{name: "machine memory", // v1/worker/cpu_worker.py
+		line: rx(`Available memory on node .* less than desired CPU memory utilization`),
+		what: "other programs have the machine's memory", hint: "end them, or give a smaller -- --gpu-memory-utilization, which is of the machine's memory for vLLM on a CPU", cause: CauseOOM},
 	{name: "driver", // torch aten/src/ATen/cuda, c10/cuda; config/device.py
 		line: rx(`Found no NVIDIA driver|NVIDIA driver on your system is too old|CUDA driver version is insufficient|No CUDA GPUs are available|no CUDA-capable device|Failed to infer device type|invalid device ordinal`),
 		what: "vLLM finds no GPU that it can use", hint: "see what nvidia-smi says, that --gpus names GPUs that are there, and that the driver is new enough for this vLLM", final: true},

@@ -36,7 +36,7 @@ var published = []struct{ name, source, line string }{
 }
 
 // mended are reasons that another try may find gone.
-var mended = []string{"network", "memory in use", "memory", "port", "disk", "core"}
+var mended = []string{"network", "memory in use", "memory", "machine memory", "port", "disk", "core"}
 
 func TestReasons(t *testing.T) {
 	seen := map[string]bool{}
@@ -70,6 +70,9 @@ func TestReasons(t *testing.T) {
 		}
 		if strings.HasSuffix(file, "custom-code.txt") {
 			want = "custom code"
+		}
+		if strings.HasSuffix(file, "machine-memory.txt") {
+			want = "machine memory"
 		}
 		check(want, file, strings.Split(string(b), "\n"))
 	}
