@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/cespare/xxhash/v2"
@@ -188,7 +189,7 @@ func (p *parser) name() (string, error) {
 	return t.String(), nil
 }
 
-// text1 reads a string.
+// text1 reads a string, which must be text: the reader puts the same sign for each half of a surrogate pair.
 func (p *parser) text1(name string) (string, error) {
 	if p.dec.PeekKind() != '"' {
 		if err := p.dec.SkipValue(); err != nil {
@@ -196,7 +197,15 @@ func (p *parser) text1(name string) (string, error) {
 		}
 		return "", bad("%s must be a string", name)
 	}
-	return p.name()
+	from := p.dec.InputOffset()
+	s, err := p.name()
+	if err == nil && strings.ContainsRune(s, utf8.RuneError) {
+		raw := p.text[from:p.dec.InputOffset()]
+		if _, err := jsontext.AppendUnquote(nil, raw[bytes.IndexByte(raw, '"'):]); err != nil {
+			return "", bad("%s holds half of a surrogate pair (\\ud800 to \\udfff), which is no text", name)
+		}
+	}
+	return s, err
 }
 
 // body walks over the members of the body in the same pass and notes where it begins and ends.

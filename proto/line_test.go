@@ -14,11 +14,11 @@ func lineWith(body string) string {
 }
 
 func TestParseLine(t *testing.T) {
-	l, err := ParseLine([]byte(` {"extra":[1,{"custom_id":"no"}],"url":"/v1/chat/completions","custom_id":"é\n","body" : ` + goodBody + ` ,"method":"POST"} `))
+	l, err := ParseLine([]byte(` {"extra":[1,{"custom_id":"no"}],"url":"/v1/chat/completions","custom_id":"é\n\ud83d\ude00\uFFFD","body" : ` + goodBody + ` ,"method":"POST"} `))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if l.CustomID != "é\n" || l.Model != "m" || string(l.Body) != goodBody || l.URL != "/v1/chat/completions" {
+	if l.CustomID != "é\n\U0001F600\uFFFD" || l.Model != "m" || string(l.Body) != goodBody || l.URL != "/v1/chat/completions" {
 		t.Errorf("%+v", l)
 	}
 }
@@ -41,6 +41,7 @@ func TestParseLineErrors(t *testing.T) {
 		{"empty id", `{"custom_id":"","method":"POST","url":"/v1/completions","body":{}}`, "custom_id is empty", ""},
 		{"number id", `{"custom_id":7,"method":"POST","url":"/v1/completions","body":{}}`, "custom_id must be a string", ""},
 		{"long id", `{"custom_id":"` + strings.Repeat("x", 600) + `","method":"POST","url":"/v1/completions","body":{}}`, "custom_id has 600 bytes", ""},
+		{"half a pair", `{"custom_id" : "\uD800","method":"POST","url":"/v1/completions","body":{}}`, "custom_id holds half of a surrogate pair", ""},
 		{"two ids", `{"custom_id":"a","custom_id":"b","method":"POST","url":"/v1/completions","body":{}}`, "there twice", ""},
 		{"method", `{"custom_id":"a","method":"GET","url":"/v1/completions","body":{}}`, `method is "GET"`, "a"},
 		{"url", `{"custom_id":"a","method":"POST","url":"/v1/files","body":{}}`, `url is "/v1/files"`, "a"},
