@@ -152,6 +152,7 @@ func (a *app) sayOlder(older string, job *proto.Job) {
 // the lock. output is where the caller wants the results; empty: wherever they are.
 func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, j *jobFlags) (*broker.Lock, error) {
 	said := 0
+	defer a.watched.Store(0)
 	for n := 1; ; n++ {
 		if e, err := readEndpoint(dir); err == nil { // else the process is starting, or about to end
 			if output != "" && e.Output != "" && e.Output != output {
@@ -160,6 +161,7 @@ func (a *app) watchRun(ctx context.Context, job *proto.Job, dir, output string, 
 			v, err := a.watchAt(ctx, e, job, func() {
 				if said != e.PID {
 					said = e.PID
+					a.watched.Store(int64(e.PID))
 					fmt.Fprintf(a.std.err, "job %s is run by process %d; watching it\n", job.ID, e.PID)
 				}
 			})

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/lmittmann/tint"
@@ -40,6 +41,7 @@ type app struct {
 	metrics string
 	pprof   bool
 	nats    natsFlags
+	watched atomic.Int64 // number of the process that runs the job, where this one only watches; 0: it does more
 }
 
 // groupRoles are the commands that run for long beside others, and log.

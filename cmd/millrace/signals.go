@@ -30,7 +30,14 @@ func (a *app) phases(ctx context.Context, limit time.Duration, hint string) (tak
 	stop, abort := context.WithCancelCause(ctx)
 	take, drain := context.WithCancelCause(stop)
 	return take, stop, a.onSignals(
-		func(s os.Signal) { a.stopping("millrace: stopping: "+what, hint); drain(signalled{s}) },
+		func(s os.Signal) {
+			if pid := a.watched.Load(); pid != 0 {
+				a.stopping(fmt.Sprintf("millrace: no longer watching; process %d goes on with the job", pid), "")
+			} else {
+				a.stopping("millrace: stopping: "+what, hint)
+			}
+			drain(signalled{s})
+		},
 		func() { drain(nil); abort(nil) },
 		func(s os.Signal) { abort(signalled{s}) })
 }

@@ -1,8 +1,12 @@
 package main
 
-import "testing"
+import (
+	"strconv"
+	"testing"
+)
 
-// TestWatchRunKilled: whoever watches a run of another process hears that it is gone; the same command continues it.
+// TestWatchRunKilled: whoever watches a run of another process hears that it is gone; the same command continues it. Who stops
+// watching stops nothing else.
 func TestWatchRunKilled(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t)
@@ -11,6 +15,10 @@ func TestWatchRunKilled(t *testing.T) {
 	args := []string{"run", input, "--engine", e.url, "--data", f.path("data"), "-o", f.path("r.jsonl"), "--concurrency", "8"}
 	first := f.start("run", args...)
 	answered(t, 1, e)
+	other := f.start("other", args...)
+	other.says("watching it")
+	other.term()
+	other.says("no longer watching; process " + strconv.Itoa(first.cmd.Process.Pid) + " goes on with the job")
 	second := f.start("watch", args...)
 	second.says("watching it")
 	first.kill()
