@@ -26,6 +26,12 @@ func Reasons() (names []string) {
 	return names
 }
 
+// BackWherePortTaken says whether a server that has its card alone takes its part again where its port is taken.
+func (s *Server) BackWherePortTaken() bool {
+	s.part = Flags{"--gpu-memory-utilization", "0.45"}
+	return s.back(notStarted("vllm", portTaken(s.Port)))
+}
+
 // RecordName is the file that names the processes of a server.
 const RecordName = recordName
 

@@ -108,7 +108,8 @@ func (s *Server) back(e ending) bool {
 	if e.well > 0 {
 		s.part = nil
 	}
-	if s.part == nil || e.final && !e.itself || e.itself && !e.ofCard(s.extra) {
+	killed := !e.itself && !e.final && !e.passes
+	if s.part == nil || !killed && !e.ofCard(s.extra) {
 		return false
 	}
 	s.extra, s.part = s.part, nil

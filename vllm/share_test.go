@@ -244,6 +244,9 @@ func TestMates(t *testing.T) {
 		kill(t, rs[0].start().up(1).api, syscall.SIGKILL)
 		goes(t, rs[0], 3, fullBeside)
 	})
+	if (&vllm.Server{Port: 1}).BackWherePortTaken() {
+		t.Error("back to its part where its port is taken")
+	}
 	if vllm.NewMates(1) != nil {
 		t.Error("one server has a mate")
 	}
