@@ -207,14 +207,15 @@ func (j *journal) tail() []string {
 // telling are the last few lines that are more than information: what a traceback says, not where, if there is any such line.
 func telling(lines []string) []string {
 	lines = slices.DeleteFunc(lines, func(s string) bool { return strings.Contains(s, "INFO") || strings.Contains(s, "WARNING") })
-	if said := slices.DeleteFunc(slices.Clone(lines), frame.MatchString); len(said) > 0 {
+	where := func(s string) bool { return frame.MatchString(prefix.ReplaceAllString(s, "")) }
+	if said := slices.DeleteFunc(slices.Clone(lines), where); len(said) > 0 {
 		lines = said
 	}
 	return lastOf(lines, 10)
 }
 
-// frame is a line of a traceback that says where, behind what vLLM puts before its lines.
-var frame = regexp.MustCompile(`^(?:\([^()]*pid=\d+[^)]*\)(?: |$))?(?:(?:ERROR|CRITICAL) \S+ \S+ \[\S+\](?: |$))?(?:\s|$|Traceback \(most recent call last\)|During handling of the above|The above exception was|Process \S+:$)`)
+// frame is a line of a traceback that says where, without what vLLM puts before it.
+var frame = regexp.MustCompile(`^(?:\s|$|Traceback \(most recent call last\)|During handling of the above|The above exception was|Process \S+:$)`)
 
 func lastOf(lines []string, n int) []string { return lines[max(0, len(lines)-n):] }
 

@@ -109,8 +109,8 @@ func recognise(lines []string) (*reason, string) {
 	return nil, ""
 }
 
-// prefix is what vLLM puts before its lines: process, level, time, place in the source.
-var prefix = regexp.MustCompile(`^(?:\([^()]*pid=\d+[^)]*\)\s*)?(?:(?:ERROR|WARNING|INFO|CRITICAL) \S+ \S+ \[\S+\]\s*)?`)
+// prefix is what vLLM puts before its lines: process, level, time, place in the source. What follows keeps its indentation.
+var prefix = regexp.MustCompile(`^(?:\([^()]*pid=\d+[^)]*\) ?)?(?:\s*(?:ERROR|WARNING|INFO|CRITICAL) \S+ \S+ \[\S+\] ?)?`)
 
 // say says the reason in one line, with vLLM's own words and what to do.
 func (r *reason) say(line string) string {
