@@ -19,10 +19,6 @@ func card() vllm.Card { return vllm.Card{Memory: h100} }
 
 // TestGraphs: what the largest graph holds is read from the log; a server that does not start with ours is started without.
 func TestGraphs(t *testing.T) {
-	says, err := filepath.Abs("testdata/reasons")
-	if err != nil {
-		t.Fatal(err)
-	}
 	unknown := logged(t, "vllm: error: unrecognized arguments: --compilation-config {}")
 	for _, c := range []struct {
 		plan   string
@@ -30,7 +26,7 @@ func TestGraphs(t *testing.T) {
 		graphs int64
 		starts int
 	}{
-		{"serve", nil, 2048, 1}, {"not-with-our-graphs " + says + "/cache.txt", nil, 512, 2}, {"not-with-our-graphs " + unknown, nil, 512, 2}, {"serve", vllm.Flags{"--enforce-eager"}, -1, 1},
+		{"serve", nil, 2048, 1}, {"not-with-our-graphs " + recorded(t, "cache.txt"), nil, 512, 2}, {"not-with-our-graphs " + unknown, nil, 512, 2}, {"serve", vllm.Flags{"--enforce-eager"}, -1, 1},
 		{"serve", vllm.Flags{"--max-num-seqs", "8", "--speculative-config", "{}"}, -1, 1}, {"serve", vllm.Flags{"--spec-tokens", "3"}, -1, 1},
 		{"speculates", vllm.Flags{"-O", "2"}, -1, 1},
 	} {
@@ -85,10 +81,7 @@ func TestPlainerNot(t *testing.T) {
 // card neither.
 func TestPlainer(t *testing.T) {
 	for _, name := range []string{"model-no-folder.txt", "flag-unknown.txt"} {
-		says, err := filepath.Abs("testdata/reasons/" + name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		says := recorded(t, name)
 		r := newRig(t, "says "+says)
 		r.Flags = random
 		r.Tune(card)
@@ -125,10 +118,7 @@ func TestPlainerCame(t *testing.T) {
 
 // TestPlainerSays: what is given up is said by name.
 func TestPlainerSays(t *testing.T) {
-	says, err := filepath.Abs("testdata/reasons/cache.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
+	says := recorded(t, "cache.txt")
 	for _, c := range []struct {
 		flags vllm.Flags
 		want  string

@@ -177,11 +177,7 @@ func TestStrayOfGone(t *testing.T) {
 // TestFinal: what a restart cannot mend is not tried again.
 func TestFinal(t *testing.T) {
 	t.Parallel()
-	text, err := filepath.Abs("testdata/reasons/model-no-config.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := newRig(t, "says "+text)
+	r := newRig(t, "says "+recorded(t, "model-no-config.txt"))
 	f := r.start().fails()
 	if !f.Final || !strings.Contains(f.Why, "no such model") || !strings.Contains(f.Why, "check the name") || len(r.lives()) != 1 {
 		t.Errorf("%d starts, %+v", len(r.lives()), f)
@@ -191,11 +187,7 @@ func TestFinal(t *testing.T) {
 // TestFinalAfterAll: where it was up before, the same reason is worth another try, and another.
 func TestFinalAfterAll(t *testing.T) {
 	t.Parallel()
-	text, err := filepath.Abs("testdata/reasons/model-no-config.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := newRig(t, "serve", "says "+text)
+	r := newRig(t, "serve", "says "+recorded(t, "model-no-config.txt"))
 	l := r.start().up(1)
 	kill(t, l.api, syscall.SIGKILL)
 	f := r.fails()

@@ -121,6 +121,16 @@ const (
 	fullBeside = "engine runs out of memory" + beside + "the GPU's memory is full"
 )
 
+// recorded is the file with a log of testdata/reasons.
+func recorded(t *testing.T, name string) string {
+	t.Helper()
+	path, err := filepath.Abs("testdata/reasons/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // logged is a file with the last lines of a log.
 func logged(t *testing.T, lines string) string {
 	t.Helper()
@@ -134,17 +144,10 @@ func logged(t *testing.T, lines string) string {
 // TestMates: of two servers on a card one that does not start leaves it to the other: at once where that is what will be said again,
 // else at the second time. The last has all of it, and goes without our own flags only then.
 func TestMates(t *testing.T) {
-	reason := func(name string) string {
-		path, err := filepath.Abs("testdata/reasons/" + name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
 	says := func(text string) string { return "says " + logged(t, text) }
 	full := logged(t, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
 	t.Run("OtherIsUp", func(t *testing.T) {
-		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve", "serve", "says " + reason("cache.txt"), "serve"})
+		rs := mates(t, []string{"not-beside " + recorded(t, "cache.txt")}, []string{"serve", "serve", "says " + recorded(t, "cache.txt"), "serve"})
 		rs[1].start().up(1)
 		goes(t, rs[0].start(), 1, notBeside+"the model leaves no GPU memory for the KV cache")
 		if !shares(rs[1]) {
@@ -169,7 +172,7 @@ func TestMates(t *testing.T) {
 		"Port":   {says("OSError: [Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address already in use"), false},
 	} {
 		t.Run("BackToItsPart"+name, func(t *testing.T) {
-			rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"serve", c.plan, "serve"})
+			rs := mates(t, []string{"not-beside " + recorded(t, "cache.txt")}, []string{"serve", c.plan, "serve"})
 			first := rs[1].start().up(1).api
 			goes(t, rs[0].start(), 1, notBeside)
 			kill(t, first, syscall.SIGKILL)
@@ -194,7 +197,7 @@ func TestMates(t *testing.T) {
 		goes(t, rs[0].start(), 2, notBeside+"other programs have the GPU's memory")
 	})
 	t.Run("Both", func(t *testing.T) { // at the same time
-		rs := mates(t, []string{"not-beside " + reason("cache.txt")}, []string{"not-beside " + reason("cache.txt")})
+		rs := mates(t, []string{"not-beside " + recorded(t, "cache.txt")}, []string{"not-beside " + recorded(t, "cache.txt")})
 		for _, r := range rs {
 			r.Restarts = 0
 			r.start()
@@ -212,7 +215,7 @@ func TestMates(t *testing.T) {
 		}
 	})
 	t.Run("LastGoesWithout", func(t *testing.T) {
-		rs := mates(t, []string{"not-with-our-graphs " + reason("cache.txt")}, []string{"not-with-our-graphs " + reason("cache.txt")})
+		rs := mates(t, []string{"not-with-our-graphs " + recorded(t, "cache.txt")}, []string{"not-with-our-graphs " + recorded(t, "cache.txt")})
 		goes(t, rs[0].start(), 1, notBeside)
 		rs[1].Restarts = 0
 		if rs[1].start().up(2); !slices.Equal(rs[1].Shown(), rs[1].Flags) {
@@ -220,7 +223,7 @@ func TestMates(t *testing.T) {
 		}
 	})
 	t.Run("OtherGivenUp", func(t *testing.T) {
-		rs := mates(t, []string{"killed"}, []string{"not-beside " + reason("cache.txt")})
+		rs := mates(t, []string{"killed"}, []string{"not-beside " + recorded(t, "cache.txt")})
 		rs[0].Restarts = 1
 		if f := rs[0].start().fails(); strings.Contains(f.Why, "leaves the GPU") {
 			t.Errorf("%+v", f)
